@@ -1,0 +1,41 @@
+# Everything a developer or a visitor runs. `make` alone explains itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.up-to-date
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-real lint bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## build .venv with everything (does nothing when it is up to date)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: make PYTHON=python3.12 setup"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup ## train and evaluate on images made on the spot; table and pictures under outputs/demo (2 CPU cores, no network)
+	rm -rf outputs/demo
+	$(BIN)/python -m anomalib_lite.train data=synthetic hardware=cpu seed=0 hydra.run.dir=outputs/demo
+
+test: setup ## the test suite, on generated data
+	$(BIN)/python -m pytest
+
+test-real: setup ## checks on real images; ANOMALIB_LITE_DATA=DIR names their place
+	$(BIN)/python -m pytest -m real -rs -s
+
+lint: setup ## ruff (format and lint) and mypy
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup ## timings, each beside something well known, in one run
+	$(BIN)/python -m pytest -m bench -s
+
+clean: ## remove what runs and builds left behind (not .venv)
+	rm -rf outputs wandb build dist .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
