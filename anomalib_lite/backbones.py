@@ -1,0 +1,183 @@
+"""Feature extractors from timm, their weights, and the features of a frozen one held in memory."""
+
+import contextlib
+import difflib
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from anomalib_lite.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Backbone(nn.Module):
+    """Chosen feature maps of a timm model: images [B, 3, H, W] -> list of [B, C_i, H_i, W_i], float32.
+
+    Frozen and in evaluation mode until `unfreeze`. Runs in channels-last; frozen, in `precision` as well.
+
+    Args:
+        name: any timm model with `features_only`, with the tag of its published weights (resnet18.tv_in1k).
+        layers: timm's out_indices.
+        weights: "auto" (timm's, from the hub or its cache), "none" (random), or a local file
+            (safetensors, or a state dict that torch loads with weights_only).
+        precision: "auto" (bf16 where the hardware has it), "bf16" or "32".
+
+    Raises:
+        UserError: unknown model or layer; weights that are missing, damaged or another architecture's.
+            Pretrained weights are never silently replaced by random ones.
+    """
+
+    def __init__(self, name: str, layers: Sequence[int], weights: str = "auto", precision: str = "auto"):
+        super().__init__()
+        self.name, self.layers, self.weights, self.precision = name, list(layers), str(weights), str(precision)
+        self.net = _build(name, self.layers, self.weights)
+        self.channels: list[int] = list(self.net.feature_info.channels())
+        self.reductions: list[int] = list(self.net.feature_info.reduction())
+        self.frozen = True
+        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+
+    def unfreeze(self) -> "Backbone":
+        """Make all weights trainable; the mode follows the module's from now on."""
+        self.frozen = False
+        return self.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        return super().train(mode and not self.frozen)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        images = images.contiguous(memory_format=torch.channels_last)
+        if not self.frozen:
+            return self.net(images)
+        low = self.precision == "bf16" or (self.precision == "auto" and has_bf16(images.device))
+        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=low):
+            return [level.float().contiguous() for level in self.net(images)]
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16 natively, not by emulation."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # 2026-11: on CPUs no public question but this dictionary of flags; older torch lacks it
+    flags = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
+
+
+def _build(name: str, layers: list[int], weights: str) -> Any:
+    if not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
+        hint = f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() lists them"
+        raise UserError(f"backbone.name={name}: timm knows no such model{hint}")
+    overlay: dict[str, Any] = {}
+    if weights not in ("auto", "none"):
+        overlay = {"state_dict": _read_weights(Path(weights).expanduser())}
+    what = f"backbone.weights={weights}"
+    try:
+        with _lenient_load() as missing:
+            net = timm.create_model(
+                name,
+                pretrained=weights != "none",
+                pretrained_cfg_overlay=overlay or None,
+                features_only=True,
+                out_indices=layers,
+            )
+    except (IndexError, AssertionError) as error:
+        raise UserError(f"backbone.layers={layers}: {name} has no such layer ({_line(error)})") from error
+    except RuntimeError as error:
+        if "No pretrained weights exist" in str(error):
+            raise UserError(f"{what}: timm has no weights for {name}; choose a file, none, or another tag") from error
+        if overlay or "size mismatch" in str(error):
+            raise UserError(f"{what}: these are not the weights of {name} ({_line(error, 1)})") from error
+        if "feature" in str(error):
+            raise UserError(f"backbone.name={name}: this model gives no feature maps ({_line(error)})") from error
+        raise
+    except Exception as error:  # whatever a hub client raises without a network
+        if weights != "auto":
+            raise
+        raise UserError(
+            f"{what}: the weights of {name} could not be had from the hub or its cache ({_line(error)}); "
+            "give a local file, or none for random weights"
+        ) from error
+    lacking = [key for key, tensor in net.state_dict(keep_vars=True).items() if id(tensor) in missing]
+    if lacking:
+        raise UserError(
+            f"{what}: the file lacks {len(lacking)} tensors that layers {layers} of {name} need, {lacking[0]} among "
+            "them; choose other layers or another file"
+        )
+    return net
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"backbone.weights={path}: no such file; give a weights file, auto, or none")
+    try:
+        return timm.models.load_state_dict(str(path))
+    except Exception as error:
+        raise UserError(f"backbone.weights={path}: damaged, or not a weights file ({_line(error)})") from error
+
+
+@contextlib.contextmanager
+def _lenient_load() -> Iterator[set[int]]:
+    """Let timm load weights files that lack layers, and give the ids of the tensors that were not in the file.
+
+    timm loads strictly and before it cuts the model down to the chosen layers, so a file without an unused layer
+    would be refused. What the chosen layers lack is found afterwards: cutting keeps the tensors themselves.
+    Surplus tensors (a classifier) are no fault, unless nothing at all fits.
+    """
+    missing: set[int] = set()
+    strict_load = nn.Module.load_state_dict
+
+    def load(self: nn.Module, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        own = self.state_dict(keep_vars=True)
+        found = strict_load(self, state_dict, strict=False, assign=assign)
+        if strict:
+            # a counter of batches, which old files lack and nothing here reads, is no loss
+            missing.update(id(own[key]) for key in found.missing_keys if not key.endswith("num_batches_tracked"))
+        return found
+
+    nn.Module.load_state_dict = load  # type: ignore[method-assign]
+    try:
+        yield missing
+    finally:
+        nn.Module.load_state_dict = strict_load  # type: ignore[method-assign]
+
+
+def _line(error: BaseException, number: int = 0) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[min(number, len(lines) - 1)][:200]
+
+
+class FeatureStore:
+    """A frozen backbone's outputs for unaugmented images, in memory, by path: each is computed once in a run."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, int] = {}
+        self.levels: list[Tensor] = []
+
+    @staticmethod
+    def bytes_per_image(levels: Sequence[Tensor]) -> int:
+        return sum(level[0].numel() * level.element_size() for level in levels)
+
+    def reserve(self, levels: Sequence[Tensor], count: int) -> None:
+        """Make room for `count` images whose features look like these, on the levels' device."""
+        self.rows = {}
+        self.levels = [level.new_empty((count, *level.shape[1:])) for level in levels]
+
+    def add(self, paths: Sequence[str], levels: Sequence[Tensor]) -> None:
+        first = len(self.rows)
+        for store, level in zip(self.levels, levels, strict=True):
+            store[first : first + len(paths)] = level
+        self.rows.update((path, first + i) for i, path in enumerate(paths))
+
+    def get(self, paths: Sequence[str]) -> list[Tensor]:
+        """The features of these images, list of [B, C_i, H_i, W_i]; KeyError for one that is not held."""
+        rows = torch.tensor([self.rows[path] for path in paths])
+        return [store[rows.to(store.device)] for store in self.levels]
+
+    def holds(self, paths: Sequence[str]) -> bool:
+        return all(path in self.rows for path in paths)

@@ -1,0 +1,174 @@
+"""What happens around a training loop: budget, seeds, checkpoints, scalars, progress."""
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L  # noqa: N812
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from anomalib_lite.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Bar:
+    """A progress bar in a terminal; elsewhere a line of the log every ten seconds."""
+
+    def __init__(self, what: str, total: int | None, done: int = 0):
+        self.what, self.total, self.done, self.last = what, total, done, time.monotonic()
+        self.bar = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+
+            text = TextColumn("{task.description}")
+            columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task(what, total=total, completed=done, note="")
+
+    def step(self, note: str = "", count: int = 1) -> None:
+        self.done += count
+        if time.monotonic() - self.last < (0.2 if self.bar else 10) and self.done != self.total:
+            return
+        self.last = time.monotonic()
+        if self.bar:
+            self.bar.update(self.task, completed=self.done, note=note)
+        else:
+            log.info("%s %d/%s %s", self.what, self.done, self.total or "?", note)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+
+class Training(L.Callback):
+    """Counts batches against the budget, seeds every batch, logs scalars, and writes checkpoints.
+
+    Every random number of a batch follows from (seed, batch, rank), so that a run resumed at any batch goes on
+    exactly as it would have.
+    """
+
+    def __init__(self, cfg: dict[str, Any], checkpoint: Path, bars: bool = True):
+        budget = cfg["trainer"]
+        self.seed, self.log_every, self.every = cfg["seed"], budget["log_every"], 60 * budget["checkpoint_minutes"]
+        self.max_steps, self.max_epochs = budget["max_steps"], budget["max_epochs"]
+        self.cfg, self.checkpoint, self.bars = cfg, checkpoint, bars
+        self.steps, self.fit_s = 0, 0.0
+        self.bar: Bar | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "fit_s": self.fit_s + time.perf_counter() - self.start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.steps, self.fit_s = state_dict["steps"], state_dict["fit_s"]
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        from anomalib_lite import __version__
+
+        checkpoint["anomalib_lite"] = {"version": __version__, "config": self.cfg, "finished": self.finished(trainer)}
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        self.start = self.saved = time.perf_counter()
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.start = self.saved = time.perf_counter()
+        if self.steps:
+            batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+            trainer.datamodule.resume_at(*divmod(self.steps, batches))  # type: ignore[attr-defined]
+
+    def total(self, trainer: L.Trainer) -> int | None:
+        epochs = None if self.max_epochs is None else self.max_epochs * int(trainer.num_training_batches)
+        return min((n for n in (self.max_steps, epochs) if n is not None), default=None)
+
+    def finished(self, trainer: L.Trainer) -> bool:
+        total = self.total(trainer) if self.max_epochs != 0 else 0
+        return total is not None and self.steps >= total
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.bars and trainer.is_global_zero:
+            self.bar = Bar("training", self.total(trainer), self.steps)
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed((self.seed * 1_000_003 + self.steps) * 1_009 + trainer.global_rank)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.steps += 1
+        last = self.finished(trainer)
+        if last:
+            trainer.should_stop = True
+        if self.steps % self.log_every == 0 or last or self.steps == 1:
+            loss = float(outputs["loss"]) if outputs else float("nan")
+            if outputs and loss != loss:
+                raise UserError(
+                    f"the loss became NaN at batch {self.steps}; lower method.optimizer.lr, or set "
+                    "hardware.precision=32 (the last checkpoint is kept)"
+                )
+            if trainer.is_global_zero:
+                for logger in trainer.loggers:
+                    logger.log_metrics({"loss": loss, "epoch": trainer.current_epoch}, step=self.steps)
+            if self.bar:
+                self.bar.step(f"loss {loss:.4g}", count=self.steps - self.bar.done)
+        if time.perf_counter() - self.saved >= self.every and not last:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.bar:
+            self.bar.close()
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        if self.bar:
+            self.bar.close()
+
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.fit_s, self.start = self.fit_s + time.perf_counter() - self.start, time.perf_counter()
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write checkpoints/last.ckpt whole or not at all."""
+        part = self.checkpoint.with_suffix(".part")
+        trainer.save_checkpoint(part)
+        if trainer.is_global_zero:
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(self.checkpoint)
+        self.saved = time.perf_counter()
+
+
+class FillFeatures(L.Callback):
+    """Computes a frozen backbone's features of all training images once, and holds them in memory if they fit."""
+
+    def __init__(self, limit_gb: float):
+        self.limit = limit_gb * 2**30
+        self.report: dict[str, Any] = {"held": False}
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if not getattr(module, "frozen_features", False) or data.augment:
+            return
+        count, bar = len(data.train_samples), None
+        for batch in data.normal_dataloader():
+            batch = module.transfer_batch_to_device(batch, module.device, 0)
+            levels = module.backbone(batch["image"])  # type: ignore[operator, union-attr]
+            if not module.store.levels:
+                size = count * module.store.bytes_per_image(levels)
+                self.report["gb"] = round(size / 2**30, 3)
+                if size > self.limit:
+                    log.info("features of %d images need %.1f GB, more than hardware.feature_memory_gb: computed anew",
+                             count, size / 2**30)  # fmt: skip
+                    return
+                module.store.reserve(levels if module.device.type == "cpu" else [x.cpu() for x in levels], count)
+                bar = Bar("features", count) if trainer.is_global_zero else None
+            module.store.add(batch["path"], levels)
+            if bar:
+                bar.step(count=len(batch["path"]))
+        if bar:
+            bar.close()
+        data.images_needed = False
+        self.report["held"] = True

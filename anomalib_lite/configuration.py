@@ -1,0 +1,118 @@
+"""Checks of the composed configuration, before anything heavy is imported or any folder is written."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from anomalib_lite.errors import UserError
+
+#: what may differ between a run and its continuation
+FREE_ON_RESUME = (
+    "resume", "debug", "hardware", "logger", "trainer.log_every", "trainer.checkpoint_minutes",
+    "data.root", "data.workers", "data.check", "data.eval_batch_size",
+)  # fmt: skip
+
+
+def _integer(low: int) -> Callable[[Any], bool]:
+    return lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= low
+
+
+def _optional(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda x: x is None or test(x)
+
+
+def _size(x: Any) -> bool:
+    return _integer(16)(x) or (isinstance(x, list) and len(x) == 2 and all(_integer(16)(n) for n in x))
+
+
+def _share(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < 1
+
+
+def _names(x: Any) -> bool:
+    return isinstance(x, str) or (isinstance(x, list) and bool(x) and all(isinstance(name, str) for name in x))
+
+
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "seed": (_integer(0), "a whole number from 0"),
+    "resume": (lambda x: isinstance(x, bool), "true or false"),
+    "debug": (lambda x: isinstance(x, bool), "true or false"),
+    "data.category": (_names, "a name, a list such as [bottle,toothbrush], or all"),
+    "data.image_size": (_size, "a whole number from 16, or [height, width]"),
+    "data.batch_size": (_integer(1), "a whole number from 1"),
+    "data.eval_batch_size": (_integer(1), "a whole number from 1"),
+    "data.workers": (lambda x: x == "auto" or _integer(0)(x), "a whole number from 0, or auto"),
+    "data.val_fraction": (_share, "a share from 0, below 1"),
+    "data.check": (lambda x: x in ("fast", "thorough"), "fast or thorough"),
+    "data.normalize": (lambda x: x in ("imagenet", "none"), "imagenet or none"),
+    "trainer.max_epochs": (_optional(_integer(0)), "a whole number from 0, or null"),
+    "trainer.max_steps": (_optional(_integer(1)), "a whole number from 1, or null"),
+    "trainer.log_every": (_integer(1), "a whole number from 1"),
+    "trainer.checkpoint_minutes": (lambda x: isinstance(x, int | float) and x >= 0, "minutes from 0"),
+    "hardware.accelerator": (lambda x: x in ("auto", "cpu", "gpu"), "auto, cpu or gpu"),
+    "hardware.devices": (lambda x: x == "auto" or _integer(1)(x), "a whole number from 1, or auto"),
+    "hardware.nodes": (_integer(1), "a whole number from 1"),
+    "hardware.precision": (lambda x: x in ("auto", 32, "bf16"), "auto, 32 or bf16"),
+    "hardware.threads": (_optional(_integer(1)), "a whole number from 1, or null"),
+    "hardware.feature_memory_gb": (lambda x: isinstance(x, int | float) and x >= 0, "gigabytes from 0"),
+}
+
+
+def lookup(cfg: dict[str, Any], key: str) -> Any:
+    value: Any = cfg
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def check(cfg: dict[str, Any]) -> None:
+    """Raise UserError for the first value that means nothing."""
+    for key, (test, wanted) in RULES.items():
+        value = lookup(cfg, key)
+        if not test(value):
+            raise UserError(f"{key}={value}: give {wanted}")
+    if cfg["trainer"]["max_epochs"] is None and cfg["trainer"]["max_steps"] is None:
+        raise UserError("trainer.max_epochs and trainer.max_steps are both null: give a budget")
+    check_scoring(cfg["scoring"])
+
+
+def flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested dict as {"a.b.c": value}."""
+    if not isinstance(cfg, dict):
+        return {prefix: cfg}
+    return {key: value for name, part in cfg.items() for key, value in flat(part, f"{prefix}.{name}".strip(".")).items()}
+
+
+def check_unchanged(old: dict[str, Any], new: dict[str, Any], run: Path) -> None:
+    """Raise UserError naming the first key in which a continued run would differ from the one begun."""
+    before, after = flat(old), flat(new)
+    for key in sorted(before.keys() | after.keys()):
+        free = any(key == name or key.startswith(f"{name}.") for name in FREE_ON_RESUME)
+        if not free and before.get(key) != after.get(key):
+            raise UserError(
+                f"{key}={after.get(key)} but the run in {run} was begun with {before.get(key)}: "
+                "resume with the same configuration, or start anew in another folder"
+            )
+
+
+def check_scoring(scoring: dict) -> None:
+    """Raise UserError for a value of the `scoring` group that means nothing."""
+    for key in ("pixel_smooth", "image_smooth"):
+        how = scoring[key]
+        number = how.get("box", how.get("sigma")) if isinstance(how, dict) else how
+        known = not isinstance(how, dict) or set(how) <= {"box", "times", "sigma", "size"}
+        odd = not isinstance(how, dict) or all(how.get(k) is None or how[k] % 2 == 1 for k in ("box", "size"))
+        positive = isinstance(number, int | float) and not isinstance(number, bool) and number > 0
+        if not (how is None or (key == "image_smooth" and how == "same") or (known and odd and positive)):
+            raise UserError(
+                f"scoring.{key}={how}: give a sigma above 0, {{sigma: 4, size: 5}}, {{box: 11, times: 3}} "
+                "(odd sizes) or null"
+            )
+    how = scoring["image_score"]
+    if how not in ("max", "mean") and not (isinstance(how, float) and 0 < how <= 1):
+        raise UserError(f"scoring.image_score={how}: give max, mean, or a share such as 0.01 for the mean of the top 1 %")
+    if not (isinstance(scoring["quantile"], int | float) and 0 < scoring["quantile"] <= 1):
+        raise UserError(f"scoring.quantile={scoring['quantile']}: give a share above 0 and at most 1")
+    limits = scoring["fpr_limits"]
+    if not isinstance(limits, list) or not limits or any(not (isinstance(x, int | float) and 0 < x <= 1) for x in limits):
+        raise UserError(f"scoring.fpr_limits={limits}: give a list of false positive rates above 0 and at most 1")

@@ -1,0 +1,102 @@
+"""From a loaded image to the tensors of a batch. The only module that imports albumentations."""
+
+import os
+import random
+from collections.abc import Callable, Sequence
+
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before the import: it would ask the network for its newest version
+
+import albumentations as A
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from anomalib_lite.errors import UserError
+
+NORMALIZE = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+Corrupt = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+class Resize(A.DualTransform):
+    """Resize to `size` (a side, or [height, width]) with PIL's antialiased filter; masks with PIL's nearest.
+
+    albumentations' own Resize does not antialias, which changes 1024² originals visibly. `resample` is one of PIL's
+    names: nearest, box, bilinear, hamming, bicubic, lanczos. Image uint8 [H, W] or [H, W, C].
+    """
+
+    def __init__(self, size: int | Sequence[int], resample: str = "bilinear", p: float = 1.0):
+        super().__init__(p=p)
+        self.size = pair(size)
+        if resample.upper() not in Image.Resampling.__members__:
+            names = ", ".join(Image.Resampling.__members__).lower()
+            raise UserError(f"data.resample={resample} is not known: choose one of {names}")
+        self.resample = resample
+
+    def apply(self, img: np.ndarray, **params) -> np.ndarray:
+        return self._resize(img, Image.Resampling[self.resample.upper()])
+
+    def apply_to_mask(self, mask: np.ndarray, *args, **params) -> np.ndarray:
+        return self._resize(mask, Image.Resampling.NEAREST)
+
+    def _resize(self, array: np.ndarray, resample: Image.Resampling) -> np.ndarray:
+        height, width = self.size
+        return np.array(Image.fromarray(array).resize((width, height), resample))
+
+    def get_transform_init_args_names(self) -> tuple[str, ...]:
+        return ("size", "resample")
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) from a side or [height, width]; raises UserError unless both are positive."""
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise UserError(f"data.image_size={size} must be a positive number of pixels or [height, width]")
+    return sides
+
+
+class Pipeline:
+    """Call with an image and its mask to get their tensors; see `build`."""
+
+    def __init__(self, transforms: Sequence, augment: Sequence, normalize: str):
+        if normalize not in NORMALIZE:
+            raise UserError(f"data.normalize={normalize} is not known: choose one of {', '.join(NORMALIZE)}")
+        self.compose = A.Compose([*transforms, *augment])
+        mean, std = NORMALIZE[normalize]
+        self.mean = torch.tensor(mean).view(3, 1, 1)
+        self.std = torch.tensor(std).view(3, 1, 1)
+
+    def __call__(
+        self, image: np.ndarray, mask: np.ndarray, seed: Sequence[int] = (0,), corrupt: Corrupt | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Image uint8 [H, W, 3] and mask bool [H, W] to float32 [3, h, w] and bool [h, w].
+
+        Equal seeds (a few non-negative integers) give equal augmentations. `corrupt` sees the uint8 image [h, w, 3]
+        after all transforms, so that no crop cuts its defect off, and its mask replaces the given one.
+        """
+        # Not Compose.set_random_seed: it gives every transform a generator of the same seed, so that two flips with
+        # p=0.5 always agree. One shared generator makes them independent.
+        rng = np.random.default_rng(list(seed))
+        self.compose.set_random_state(rng, random.Random(int(rng.integers(2**63))))
+        done = self.compose(image=image, mask=mask.astype(np.uint8))
+        image, mask = done["image"], done["mask"] > 0
+        if image.dtype != np.uint8 or image.shape != (*mask.shape, 3):
+            raise UserError(
+                f"data.transform and data.augment must leave a uint8 image [H, W, 3], not {image.dtype} {image.shape}; "
+                "leave normalisation to data.normalize"
+            )
+        if corrupt is not None:
+            image, mask = corrupt(image)
+        tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float().div_(255)
+        return tensor.sub_(self.mean).div_(self.std), torch.from_numpy(np.ascontiguousarray(mask))
+
+
+def build(transforms: Sequence, augment: Sequence = (), normalize: str = "imagenet") -> Pipeline:
+    """A Pipeline of albumentations transforms: `transforms` always, then `augment` (training only), then normalisation.
+
+    Raises UserError for an unknown `normalize` ("imagenet": mean and standard deviation, "none": [0, 1]).
+    """
+    return Pipeline(transforms, augment, normalize)

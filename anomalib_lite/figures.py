@@ -1,0 +1,85 @@
+"""Heat maps of a run's worst and best cases, a picture a category."""
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from anomalib_lite.data.samples import Sample, load_rgb
+
+
+def write_figures(
+    folder: Path,
+    samples: list[Sample],
+    categories: list[str],
+    arrays: dict[str, np.ndarray],
+    thresholds: dict[str, Any],
+    title: str,
+) -> None:
+    """`<category>.png`: the defects with the lowest scores, the good images with the highest, and the clearest defects.
+
+    Heat maps of a category share one colour scale, from the median of its maps to the largest value.
+    """
+    folder.mkdir(exist_ok=True)
+    for category in categories:
+        rows = [i for i, sample in enumerate(samples) if sample.category == category]
+        if rows:
+            threshold = thresholds["per_category"][category]
+            picture = contact_sheet(samples, _cases(rows, arrays), arrays, threshold, f"{title}: {category}")
+            cv2.imwrite(str(folder / f"{category}.png"), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+
+
+def _cases(rows: list[int], arrays: dict[str, np.ndarray], count: int = 3) -> list[tuple[str, int]]:
+    by_score = sorted(rows, key=lambda i: (float(arrays["scores"][i]), i))
+    bad = [i for i in by_score if arrays["labels"][i]]
+    good = [i for i in by_score if not arrays["labels"][i]]
+    missed = bad[: min(count, len(bad) // 2)]
+    return (
+        [("clear defect", i) for i in bad[len(missed) :][::-1][:count]]
+        + [("weakest defect", i) for i in missed]
+        + [("highest good", i) for i in good[::-1][:count]]
+    )
+
+
+def heat(image: np.ndarray, amap: np.ndarray, low: float, high: float) -> np.ndarray:
+    """An RGB image [H, W, 3] under its map [H, W], coloured from `low` to `high`."""
+    level = np.clip((amap - low) / max(high - low, 1e-12), 0, 1)
+    colours = cv2.applyColorMap((255 * level).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
+    opacity = (0.25 + 0.6 * level)[..., None]
+    return (image * (1 - opacity) + colours * opacity).astype(np.uint8)
+
+
+def contact_sheet(
+    samples: list[Sample],
+    cases: list[tuple[str, int]],
+    arrays: dict[str, np.ndarray],
+    threshold: dict[str, float],
+    title: str,
+    tile: int = 192,
+) -> np.ndarray:
+    """A column a case: the image with its defect outlined, and its heat map; scores as multiples of the threshold."""
+    chosen = arrays["maps"][[i for _, i in cases]]
+    low, high = float(np.median(chosen)), float(chosen.max())
+    gap, head = 6, 30
+    sheet = np.full((head + 2 * (tile + gap) + 40, len(cases) * (tile + gap) + gap, 3), 255, np.uint8)
+    _write(sheet, title, gap, 20, 0.5)
+    for column, (kind, i) in enumerate(cases):
+        x = gap + column * (tile + gap)
+        image = cv2.resize(load_rgb(samples[i].path), (tile, tile), interpolation=cv2.INTER_AREA)
+        amap = cv2.resize(arrays["maps"][i], (tile, tile), interpolation=cv2.INTER_LINEAR)
+        mask = cv2.resize(arrays["masks"][i].astype(np.uint8), (tile, tile), interpolation=cv2.INTER_NEAREST)
+        outlined = image.copy()
+        outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(outlined, outlines, -1, (0, 220, 0), 1)
+        sheet[head : head + tile, x : x + tile] = outlined
+        sheet[head + tile + gap : head + 2 * tile + gap, x : x + tile] = heat(image, amap, low, high)
+        ratio = float(arrays["scores"][i]) / threshold["image"] if threshold["image"] else float("nan")
+        y = head + 2 * (tile + gap) + 10
+        _write(sheet, f"{kind}: {samples[i].defect}", x, y, 0.4)
+        _write(sheet, f"{ratio:.2f} x threshold", x, y + 18, 0.4, (0, 0, 0) if ratio < 1 else (200, 0, 0))
+    return sheet
+
+
+def _write(sheet: np.ndarray, text: str, x: int, y: int, size: float, colour: tuple[int, ...] = (0, 0, 0)) -> None:
+    cv2.putText(sheet, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, colour, 1, cv2.LINE_AA)

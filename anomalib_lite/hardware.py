@@ -1,0 +1,68 @@
+"""From the `hardware` group to what Lightning's Trainer takes."""
+
+import os
+import platform
+import resource
+import sys
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+
+from anomalib_lite.errors import UserError
+
+
+class DDP(DDPStrategy):
+    """Lightning's, for methods without trainable weights too: there is nothing to exchange then."""
+
+    def configure_ddp(self) -> None:
+        if any(p.requires_grad for p in self.model.parameters()):  # type: ignore[union-attr]
+            super().configure_ddp()
+
+
+def lightning_options(hardware: dict[str, Any], multirun: bool) -> dict[str, Any]:
+    """`accelerator`, `devices`, `num_nodes`, `strategy` and `precision` of a Trainer; sets the CPU threads.
+
+    Raises:
+        UserError: no GPU, fewer GPUs than asked for, or a sweep in one process over several devices.
+    """
+    gpus = torch.cuda.device_count()
+    accelerator = hardware["accelerator"]
+    if accelerator == "gpu" and not gpus:
+        raise UserError("hardware.accelerator=gpu: no GPU is visible here; choose hardware=cpu or hardware=auto")
+    if accelerator == "auto":
+        accelerator = "gpu" if gpus else "cpu"
+    devices = hardware["devices"]
+    if devices == "auto":
+        devices = gpus if accelerator == "gpu" else 1
+    if accelerator == "gpu" and devices > gpus:
+        raise UserError(f"hardware.devices={devices}: only {gpus} GPUs are visible here")
+    several = devices * hardware["nodes"] > 1
+    if several and multirun:
+        raise UserError(
+            f"hardware.devices={devices} in a sweep needs a process per job, or the ranks of one job run into the "
+            "next; run the jobs one by one"
+        )
+    torch.set_num_threads(hardware["threads"] or max(1, (os.cpu_count() or 1) // (devices if accelerator == "cpu" else 1)))
+    precision = "bf16-mixed" if hardware["precision"] == "bf16" else "32-true"
+    strategy: Any = DDP(process_group_backend="gloo" if accelerator == "cpu" else None) if several else "auto"
+    return {
+        "accelerator": accelerator,
+        "devices": devices,
+        "num_nodes": hardware["nodes"],
+        "strategy": strategy,
+        "precision": precision,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+
+
+def peak_memory_mb() -> dict[str, float]:
+    """Peak memory of this process, and of its GPU where there is one."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, else in KiB
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20}
+    if torch.cuda.is_available():
+        peak["gpu"] = torch.cuda.max_memory_allocated() / 2**20
+    return peak

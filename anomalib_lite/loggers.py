@@ -1,0 +1,66 @@
+"""Where a run's scalars go: metrics.csv always, Weights & Biases as well."""
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class CSVLogger(Logger):
+    """`metrics.csv` in the run's folder, a row a step. A resumed run keeps the rows before its checkpoint."""
+
+    def __init__(self, run_dir: str | Path):
+        super().__init__()
+        self.file = Path(run_dir) / "metrics.csv"
+        self.rows: list[dict[str, Any]] = []
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def keep_until(self, step: int) -> None:
+        """Take up the rows of an interrupted run, up to this step."""
+        if self.file.is_file():
+            with self.file.open(newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append({"step": step, **metrics})
+        if len(self.rows) % 50 == 0:
+            self.save()
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The configuration is in .hydra/."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        if columns:
+            with self.file.open("w", newline="") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(self.rows)
+
+    def finalize(self, status: str) -> None:
+        self.save()
+
+
+def wandb_logger(run_dir: str | Path, project: str = "anomalib_lite", mode: str = "auto", **kwargs: Any) -> Logger:
+    """W&B below the run's folder; `mode` auto is online where a key is configured, else offline, never a prompt."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    if mode == "auto":
+        netrc = Path.home() / ".netrc"
+        key = os.environ.get("WANDB_API_KEY") or (netrc.is_file() and "wandb" in netrc.read_text())
+        mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
+    return WandbLogger(project=project, save_dir=str(run_dir), mode=mode, **kwargs)

@@ -1,0 +1,103 @@
+"""The contract of a method: what it must define, and what the base does for all of them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning as L  # noqa: N812
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from anomalib_lite.backbones import Backbone, FeatureStore
+from anomalib_lite.scoring import image_scores, smooth
+
+Batch = dict[str, Any]
+
+
+class AnomalyModule(L.LightningModule):
+    """A method: its networks, its loss and its anomaly map, in one file.
+
+    A subclass defines `training_step(batch, batch_idx) -> loss` and `anomaly_map(batch) -> Tensor[B, h, w]`
+    (float32, higher is more anomalous, at any resolution), and may define
+
+    - `on_fit_start()` for what is computed in closed form: `for batch in self.normal_batches(): ...`;
+    - `configure_optimizers()`, where `optimizer` and `scheduler` from the configuration are not enough;
+    - `frozen_features = True`, where training and test see only a frozen backbone's outputs for unaugmented images:
+      `self.features(batch)` gives them, and computes each once in a run.
+
+    A batch is a dict: `image` float32 [B, 3, H, W], `mask` bool [B, H, W], `label` int64 [B], `category` int64 [B],
+    `path` list of str, `index` int64 [B]. With features held in memory, training batches come without `image`.
+
+    Args:
+        backbone: feature extractor, or None.
+        optimizer: parameters -> optimizer. scheduler: optimizer -> scheduler, stepped once a batch.
+        scoring: the `scoring` group of the configuration.
+        image_size: (H, W) of the input, to which maps are brought.
+        categories: names of the classes; more than one is the unified setting.
+    """
+
+    frozen_features = False
+
+    def __init__(
+        self,
+        backbone: Backbone | None = None,
+        optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+        scheduler: Callable[..., Any] | None = None,
+        scoring: dict[str, Any] | None = None,
+        image_size: Sequence[int] = (256, 256),
+        categories: Sequence[str] = ("",),
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.scoring = {"pixel_smooth": None, "image_smooth": "same", "image_score": "max"} | (scoring or {})
+        self.image_size, self.categories = tuple(image_size), list(categories)
+        self.store = FeatureStore()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of a batch, a scalar."""
+        raise NotImplementedError(f"{type(self).__name__} defines no training_step(batch, batch_idx)")
+
+    def anomaly_map(self, batch: Batch) -> Tensor:
+        """Anomaly maps [B, h, w], float32, higher is more anomalous, of a batch of images."""
+        raise NotImplementedError(f"{type(self).__name__} defines no anomaly_map(batch)")
+
+    def features(self, batch: Batch) -> list[Tensor]:
+        """The backbone's outputs for a batch, list of [B, C_i, H_i, W_i]: held in memory, or computed."""
+        if self.store.holds(batch["path"]):
+            return [level.to(self.device) for level in self.store.get(batch["path"])]
+        assert self.backbone is not None
+        return self.backbone(batch["image"])
+
+    def normal_batches(self):
+        """The training images once, in order and unaugmented, on this device; for closed forms."""
+        for batch in self.trainer.datamodule.normal_dataloader():  # type: ignore[attr-defined]
+            yield self.transfer_batch_to_device(batch, self.device, 0)
+
+    def configure_optimizers(self) -> Any:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if self.optimizer is None or not parameters:
+            return None
+        optimizer = self.optimizer(parameters)
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+
+    def score(self, batch: Batch) -> dict[str, Tensor]:
+        """`map` [B, H, W] at the input's size, smoothed, and `score` [B], both float32."""
+        raw = self.anomaly_map(batch).float()
+        if raw.shape[-2:] != self.image_size:
+            raw = F.interpolate(raw[:, None], self.image_size, mode="bilinear", align_corners=False)[:, 0]
+        pixels, image = self.scoring["pixel_smooth"], self.scoring["image_smooth"]
+        maps = smooth(raw, pixels)
+        for_score = maps if image in ("same", pixels) else smooth(raw, image)
+        return {"map": maps, "score": image_scores(for_score, self.scoring["image_score"])}
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        return self.score(batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        return self.score(batch)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Plain Python and tensors only: it is read back with weights_only."""

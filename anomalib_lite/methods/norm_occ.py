@@ -1,0 +1,144 @@
+"""Norm-based one-class classification (Gao, Luo, Shen, Zhang, arXiv 2308.11898), our reading of its abstract.
+
+A frozen backbone's patch features φ are projected by one 1×1 convolution P. A target that is fixed independently of
+the data replaces the centre of the hypersphere; the distance to it is minimised and is the score.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from anomalib_lite.errors import UserError
+from anomalib_lite.methods.base import AnomalyModule, Batch
+
+
+def patch_features(levels: list[Tensor]) -> Tensor:
+    """φ: levels [B, C_i, H_i, W_i], each 3×3 average-pooled, brought to the first one's grid: [B, ΣC_i, H_0, W_0]."""
+    pooled = [F.avg_pool2d(level, 3, 1, 1) for level in levels]
+    size = pooled[0].shape[-2:]
+    return torch.cat([pooled[0], *(F.interpolate(x, size, mode="bilinear") for x in pooled[1:])], 1)
+
+
+class NormOCC(AnomalyModule):
+    """The trained projector.
+
+    Args:
+        target: "point": ‖Pφ − c‖² with a random c of norm m; "shell": (‖Pφ‖_p − m)²; "zero": ‖Pφ‖², the infeasible
+            norm, kept to show that it collapses when trained to convergence.
+        norm: m / r₀, where r₀ is the mean ‖P₀φ‖ of the training patches before training.
+        p: the shell's norm: 1, 2 or "inf". squared: of the point's distance. dim: outputs of P (None: its inputs).
+    """
+
+    frozen_features = True
+
+    def __init__(
+        self,
+        target: str = "point",
+        norm: float = 0.1,
+        p: float | str = 2,
+        squared: bool = True,
+        dim: int | None = None,
+        **context: Any,
+    ):
+        super().__init__(**context)
+        if target not in ("point", "shell", "zero"):
+            raise UserError(f"method.target={target}: choose point, shell or zero")
+        if p not in (1, 2, "inf") or norm < 0:
+            raise UserError(f"method.p={p}, method.norm={norm}: p is 1, 2 or inf, and the norm is not negative")
+        assert self.backbone is not None
+        channels = sum(self.backbone.channels)
+        self.target, self.norm, self.p, self.squared = target, norm, float(p), squared
+        self.project = nn.Conv2d(channels, dim or channels, 1, bias=False)
+        direction = torch.randn(dim or channels)  # c ~ N(0, I), seeded with the run, scaled to norm m by on_fit_start
+        self.register_buffer("direction", direction / direction.norm())
+        self.register_buffer("radius", torch.tensor(math.nan))
+
+    def on_fit_start(self) -> None:
+        """m = norm · r₀; a resumed run already has it."""
+        if not self.radius.isnan():
+            return
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        with torch.no_grad():
+            for batch in self.normal_batches():
+                norms = torch.linalg.vector_norm(self.projected(batch), self.p if self.target == "shell" else 2, dim=1)
+                total, count = total + norms.double().sum().cpu(), count + norms.numel()
+        self.radius.fill_(self.norm * total / count)
+
+    def projected(self, batch: Batch) -> Tensor:
+        return self.project(patch_features(self.features(batch)))
+
+    def distance(self, batch: Batch) -> Tensor:
+        """Distance of every patch to the target, [B, h, w]."""
+        z = self.projected(batch)
+        if self.target == "shell":
+            return (torch.linalg.vector_norm(z, self.p, dim=1) - self.radius) ** 2
+        if self.target == "point":
+            z = z - self.radius * self.direction[:, None, None]
+        squares = z.square().sum(1)
+        return squares if self.squared else squares.sqrt()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.distance(batch).mean()
+
+    def anomaly_map(self, batch: Batch) -> Tensor:
+        return self.distance(batch)
+
+
+class NormOCCClosedForm(AnomalyModule):
+    """What gradient descent makes of the point target, without training.
+
+    With S = E[φφᵀ], μ = E[φ] and W* = cμᵀS⁻¹, descent of E‖Wφ − c‖² gives W_t = W* + (W₀ − W*)A, A = (I − 2ηS)^t.
+    In the mean over a random W₀ (zero mean, rows scaled to E‖W₀φ‖² = E‖φ‖²) the score is
+    ‖Aφ‖² + ‖c‖²(1 − μᵀS⁻¹(I − A)φ)², a soft minor-subspace distance and the converged projector's score.
+    Time is given free of units: t runs until E‖Aφ‖² = residual · E‖φ‖².
+
+    Args:
+        norm: ‖c‖ / r₀ with r₀² = E‖φ‖². residual: share of the projection's energy that is left, in (0, 1].
+    """
+
+    frozen_features = True
+
+    def __init__(self, norm: float = 0.1, residual: float = 0.01, **context: Any):
+        super().__init__(**context)
+        if not 0 < residual <= 1 or norm < 0:
+            raise UserError(f"method.residual={residual}, method.norm={norm}: 0 < residual ≤ 1 and the norm ≥ 0")
+        assert self.backbone is not None
+        channels = sum(self.backbone.channels)
+        self.norm, self.residual = norm, residual
+        self.register_buffer("decay", torch.zeros(channels, channels))  # A
+        self.register_buffer("converged", torch.zeros(channels))  # (I − A)S⁻¹μ
+        self.register_buffer("radius2", torch.zeros(()))  # ‖c‖²
+
+    @torch.no_grad()
+    def on_fit_start(self) -> None:
+        channels = len(self.converged)
+        moment = torch.zeros(channels, channels, dtype=torch.float64, device=self.device)
+        mean, count = moment[0].clone(), 0
+        for batch in self.normal_batches():
+            phi = patch_features(self.features(batch)).movedim(1, -1).reshape(-1, channels)
+            moment, mean, count = moment + (phi.T @ phi).double(), mean + phi.double().sum(0), count + len(phi)
+        energy, axes = torch.linalg.eigh(moment / count)  # S = axes · diag(energy) · axesᵀ
+        energy = energy.clamp_min(0)
+        decay = torch.exp(-descent_time(energy, self.residual) * energy)
+        # (1 − e^(−τλ)) / λ → τ as λ → 0: no division by the vanishing energies of unused directions
+        solved = torch.where(energy > 1e-12 * energy[-1], (1 - decay) / energy.clamp_min(1e-300), 0)
+        self.decay.copy_((axes * decay) @ axes.T)
+        self.converged.copy_((axes * solved) @ (axes.T @ (mean / count)))
+        self.radius2.copy_(self.norm**2 * energy.sum())
+
+    def anomaly_map(self, batch: Batch) -> Tensor:
+        phi = patch_features(self.features(batch)).movedim(1, -1)  # [B, h, w, C]
+        return (phi @ self.decay).square().sum(-1) + self.radius2 * (1 - phi @ self.converged).square()
+
+
+def descent_time(energy: Tensor, residual: float) -> float:
+    """τ = 2ηt at which Σ λ e^(−2τλ) = residual · Σ λ, by bisection on a logarithmic scale."""
+    low, high = -60.0, 120.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        left = (energy * torch.exp(-2 * math.exp(middle) * energy)).sum() / energy.sum()
+        low, high = (middle, high) if left > residual else (low, middle)
+    return math.exp(low)

@@ -1,0 +1,130 @@
+"""What a run leaves on disk, written and read in one place."""
+
+import csv
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from anomalib_lite.cli import PACKAGE
+from anomalib_lite.data.samples import Sample
+from anomalib_lite.errors import UserError
+
+SCHEMA = 1
+MAP_SIZE = 64
+METRICS = {
+    "image_auroc": "image AUROC",
+    "image_ap": "image AP",
+    "image_f1max": "image F1-max",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_ap": "pixel AP",
+    "pixel_f1max": "pixel F1-max",
+    "aupro_30": "AUPRO@0.3",
+    "aupro_05": "AUPRO@0.05",
+}
+
+
+def write_text(file: Path, text: str) -> None:
+    """Whole or not at all."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text)
+    os.replace(part, file)
+
+
+def write_result(run: Path, result: dict[str, Any]) -> None:
+    """result.json; a NaN or infinity in it is our fault and raises ValueError."""
+    write_text(run / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """A run's result.json; UserError where there is none or it is damaged."""
+    file = run / "result.json"
+    try:
+        result = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: no such file; is {run} the folder of a finished run?") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable as a result ({error})") from error
+    if not isinstance(result, dict) or result.get("schema") != SCHEMA:
+        raise UserError(f"{file}: not a result of this version (schema {SCHEMA})")
+    return result
+
+
+def write_scores(run: Path, root: Path, samples: list[Sample], scores: np.ndarray) -> None:
+    """scores.csv: an image a row; the scores with all their digits."""
+    with (run / "scores.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "category", "defect", "label", "score"])
+        for sample, score in zip(samples, scores, strict=True):
+            path = sample.path.relative_to(root) if sample.path.is_relative_to(root) else sample.path
+            writer.writerow([path.as_posix(), sample.category, sample.defect, sample.label, repr(float(score))])
+
+
+def write_maps(run: Path, root: Path, samples: list[Sample], maps: np.ndarray, curves: dict[str, np.ndarray]) -> None:
+    """maps.npz: `maps` float16 [N, 64, 64] divided by `scale` (so that float16 holds them), `paths`, and the curves."""
+    import cv2
+
+    small = [cv2.resize(m, (MAP_SIZE, MAP_SIZE), interpolation=cv2.INTER_AREA) for m in maps]
+    scale = np.float32(max((float(np.abs(m).max()) for m in small), default=1) or 1)
+    stacked = np.stack(small) if small else np.zeros((0, MAP_SIZE, MAP_SIZE), np.float32)
+    paths = [s.path.relative_to(root).as_posix() if s.path.is_relative_to(root) else str(s.path) for s in samples]
+    part = run / "maps.part.npz"
+    np.savez_compressed(part, maps=(stacked / scale).astype(np.float16), scale=scale, paths=np.array(paths), **curves)  # type: ignore[arg-type]
+    os.replace(part, run / "maps.npz")
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, device and git revision."""
+    packages = ("torch", "torchvision", "lightning", "timm", "numpy", "albumentations", "hydra-core")
+    git = ["git", "-C", str(PACKAGE)]
+    revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    if revision:
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False).stdout.strip()
+        revision += "+changes" if dirty else ""
+    return {
+        "python": platform.python_version(),
+        "anomalib_lite": version("anomalib-lite"),
+        **{package: version(package) for package in packages},
+        "device": device,
+        "git": revision or None,
+    }
+
+
+def metrics_table(result: dict[str, Any]) -> Table:
+    """The metrics per category and their mean, in percent."""
+    shown = [key for key in result["metrics"]]
+    title = f"{result['method']} on {result['dataset']} ({result['setting']}), seed {result['seed']}, in percent"
+    table = Table(title=title, title_justify="left")
+    table.add_column("category")
+    for key in shown:
+        table.add_column(METRICS.get(key, key.replace("aupro_", "AUPRO@0.")), justify="right")
+    rows = list(result["per_category"].items())
+    if len(rows) > 1:
+        rows.append(("mean", result["metrics"]))
+    for name, metrics in rows:
+        if name == "mean":
+            table.add_section()
+        table.add_row(name, *("–" if metrics[key] is None else f"{100 * metrics[key]:.1f}" for key in shown))
+    return table
+
+
+def show(run: Path, result: dict[str, Any]) -> None:
+    """Print the table, the notes, and where the files are."""
+    # a pipe has no width of its own: wide enough for the table, rather than wrapped headings
+    console = Console(width=None if Console().is_terminal else 140)
+    console.print(metrics_table(result))
+    for note in result["notes"]:
+        console.print(f"note: {note}", style="dim", highlight=False, soft_wrap=True)
+    timing = result["timing"]
+    console.print(
+        f"trained {timing['steps']} steps in {timing['fit_s']:.1f} s, tested at {timing['images_per_s']:.1f} images/s",
+        highlight=False,
+    )
+    console.print(f"{run}/ holds result.json, scores.csv, maps.npz, metrics.csv, figures/, checkpoints/", highlight=False)
