@@ -1,7 +1,7 @@
 """Where the real images and weights lie that tests marked `real` use: ANOMALIB_LITE_DATA, or the test is skipped.
 
-It names a folder that holds `parts/` (MVTec layout) and `visa/`, or one with such a folder `data/` in it; `weights/` lies
-beside or in it.
+It names a folder that holds `parts/` (MVTec layout) and `visa/`, or one with such a folder `data/` in it;
+`weights/` lies beside or in it.
 """
 
 import os

@@ -120,10 +120,12 @@ class TrainBatches(Sampler):
         return self.length // self.batch_size if self.drop_last else -(-self.length // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        # Not a generator: the position must be taken when the iteration is asked for, not at its first batch.
+        # A generator, so that the position is taken with the first batch: a loader with workers asks for an iterator
+        # twice and uses the second.
         self.epoch, first = self.take_resume() or (self.epoch, 0)
         order = np.random.default_rng([self.seed, SHUFFLE, self.epoch]).permutation(self.length)
-        return iter([self._share(order, number) for number in range(first, len(self))])
+        for number in range(first, len(self)):
+            yield self._share(order, number)
 
     def _share(self, order: np.ndarray, number: int) -> list[tuple[int, int]]:
         batch = order[number * self.batch_size : (number + 1) * self.batch_size]
