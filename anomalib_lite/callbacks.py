@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +173,23 @@ class FillFeatures(L.Callback):
             bar.close()
         data.images_needed = False
         self.report["held"] = True
+
+
+def quiet() -> None:
+    """Silence what Lightning and timm say of things that are meant here."""
+    for name in ("lightning.pytorch", "lightning.fabric", "timm"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        r".*you have no `validation_step`.*",
+        r".*does not have many workers.*",
+        r".*smaller than the logging interval.*",
+        r".*module\(s\) in eval mode.*",
+        r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+        r".*`configure_optimizers` returned `None`.*",
+        r".*trying to infer the `batch_size`.*",
+        r".*resuming from a checkpoint that ended before the epoch.*",  # ours is resumable: AnomalyDataModule.resume_at
+        r".*Using `DistributedSampler` with the dataloaders.*",
+        r".*`Trainer\(barebones=True\)`.*",
+        r".*one pass will not be enough.*",
+    ):
+        warnings.filterwarnings("ignore", message)

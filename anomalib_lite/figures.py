@@ -19,7 +19,7 @@ def write_figures(
 ) -> None:
     """`<category>.png`: the defects with the lowest scores, the good images with the highest, and the clearest defects.
 
-    Heat maps of a category share one colour scale, from the median of its maps to the largest value.
+    Heat maps of a category share one colour scale, from the median of its maps to twice the pixels' threshold.
     """
     folder.mkdir(exist_ok=True)
     for category in categories:
@@ -60,7 +60,7 @@ def contact_sheet(
 ) -> np.ndarray:
     """A column a case: the image with its defect outlined, and its heat map; scores as multiples of the threshold."""
     chosen = arrays["maps"][[i for _, i in cases]]
-    low, high = float(np.median(chosen)), float(chosen.max())
+    low, high = float(np.median(chosen)), 2 * threshold["pixel"]
     gap, head = 6, 30
     sheet = np.full((head + 2 * (tile + gap) + 40, len(cases) * (tile + gap) + gap, 3), 255, np.uint8)
     _write(sheet, title, gap, 20, 0.5)

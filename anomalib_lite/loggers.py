@@ -1,12 +1,15 @@
 """Where a run's scalars go: metrics.csv always, Weights & Biases as well."""
 
 import csv
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+log = logging.getLogger(__name__)
 
 
 class CSVLogger(Logger):
@@ -20,6 +23,10 @@ class CSVLogger(Logger):
     @property
     def name(self) -> str:
         return "csv"
+
+    @property
+    def experiment(self) -> None:
+        return None
 
     @property
     def version(self) -> str:
@@ -64,3 +71,21 @@ def wandb_logger(run_dir: str | Path, project: str = "anomalib_lite", mode: str 
         key = os.environ.get("WANDB_API_KEY") or (netrc.is_file() and "wandb" in netrc.read_text())
         mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
     return WandbLogger(project=project, save_dir=str(run_dir), mode=mode, **kwargs)
+
+
+def make_loggers(cfg: Any, run_dir: Path) -> list[Logger]:
+    """The loggers of the configuration. One that can't start (no disk, no server) is left out with a warning."""
+    from hydra.utils import instantiate
+
+    loggers = []
+    for name, logger in cfg.items():
+        try:
+            made = instantiate(logger, run_dir=str(run_dir))
+            _ = made.experiment  # W&B starts here, on rank 0
+        except Exception as error:
+            if name == "csv":
+                raise
+            log.warning("logger.%s is left out: %s", name, str(error).splitlines()[0] if str(error) else repr(error))
+            continue
+        loggers.append(made)
+    return loggers

@@ -36,10 +36,12 @@ def train(cfg: Any) -> None:
     from hydra.types import RunMode
     from hydra.utils import instantiate
 
-    from anomalib_lite.callbacks import FillFeatures, Training
+    from anomalib_lite.callbacks import FillFeatures, Training, quiet
     from anomalib_lite.evaluation import TEST, Evaluation
+    from anomalib_lite.loggers import make_loggers
     from anomalib_lite.hardware import device_name, lightning_options, peak_memory_mb
 
+    quiet()
     hardware = lightning_options(plain["hardware"], HydraConfig.get().mode == RunMode.MULTIRUN)
     if hardware["devices"] * plain["hardware"]["nodes"] > plain["data"]["batch_size"]:
         raise UserError(f"data.batch_size={plain['data']['batch_size']} is fewer than hardware.devices")
@@ -56,7 +58,7 @@ def train(cfg: Any) -> None:
             notes.append("the backbone has random weights")
     context = {"scoring": plain["scoring"], "image_size": data.image_size, "categories": data.categories}
     model = instantiate(cfg.method, backbone=backbone, **context, _convert_="all")
-    loggers = [instantiate(logger, run_dir=str(run)) for logger in cfg.logger.values() if logger]
+    loggers = make_loggers(cfg.logger, run)
 
     checkpoint = run / "checkpoints" / "last.ckpt"
     training, filling, evaluation = Training(plain, checkpoint), FillFeatures(cfg.hardware.feature_memory_gb), Evaluation()
@@ -107,7 +109,8 @@ def describe(cfg: Any, plain: dict[str, Any], model: Any, data: Any) -> dict[str
         "dataset": data.name,
         "categories": data.categories,
         "setting": "single" if len(data.categories) == 1 else "unified",
-        "split": plain["split"] | {"name": hydra.runtime.choices.split},
+        "split": {"name": hydra.runtime.choices.split}
+        | {key: value for key, value in plain["split"].items() if not key.startswith("_")},
         "backbone": None if model.backbone is None else {"name": model.backbone.name, "layers": model.backbone.layers},
         "weights": None if model.backbone is None else Path(model.backbone.weights).name,
         "seed": cfg.seed,

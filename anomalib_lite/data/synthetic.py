@@ -1,7 +1,7 @@
 """A data set of drawn parts in the MVTec layout, made on the spot, for tests and first steps without a download.
 
-Two textures (`fabric`, single-channel like MVTec's grid, and `wood`) and two objects (`gear`, `board`). A defective picture
-is drawn twice from the same random numbers, with and without its defect, and the mask is where the two drawings differ;
+Two textures (`fabric`, single-channel like MVTec's grid, and `wood`) and two objects (`gear`, `board`). A defective
+picture is drawn twice from the same random numbers, with and without its defect, and the mask is where the two differ;
 light and noise come after that. Points and lengths are in units of the picture's side, colours in [0, 1].
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from numpy.random import Generator, default_rng
+from numpy.typing import ArrayLike
 
 from anomalib_lite.data.readers import read_folder
 from anomalib_lite.data.samples import DataSet
@@ -53,12 +54,12 @@ def _polar(angle: np.ndarray | float, radius: np.ndarray | float) -> np.ndarray:
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1)
 
 
-def _circle(at: Sequence[float], radius: float) -> np.ndarray:
-    return _polar(np.linspace(0, 2 * np.pi, 64, endpoint=False), radius) + at
+def _circle(at: ArrayLike, radius: float) -> np.ndarray:
+    return _polar(np.linspace(0, 2 * np.pi, 64, endpoint=False), radius) + np.asarray(at)
 
 
-def _box(at: Sequence[float], width: float, height: float) -> np.ndarray:
-    return at + np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * [width / 2, height / 2]
+def _box(at: ArrayLike, width: float, height: float) -> np.ndarray:
+    return np.asarray(at) + np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * [width / 2, height / 2]
 
 
 def _place(points: np.ndarray, angle: float, shift: np.ndarray) -> np.ndarray:
@@ -116,8 +117,8 @@ class _Canvas:
         return self.colour * (1 + 0.12 * np.clip(slope, -3, 3)[..., None]) * (1 - 0.6 * shadow)
 
 
-# The categories: draw(rng, size, defect, spoil) -> float [S, S, C]. `spoil` is for the defect alone, so that `rng` draws
-# the same part with and without it.
+# The categories: draw(rng, size, defect, spoil) -> float [S, S, C]. `spoil` is for the defect alone, so that `rng`
+# draws the same part with and without it.
 
 
 def _fabric(rng: Generator, size: int, defect: str | None, spoil: Generator) -> np.ndarray:
@@ -132,13 +133,15 @@ def _fabric(rng: Generator, size: int, defect: str | None, spoil: Generator) -> 
     along = np.where(over, step + v - j, step - 2 + u - i) / 2
     bulge = np.sin(np.pi * np.where(over, u - i, v - j)) ** 0.8 * (0.55 + 0.45 * np.sin(np.pi * along))
     plain = 0.24 + 0.4 * bulge + np.where(over, tones[0][i % 64], tones[1][j % 64])
-    plain = plain * (1 + 0.06 * _noise(rng, size, size // 2, size // 2))
+    plain = plain * (
+        1 + 0.06 * _noise(rng, size, size // 2, size // 2) + 0.08 * _noise(rng, size, 3, 3).clip(-1.8, 1.8)
+    )
     if defect == "missing_thread":  # the warp shows through where the weft is gone
         gap = (j == int(at[1] * threads)) & (np.abs(u / threads - at[0]) < spoil.uniform(0.1, 0.25))
         plain = np.where(gap, 0.19 + 0.17 * np.sin(np.pi * (u - i)), plain)
     image = plain[..., None]
     if defect == "hole":
-        image = _tint(image, spoil, at, spoil.uniform(0.025, 0.037), 0.3)
+        image = _tint(image, spoil, at, spoil.uniform(0.024, 0.035), 0.45)
     if defect == "stain":
         image = _tint(image, spoil, at, spoil.uniform(0.04, 0.08), spoil.uniform(0.62, 0.73))
     if defect == "fibre":
@@ -153,11 +156,11 @@ def _wood(rng: Generator, size: int, defect: str | None, spoil: Generator) -> np
     rings = 11 * x + 0.9 * _noise(rng, size, 2, 5) + 0.25 * _noise(rng, size, 4, 14) + rng.uniform(0, 1)
     late, fibre = _blur((rings % 1.0) ** 2, 0.003), _noise(rng, size, size // 20, size // 2)
     pores = _blur((_noise(rng, size, size // 12, size) > 2.3).astype(np.float32), 0.002)
-    shade = 0.75 * late + 0.13 * fibre + 0.12 * _noise(rng, size, 3, 8) + 0.5 * pores
+    shade = 0.75 * late + 0.13 * fibre + 0.2 * _noise(rng, size, 3, 6).clip(-2, 2) + 0.5 * pores
     image = _rgb(0.78, 0.60, 0.41) - shade[..., None] * _rgb(0.27, 0.28, 0.24)
     if defect == "hole":
         radius = spoil.uniform(0.018, 0.028)
-        image = _tint(_tint(image, spoil, at, 1.35 * radius, 0.65), spoil, at, radius, 0.4)
+        image = _tint(_tint(image, spoil, at, 1.35 * radius, 0.65), spoil, at, radius, 0.55)
     if defect == "scratch":
         heading, bend = spoil.uniform(-0.9, 0.9), spoil.uniform(-0.3, 0.3)
         image = _scratch(image, spoil, at, spoil.uniform(0.2, 0.4), 0.009, heading, bend, _rgb(0.79, 0.66, 0.5), 0.7)
@@ -202,19 +205,17 @@ def _gear(rng: Generator, size: int, defect: str | None, spoil: Generator) -> np
     return image
 
 
-LOOKS = {
-    "chip": _rgb(0.13, 0.13, 0.14),
-    "bar": _rgb(0.3, 0.42, 0.6),
-    "can": _rgb(0.7, 0.71, 0.73),
-    "led": _rgb(0.8, 0.25, 0.2),
-}
+LOOKS = {"chip": _rgb(0.13, 0.13, 0.14), "bar": _rgb(0.30, 0.42, 0.60), "can": _rgb(0.70, 0.71, 0.73),
+         "led": _rgb(0.80, 0.25, 0.20)}  # fmt: skip
 PARTS = {  # places from the middle of the board and quarter turns
     "chip": [(-0.14, -0.15, 0), (0.16, 0.12, 1)], "can": [(-0.26, 0.08, 0), (-0.25, 0.24, 0), (0.29, -0.2, 0)],
     "bar": [(0.13, -0.24, 0), (0.13, -0.16, 0), (0.13, -0.08, 0), (-0.05, 0.2, 1), (-0.13, 0.2, 1)],
     "led": [(0, 0.03, 0), (0.29, 0.29, 0)],
 }  # fmt: skip
-TRACES = [(-0.14, -0.07, -0.13, 0.14), (0.2, -0.24, 0.29, -0.2), (0.2, -0.16, 0.25, 0.03), (0.08, 0.12, 0.01, 0.05),
-          (-0.26, 0, -0.21, -0.08), (0.22, 0.21, 0.29, 0.28), (-0.05, 0.28, 0.16, 0.32), (-0.25, 0.1, -0.25, 0.2)]  # fmt: skip
+TRACES = [
+    (-0.14, -0.07, -0.13, 0.14), (0.2, -0.24, 0.29, -0.2), (0.2, -0.16, 0.25, 0.03), (0.08, 0.12, 0.01, 0.05),
+    (-0.26, 0, -0.21, -0.08), (0.22, 0.21, 0.29, 0.28), (-0.05, 0.28, 0.16, 0.32), (-0.25, 0.1, -0.25, 0.2),
+]  # fmt: skip
 
 
 def _part(kind: str, colour: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, float]]:
@@ -276,8 +277,8 @@ CATEGORIES = {  # the order is part of every picture's seed
 def _expose(image: np.ndarray, rng: Generator) -> np.ndarray:
     """Uneven light, white balance and noise; uint8."""
     y, x = np.mgrid[-1 : 1 : len(image) * 1j, -1 : 1 : len(image) * 1j].astype(np.float32)
-    slope, dim = _polar(rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.13)), rng.uniform(0, 0.1)
-    light = rng.uniform(0.92, 1.08) * (1 + slope[0] * x + slope[1] * y - dim * (x * x + y * y))
+    slope, dim = _polar(rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.15)), rng.uniform(0, 0.1)
+    light = rng.uniform(0.9, 1.1) * (1 + slope[0] * x + slope[1] * y - dim * (x * x + y * y))
     image = image * light[..., None] * rng.normal(1, 0.012, image.shape[2])
     return np.clip(255 * (image + rng.normal(0, 0.012, image.shape)) + 0.5, 0, 255).astype(np.uint8)
 
