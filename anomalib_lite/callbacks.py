@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning as L  # noqa: N812
+import lightning as L
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -27,7 +27,13 @@ class Bar:
             from rich.console import Console
 
             text = TextColumn("{task.description}")
-            columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            columns = (
+                text,
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
             self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self.bar.start()
             self.task = self.bar.add_task(what, total=total, completed=done, note="")
@@ -55,11 +61,11 @@ class Training(L.Callback):
     exactly as it would have.
     """
 
-    def __init__(self, cfg: dict[str, Any], checkpoint: Path, bars: bool = True):
+    def __init__(self, cfg: dict[str, Any], checkpoint: Path, fingerprint: str):
         budget = cfg["trainer"]
         self.seed, self.log_every, self.every = cfg["seed"], budget["log_every"], 60 * budget["checkpoint_minutes"]
         self.max_steps, self.max_epochs = budget["max_steps"], budget["max_epochs"]
-        self.cfg, self.checkpoint, self.bars = cfg, checkpoint, bars
+        self.cfg, self.checkpoint, self.fingerprint = cfg, checkpoint, fingerprint
         self.steps, self.fit_s = 0, 0.0
         self.bar: Bar | None = None
 
@@ -72,7 +78,12 @@ class Training(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         from anomalib_lite import __version__
 
-        checkpoint["anomalib_lite"] = {"version": __version__, "config": self.cfg, "finished": self.finished(trainer)}
+        checkpoint["anomalib_lite"] = {
+            "version": __version__,
+            "config": self.cfg,
+            "fingerprint": self.fingerprint,
+            "finished": self.finished(trainer),
+        }
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         self.start = self.saved = time.perf_counter()
@@ -92,7 +103,7 @@ class Training(L.Callback):
         return total is not None and self.steps >= total
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if self.bars and trainer.is_global_zero:
+        if trainer.is_global_zero:
             self.bar = Bar("training", self.total(trainer), self.steps)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:

@@ -1,10 +1,11 @@
 """What the programs share: where the configuration lies, and errors as one line. Imports nothing heavy."""
 
 import argparse
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,13 +22,45 @@ def run(task: Callable[[Any], Any], config_name: str) -> None:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # a user's own method file is importable from the console script too
     import hydra
+
+    with reported():
+        _parse_arguments()
+        hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name=config_name)(task)()
+
+
+def run_plain(task: Callable[[dict[str, Any]], None], usage: str | None) -> None:
+    """The same for a program that takes KEY=VALUE alone: `task(options)` with values read as YAML."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print((usage or "").strip())
+        return
+    with reported():
+        options: dict[str, Any] = {}
+        for argument in sys.argv[1:]:
+            key, equals, text = argument.partition("=")
+            if not equals or not key:
+                raise UserError(f"{argument}: arguments are KEY=VALUE; see --help")
+            options[key] = _yaml(key, text)
+        task(options)
+
+
+def _yaml(key: str, text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{key}={text}: not a value that can be read") from error
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Turn errors that a user can mend into one line and exit code 2; debug=true shows the traceback."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     debug = any(re.fullmatch(r"\+*debug=(true|1|yes|on)", argument, re.IGNORECASE) for argument in sys.argv)
     try:
-        _parse_arguments()
-        hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name=config_name)(task)()
+        yield
     except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
         if debug:
             raise

@@ -1,5 +1,6 @@
 """Checks of the composed configuration, before anything heavy is imported or any folder is written."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,11 +77,38 @@ def check(cfg: dict[str, Any]) -> None:
     check_scoring(cfg["scoring"])
 
 
+def read_run(run: Path) -> tuple[Path, dict[str, Any], dict[str, str]]:
+    """Checkpoint, configuration and names of a run's folder; UserError where it holds no finished training."""
+    if not run.is_dir():
+        raise UserError(f"run={run}: no such folder")
+    checkpoint, stored = run / "checkpoints" / "last.ckpt", run / "checkpoints" / "config.json"
+    for file in (stored, checkpoint):
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; is run={run} the folder of a finished run?")
+    try:
+        content = json.loads(stored.read_text())
+        return checkpoint, content["config"], content["names"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{stored}: damaged ({error}); train again") from error
+
+
+def assign(cfg: dict[str, Any], key: str, value: Any) -> None:
+    """cfg[a][b] = value for the key a.b, which must exist."""
+    *groups, name = key.split(".")
+    for group in groups:
+        cfg = cfg.get(group) if isinstance(cfg, dict) else None  # type: ignore[assignment]
+    if not isinstance(cfg, dict) or name not in cfg:
+        raise UserError(f"{key}: the run's configuration has no such key")
+    cfg[name] = value
+
+
 def flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
     """A nested dict as {"a.b.c": value}."""
     if not isinstance(cfg, dict):
         return {prefix: cfg}
-    return {key: value for name, part in cfg.items() for key, value in flat(part, f"{prefix}.{name}".strip(".")).items()}
+    return {
+        key: value for name, part in cfg.items() for key, value in flat(part, f"{prefix}.{name}".strip(".")).items()
+    }
 
 
 def check_unchanged(old: dict[str, Any], new: dict[str, Any], run: Path) -> None:
@@ -110,9 +138,15 @@ def check_scoring(scoring: dict) -> None:
             )
     how = scoring["image_score"]
     if how not in ("max", "mean") and not (isinstance(how, float) and 0 < how <= 1):
-        raise UserError(f"scoring.image_score={how}: give max, mean, or a share such as 0.01 for the mean of the top 1 %")
+        raise UserError(
+            f"scoring.image_score={how}: give max, mean, or a share such as 0.01 for the mean of the top 1 %"
+        )
     if not (isinstance(scoring["quantile"], int | float) and 0 < scoring["quantile"] <= 1):
         raise UserError(f"scoring.quantile={scoring['quantile']}: give a share above 0 and at most 1")
     limits = scoring["fpr_limits"]
-    if not isinstance(limits, list) or not limits or any(not (isinstance(x, int | float) and 0 < x <= 1) for x in limits):
+    if (
+        not isinstance(limits, list)
+        or not limits
+        or any(not (isinstance(x, int | float) and 0 < x <= 1) for x in limits)
+    ):
         raise UserError(f"scoring.fpr_limits={limits}: give a list of false positive rates above 0 and at most 1")

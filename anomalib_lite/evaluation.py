@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-import lightning as L  # noqa: N812
+import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
@@ -74,7 +74,11 @@ class Evaluation(L.Callback):
 
 
 def category_metrics(
-    samples: list[Sample], categories: list[str], arrays: dict[str, np.ndarray], has_masks: dict[str, bool], limits: list[float]
+    samples: list[Sample],
+    categories: list[str],
+    arrays: dict[str, np.ndarray],
+    has_masks: dict[str, bool],
+    limits: list[float],
 ) -> tuple[dict[str, dict[str, float | None]], list[str]]:
     """Metrics per category, and why some could not be computed."""
     metrics, notes = {}, []
@@ -86,13 +90,17 @@ def category_metrics(
         empty = [] if rows.any() else ["no test images"]
         if rows.any():
             result |= image_metrics(arrays["scores"][rows], labels)
-            empty += ["no good test images"] if labels.all() else ["no defective test images"] if not labels.any() else []
+            empty += (
+                ["no good test images"] if labels.all() else ["no defective test images"] if not labels.any() else []
+            )
         else:
             result |= dict.fromkeys(("image_auroc", "image_ap", "image_f1max"))
         if rows.any() and has_masks[category]:
             result |= pixel_metrics(arrays["maps"][rows], arrays["masks"][rows], tuple(limits))
         else:
-            result |= dict.fromkeys(("pixel_auroc", "pixel_ap", "pixel_f1max", *(f"aupro_{round(100 * x):02d}" for x in limits)))
+            result |= dict.fromkeys(
+                ("pixel_auroc", "pixel_ap", "pixel_f1max", *(f"aupro_{round(100 * x):02d}" for x in limits))
+            )
             empty += ["no ground truth masks"] if rows.any() else []
         missing = [key for key, value in result.items() if value is None]
         if missing:
@@ -122,7 +130,9 @@ def thresholds(
     chosen = {}
     for category in categories:
         rows = of == category
-        image, peak = (float(np.quantile(arrays[key][rows].astype(np.float64), quantile)) for key in ("scores", "peaks"))
+        image, peak = (
+            float(np.quantile(arrays[key][rows].astype(np.float64), quantile)) for key in ("scores", "peaks")
+        )
         chosen[category] = {"image": image, "pixel": peak, "images": int(rows.sum())}
     return {"quantile": quantile, "from": "normal training images", "per_category": chosen}
 

@@ -43,7 +43,9 @@ def lightning_options(hardware: dict[str, Any], multirun: bool) -> dict[str, Any
             f"hardware.devices={devices} in a sweep needs a process per job, or the ranks of one job run into the "
             "next; run the jobs one by one"
         )
-    torch.set_num_threads(hardware["threads"] or max(1, (os.cpu_count() or 1) // (devices if accelerator == "cpu" else 1)))
+    torch.set_num_threads(
+        hardware["threads"] or max(1, (os.cpu_count() or 1) // (devices if accelerator == "cpu" else 1))
+    )
     precision = "bf16-mixed" if hardware["precision"] == "bf16" else "32-true"
     strategy: Any = DDP(process_group_backend="gloo" if accelerator == "cpu" else None) if several else "auto"
     return {

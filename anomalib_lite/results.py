@@ -86,7 +86,9 @@ def environment(device: str) -> dict[str, Any]:
     git = ["git", "-C", str(PACKAGE)]
     revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     if revision:
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False).stdout.strip()
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, check=False
+        ).stdout.strip()
         revision += "+changes" if dirty else ""
     return {
         "python": platform.python_version(),
@@ -127,4 +129,6 @@ def show(run: Path, result: dict[str, Any]) -> None:
         f"trained {timing['steps']} steps in {timing['fit_s']:.1f} s, tested at {timing['images_per_s']:.1f} images/s",
         highlight=False,
     )
-    console.print(f"{run}/ holds result.json, scores.csv, maps.npz, metrics.csv, figures/, checkpoints/", highlight=False)
+    console.print(
+        f"{run}/ holds result.json, scores.csv, maps.npz, metrics.csv, figures/, checkpoints/", highlight=False
+    )

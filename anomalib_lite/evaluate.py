@@ -1,0 +1,49 @@
+"""Evaluate a stored run again, without training, into a new folder.
+
+    python -m anomalib_lite.evaluate run=DIR output=DIR [KEY=VALUE ...]
+
+KEY is a key of the run's configuration that training does not depend on: scoring.*, hardware.*, data.root,
+data.workers, data.eval_batch_size, data.check, split.* stays as it was. Everything else comes from the run's folder.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from anomalib_lite import cli, configuration
+from anomalib_lite.errors import UserError
+
+CHANGEABLE = ("scoring.", "hardware.", "data.root", "data.workers", "data.eval_batch_size", "data.check", "debug")
+
+
+def main() -> None:
+    cli.run_plain(evaluate, __doc__)
+
+
+def evaluate(options: dict[str, Any]) -> None:
+    run, output = (Path(str(options.pop(name, "") or "")) for name in ("run", "output"))
+    if not run.name or not output.name:
+        raise UserError("give run=DIR, a run's folder, and output=DIR, the folder for the new results; see --help")
+    checkpoint, cfg, names = configuration.read_run(run)
+    for key, value in options.items():
+        if not key.startswith(CHANGEABLE):
+            raise UserError(f"{key} can't be changed without training anew: change {', '.join(CHANGEABLE)}")
+        configuration.assign(cfg, key, value)
+    configuration.check(cfg)
+    if (output / "result.json").exists():
+        raise UserError(f"{output} already holds results: choose another output=DIR")
+    output.mkdir(parents=True, exist_ok=True)
+
+    from anomalib_lite import results
+    from anomalib_lite.experiment import execute
+
+    result = execute(cfg, output, names, checkpoint, fit=False)
+    if result is not None:
+        result["overrides"] = [argument for argument in sys.argv[1:] if "=" in argument]
+        result["notes"].append(f"evaluated again from {run}")
+        results.write_result(output, result)
+        results.show(output, result)
+
+
+if __name__ == "__main__":
+    main()

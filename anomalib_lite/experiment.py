@@ -1,0 +1,177 @@
+"""One run, from its resolved configuration to its results: build, fit, test, write."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from hydra.utils import instantiate
+
+from anomalib_lite import evaluation, results
+from anomalib_lite.callbacks import FillFeatures, Training, quiet
+from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.errors import UserError
+from anomalib_lite.figures import write_figures
+from anomalib_lite.hardware import device_name, lightning_options, peak_memory_mb
+from anomalib_lite.loggers import make_loggers
+from anomalib_lite.methods.base import AnomalyModule
+
+
+def build(cfg: dict[str, Any]) -> tuple[AnomalyDataModule, AnomalyModule, list[str]]:
+    """The data, set up and checked, the method on its backbone, and notes. Seeds everything first."""
+    L.seed_everything(cfg["seed"], workers=True, verbose=False)
+    data = instantiate(cfg["data"])
+    data.setup()
+    notes = list(data.notes)
+    backbone = None
+    if cfg["backbone"]["name"] is not None:
+        backbone = instantiate(cfg["backbone"], precision=cfg["hardware"]["precision"])
+        if backbone.weights == "none":
+            notes.append("the backbone's weights are random")
+    context = {"scoring": cfg["scoring"], "image_size": data.image_size, "categories": data.categories}
+    model = instantiate(cfg["method"], backbone=backbone, **context, _convert_="all")
+    return data, model, notes
+
+
+def execute(
+    cfg: dict[str, Any], run: Path, names: dict[str, str], checkpoint: Path, fit: bool = True, multirun: bool = False
+) -> dict[str, Any] | None:
+    """Fit (from `checkpoint` on, if that file is there) or load it, test, and write what a run leaves into `run`.
+
+    Args:
+        cfg: the resolved `train` configuration. names: its choices of `method` and `split`.
+
+    Returns:
+        result.json's content on rank 0, None on others.
+    """
+    quiet()
+    hardware = lightning_options(cfg["hardware"], multirun)
+    ranks = hardware["devices"] * hardware["num_nodes"]
+    if fit and cfg["data"]["batch_size"] % ranks:
+        raise UserError(f"data.batch_size={cfg['data']['batch_size']} can't be shared out to {ranks} devices evenly")
+    data, model, notes = build(cfg)
+    training, evaluating = Training(cfg, checkpoint, data.fingerprint), evaluation.Evaluation()
+    filling = FillFeatures(cfg["hardware"]["feature_memory_gb"])
+    epochs = cfg["trainer"]["max_epochs"]
+    trainer = L.Trainer(
+        **hardware,
+        max_epochs=-1 if epochs is None else epochs,
+        logger=make_loggers(cfg["logger"], run) if fit else False,
+        callbacks=[training, filling, evaluating],
+        deterministic="warn",
+        default_root_dir=run,
+        limit_val_batches=0,
+        use_distributed_sampler=False,  # the DataModule deals the samples out to the ranks itself, without padding
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    if fit:
+        resumed = checkpoint if checkpoint.is_file() else None
+        trainer.fit(model, datamodule=data, ckpt_path=resumed, weights_only=True)
+        training.save(trainer)
+    tested = time.perf_counter()
+    data.trainer = trainer
+    loaders = [data.test_dataloader(), data.normal_dataloader(sharded=True), data.val_dataloader()]
+    trainer.test(
+        model,
+        [loader for loader in loaders if loader],
+        ckpt_path=None if fit else checkpoint,
+        weights_only=True,
+        verbose=False,
+    )
+    if not trainer.is_global_zero:
+        return None
+    timing = {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "fit_s": training.fit_s,
+        "steps": training.steps,
+        "test_s": time.perf_counter() - tested,
+        "images_per_s": len(data.test_samples) / max(evaluating.seconds[evaluation.TEST], 1e-9),
+        "peak_memory_mb": peak_memory_mb(),
+    }
+    result = {
+        **describe(cfg, names, data, model),
+        **measure(cfg, data, evaluating.arrays),
+        "groups": None,
+        "timing": timing,
+        "efficiency": None,
+        "cache": filling.report,
+        "environment": results.environment(device_name(trainer.strategy.root_device)),
+    }
+    result["notes"] = notes + result["notes"]
+    write(run, data, evaluating.arrays, result)
+    return result
+
+
+def describe(
+    cfg: dict[str, Any], names: dict[str, str], data: AnomalyDataModule, model: AnomalyModule
+) -> dict[str, Any]:
+    """What was run, on which data, under which protocol."""
+    default = [{"resize": list(data.image_size), "filter": cfg["data"]["resample"], "as": "PIL, antialiased"}]
+    scoring = {key: value for key, value in cfg["scoring"].items() if key not in ("quantile", "fpr_limits")}
+    backbone = model.backbone
+    return {
+        "schema": results.SCHEMA,
+        "method": names["method"],
+        "variant": getattr(model, "variant", None),
+        "dataset": data.name,
+        "categories": data.categories,
+        "setting": "single" if len(data.categories) == 1 else "unified",
+        "split": {"name": names["split"]} | {k: v for k, v in cfg["split"].items() if not k.startswith("_")},
+        "backbone": None if backbone is None else {"name": backbone.name, "layers": backbone.layers},
+        "weights": None if backbone is None else Path(backbone.weights).name,
+        "seed": cfg["seed"],
+        "protocol": {
+            "data": {
+                "transform": cfg["data"]["transform"] or default,
+                "map_size": list(model.image_size),
+                "mask": "nearest, > 0",
+                "fpr_limits": cfg["scoring"]["fpr_limits"],
+            },
+            "scoring": scoring | {"weights": "last"},
+        },
+        "data": {
+            "fingerprint": data.fingerprint,
+            "train_counts": data.train_counts,
+            "train_anomalous": sum(sample.label for sample in data.train_samples),
+            "test_counts": data.test_counts,
+        },
+    }
+
+
+def measure(cfg: dict[str, Any], data: AnomalyDataModule, arrays: dict[int, dict[str, np.ndarray]]) -> dict[str, Any]:
+    """Metrics, validation and thresholds from the gathered maps and scores, with notes on what can't be computed."""
+    names, scoring = data.categories, cfg["scoring"]
+
+    def metrics(part, samples, has_masks):
+        per_category, missing = evaluation.category_metrics(
+            samples, names, arrays[part], has_masks, scoring["fpr_limits"]
+        )
+        mean, partial = evaluation.mean_metrics(per_category)
+        return per_category, mean, missing + partial
+
+    per_category, mean, notes = metrics(evaluation.TEST, data.test_samples, data.has_masks)
+    validation = None
+    if evaluation.HELD_OUT in arrays:
+        validation = metrics(evaluation.HELD_OUT, data.val_samples, dict.fromkeys(names, True))[1]
+    normal = arrays[evaluation.NORMAL]
+    return {
+        "metrics": mean,
+        "per_category": per_category,
+        "validation": validation,
+        "thresholds": evaluation.thresholds(data.train_samples, names, normal, scoring["quantile"]),
+        "notes": notes,
+    }
+
+
+def write(run: Path, data: AnomalyDataModule, arrays: dict[int, dict[str, np.ndarray]], result: dict[str, Any]) -> None:
+    """Scores, maps, curves and figures of the test set."""
+    assert data.root is not None
+    test, root = arrays[evaluation.TEST], Path(data.root)
+    results.write_scores(run, root, data.test_samples, test["scores"])
+    curves = evaluation.curves(data.test_samples, data.categories, test, data.has_masks)
+    results.write_maps(run, root, data.test_samples, test["maps"], curves)
+    title = f"{result['method']}, seed {result['seed']}"
+    write_figures(run / "figures", data.test_samples, data.categories, test, result["thresholds"], title)
