@@ -64,7 +64,7 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # 2026-11: on CPUs no public question but this dictionary of flags; older torch lacks it
-    flags = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    flags: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
 
 

@@ -12,7 +12,9 @@ import lightning as L
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from anomalib_lite.backbones import FeatureStore
 from anomalib_lite.errors import UserError
+from anomalib_lite.methods.base import AnomalyModule
 
 log = logging.getLogger(__name__)
 
@@ -20,10 +22,11 @@ log = logging.getLogger(__name__)
 class Bar:
     """A progress bar in a terminal; elsewhere a line of the log every ten seconds."""
 
-    def __init__(self, what: str, total: int | None, done: int = 0):
+    def __init__(self, what: str, total: int | None, done: int = 0, quiet: bool = False):
+        self.quiet = quiet
         self.what, self.total, self.done, self.last = what, total, done, time.monotonic()
         self.bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not quiet:
             from rich.console import Console
 
             text = TextColumn("{task.description}")
@@ -40,7 +43,7 @@ class Bar:
 
     def step(self, note: str = "", count: int = 1) -> None:
         self.done += count
-        if time.monotonic() - self.last < (0.2 if self.bar else 10) and self.done != self.total:
+        if self.quiet or (time.monotonic() - self.last < (0.2 if self.bar else 10) and self.done != self.total):
             return
         self.last = time.monotonic()
         if self.bar:
@@ -103,8 +106,7 @@ class Training(L.Callback):
         return total is not None and self.steps >= total
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
-            self.bar = Bar("training", self.total(trainer), self.steps)
+        self.bar = Bar("training", self.total(trainer), self.steps, quiet=not trainer.is_global_zero)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         torch.manual_seed((self.seed * 1_000_003 + self.steps) * 1_009 + trainer.global_rank)
@@ -162,24 +164,27 @@ class FillFeatures(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not getattr(module, "frozen_features", False) or data.augment:
+        if not isinstance(module, AnomalyModule) or not module.frozen_features or data.augment:
             return
+        assert module.backbone is not None
         count, bar = len(data.train_samples), None
         for batch in data.normal_dataloader():
             batch = module.transfer_batch_to_device(batch, module.device, 0)
-            levels = module.backbone(batch["image"])  # type: ignore[operator, union-attr]
-            if not module.store.levels:
-                size = count * module.store.bytes_per_image(levels)
+            levels = module.backbone(batch["image"])
+            if bar is None:
+                size = count * FeatureStore.bytes_per_image(levels)
                 self.report["gb"] = round(size / 2**30, 3)
                 if size > self.limit:
-                    log.info("features of %d images need %.1f GB, more than hardware.feature_memory_gb: computed anew",
-                             count, size / 2**30)  # fmt: skip
+                    log.info(
+                        "the training images' features need %.1f GB, more than hardware.feature_memory_gb: they are "
+                        "computed anew for every batch",
+                        size / 2**30,
+                    )
                     return
-                module.store.reserve(levels if module.device.type == "cpu" else [x.cpu() for x in levels], count)
-                bar = Bar("features", count) if trainer.is_global_zero else None
+                module.store.reserve([level.cpu() for level in levels], count)
+                bar = Bar("features", count, quiet=not trainer.is_global_zero)
             module.store.add(batch["path"], levels)
-            if bar:
-                bar.step(count=len(batch["path"]))
+            bar.step(count=len(batch["path"]))
         if bar:
             bar.close()
         data.images_needed = False

@@ -17,7 +17,7 @@ HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
 
 
 def run(task: Callable[[Any], Any], config_name: str) -> None:
-    """Compose the configuration from the command line, run `task(cfg)`, and print an error as one line (exit code 2)."""
+    """Compose the configuration from the command line and run `task(cfg)`; an error is one line, exit code 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing its own report
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # a user's own method file is importable from the console script too

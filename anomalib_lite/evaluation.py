@@ -142,7 +142,7 @@ def curves(
 ) -> dict[str, np.ndarray]:
     """Points of the curves per category, keys `<category>/<curve>`."""
     of = np.array([sample.category for sample in samples])
-    points = {}
+    points: dict[str, np.ndarray] = {}
     for category in categories:
         rows = of == category
         labels = arrays["labels"][rows]

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -35,7 +34,7 @@ def write_text(file: Path, text: str) -> None:
     """Whole or not at all."""
     part = file.with_name(file.name + ".part")
     part.write_text(text)
-    os.replace(part, file)
+    part.replace(file)
 
 
 def write_result(run: Path, result: dict[str, Any]) -> None:
@@ -77,7 +76,7 @@ def write_maps(run: Path, root: Path, samples: list[Sample], maps: np.ndarray, c
     paths = [s.path.relative_to(root).as_posix() if s.path.is_relative_to(root) else str(s.path) for s in samples]
     part = run / "maps.part.npz"
     np.savez_compressed(part, maps=(stacked / scale).astype(np.float16), scale=scale, paths=np.array(paths), **curves)  # type: ignore[arg-type]
-    os.replace(part, run / "maps.npz")
+    part.replace(run / "maps.npz")
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -101,7 +100,7 @@ def environment(device: str) -> dict[str, Any]:
 
 def metrics_table(result: dict[str, Any]) -> Table:
     """The metrics per category and their mean, in percent."""
-    shown = [key for key in result["metrics"]]
+    shown = list(result["metrics"])
     title = f"{result['method']} on {result['dataset']} ({result['setting']}), seed {result['seed']}, in percent"
     table = Table(title=title, title_justify="left")
     table.add_column("category")

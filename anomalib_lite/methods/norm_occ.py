@@ -33,6 +33,8 @@ class NormOCC(AnomalyModule):
     """
 
     frozen_features = True
+    direction: Tensor
+    radius: Tensor
 
     def __init__(
         self,
@@ -100,6 +102,9 @@ class NormOCCClosedForm(AnomalyModule):
     """
 
     frozen_features = True
+    decay: Tensor
+    converged: Tensor
+    radius2: Tensor
 
     def __init__(self, norm: float = 0.1, residual: float = 0.01, **context: Any):
         super().__init__(**context)
