@@ -320,9 +320,17 @@ def test_states_copy_convert_and_check():
         image.compute()
 
 
-def rank_main(rank, port, cases):
+def rank_main(rank, worlds):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(cases[0]))
+    for port, cases in worlds:
+        if rank < len(cases[0]):
+            dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(cases[0]))
+            run_cases(rank, cases)
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def run_cases(rank, cases):
     for shares in cases:
         pixel, image = fill(shares[rank], rank + 2)
         check(pixel, image)
@@ -339,28 +347,25 @@ def rank_main(rank, port, cases):
     image.reset()
     with pytest.raises(ValueError, match="empty"):
         image.compute()
-    dist.barrier()
-    dist.destroy_process_group()
 
 
-A, B = [5, 3, 6, 7, 4], [4, 1, 8, 0, 10, 9, 2, 2]
-
-
-@pytest.mark.parametrize(
-    "cases",
-    [[[[*range(11)]]], [[[], A + B], [[10, 9, 1], [0, 2, 3, 4, 5, 6, 7, 8, 9]]], [[[], A, B], [A, [], B], [A, B, B]]],
-    ids=["one rank", "two ranks", "three ranks"],
-)
-def test_ranks(cases, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    if len(cases[0]) > 1:
-        torch.multiprocessing.spawn(rank_main, (port, cases), nprocs=len(cases[0]))
-        return
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+        return s.getsockname()[1]
+
+
+def test_one_rank():
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
     try:
-        check(*fill(cases[0][0], 4))
+        check(*fill([*range(11)], 4))
     finally:
         dist.destroy_process_group()
+
+
+def test_two_and_three_ranks(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    a, b = [5, 3, 6, 7, 4], [4, 1, 8, 0, 10, 9, 2, 2]
+    two = [[[], a + b], [[10, 9, 1], [0, 2, 3, 4, 5, 6, 7, 8, 9]]]
+    three = [[[], a, b], [a, [], b], [a, b, b]]
+    torch.multiprocessing.spawn(rank_main, ([(free_port(), three), (free_port(), two)],), nprocs=3)
