@@ -44,5 +44,12 @@ def image_scores(maps: Tensor, how) -> Tensor:
     if how == "max":
         return flat.amax(1)
     if how == "mean":
-        return flat.mean(1)
-    return flat.topk(max(1, math.floor(how * flat.shape[1])), dim=1).values.mean(1)
+        return _row_means(flat)
+    return _row_means(flat.topk(max(1, math.floor(how * flat.shape[1])), dim=1).values)
+
+
+def _row_means(rows: Tensor) -> Tensor:
+    """Means of [B, N], summed in blocks: torch adds up a long single row in another order than several, or than with
+    another number of threads."""
+    count = rows.shape[1]
+    return F.pad(rows, (0, -count % 1024)).unflatten(1, (-1, 1024)).sum(2).sum(1) / count
