@@ -89,6 +89,9 @@ def _build(name: str, layers: list[int], weights: str) -> Any:
     except (IndexError, AssertionError) as error:
         raise UserError(f"backbone.layers={layers}: {name} has no such layer ({_line(error)})") from error
     except RuntimeError as error:
+        if "Invalid pretrained tag" in str(error):
+            known = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*")) or "none"
+            raise UserError(f"backbone.name={name}: timm knows no such weights; it has {known}") from error
         if "No pretrained weights exist" in str(error):
             raise UserError(f"{what}: timm has no weights for {name}; choose a file, none, or another tag") from error
         if overlay or "size mismatch" in str(error):
@@ -135,9 +138,9 @@ def _lenient_load() -> Iterator[set[int]]:
     def load(self: nn.Module, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         own = self.state_dict(keep_vars=True)
         found = strict_load(self, state_dict, strict=False, assign=assign)
-        if strict:
-            # a counter of batches, which old files lack and nothing here reads, is no loss
-            missing.update(id(own[key]) for key in found.missing_keys if not key.endswith("num_batches_tracked"))
+        # whatever `strict` is: timm itself clears it for a model without its classifier.
+        # A counter of batches, which old files lack and nothing here reads, is no loss.
+        missing.update(id(own[key]) for key in found.missing_keys if not key.endswith("num_batches_tracked"))
         return found
 
     nn.Module.load_state_dict = load  # type: ignore[method-assign]
