@@ -302,9 +302,14 @@ def test_states_copy_convert_and_check():
     maps, masks = torch.rand(2, 4, 4, dtype=torch.float64), torch.eye(4).expand(2, 4, 4)
     pixel(maps, masks, torch.tensor([5, 2]))  # forward only updates
     expected = pixel_metrics(maps.float().numpy(), masks.numpy(), (0.1,))
-    maps.zero_()
     assert pixel.compute() == expected
     assert "aupro_10" in expected
+    pixel.reset()
+    maps, index = maps.float(), torch.tensor([5, 2])  # held in these types: nothing to convert
+    pixel.update(maps, masks, index)
+    maps.zero_()
+    index.zero_()
+    assert pixel.compute() == expected
     for bad in (
         (torch.rand(2, 4, 4), masks[:1], torch.tensor([0, 1])),
         (torch.rand(2, 4, 4), masks, torch.tensor([0])),
