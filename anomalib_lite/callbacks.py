@@ -196,7 +196,7 @@ def quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "timm"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
-        r".*you have no `validation_step`.*",
+        r".*have no `validation_step`.*",
         r".*does not have many workers.*",
         r".*smaller than the logging interval.*",
         r".*module\(s\) in eval mode.*",

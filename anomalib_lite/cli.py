@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import difflib
+import functools
 import os
 import re
 import sys
@@ -23,9 +25,14 @@ def run(task: Callable[[Any], Any], config_name: str) -> None:
         sys.path.insert(0, str(Path.cwd()))  # a user's own method file is importable from the console script too
     import hydra
 
-    with reported():
+    @functools.wraps(task)
+    def job(cfg: Any) -> Any:
+        with reported():  # here already: Hydra would add a line of its own
+            return task(cfg)
+
+    with reported(outside=True):
         _parse_arguments()
-        hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name=config_name)(task)()
+        hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name=config_name)(job)()
 
 
 def run_plain(task: Callable[[dict[str, Any]], None], usage: str | None) -> None:
@@ -53,19 +60,23 @@ def _yaml(key: str, text: str) -> Any:
 
 
 @contextlib.contextmanager
-def reported() -> Iterator[None]:
-    """Turn errors that a user can mend into one line and exit code 2; debug=true shows the traceback."""
+def reported(outside: bool = False) -> Iterator[None]:
+    """Turn errors that a user can mend into one line and exit code 2; debug=true shows the traceback.
+
+    `outside` of a job any OSError is one: it comes from the run's folder.
+    """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     debug = any(re.fullmatch(r"\+*debug=(true|1|yes|on)", argument, re.IGNORECASE) for argument in sys.argv)
     try:
         yield
-    except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
+    except (UserError, HydraException, OmegaConfBaseException, YAMLError, OSError) as error:
         if debug:
             raise
         cause = next((e for e in _chain(error) if isinstance(e, UserError)), None)
-        if cause is None and isinstance(error, OSError) and not _writing(error):
+        if cause is None and isinstance(error, OSError) and not (outside or _writing(error)):
             raise  # not a folder that can't be written: a fault of ours, shown whole
         fail(_one_line(cause or error))
     except KeyboardInterrupt:
@@ -80,8 +91,12 @@ def fail(message: str) -> NoReturn:
 
 
 def _parse_arguments() -> None:
-    """Let Hydra's own parser look at the arguments first: its error is several lines of usage."""
+    """Let Hydra's own parsers look at the arguments first: what they say of a mistake is a page, or a traceback.
+
+    Flags may stand anywhere among the overrides; Hydra wants all overrides together.
+    """
     from hydra._internal.utils import get_args_parser
+    from hydra.core.override_parser.overrides_parser import OverridesParser
 
     parser = get_args_parser()
 
@@ -90,9 +105,26 @@ def _parse_arguments() -> None:
 
     parser.error = error  # type: ignore[method-assign]
     try:
-        parser.parse_args()
+        known, unknown = parser.parse_known_intermixed_args()
     except argparse.ArgumentError as fault:
         raise UserError(f"{fault}; see --help") from fault
+    if unknown := [argument for argument in unknown if argument.startswith("-")]:
+        raise UserError(f"{' '.join(unknown)}: no such argument; options are KEY=VALUE, see --help")
+    modes = [f"--{mode}" for mode in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(known, mode)]
+    if len(modes) > 1:
+        raise UserError(f"{' and '.join(modes)}: give one of them")
+    if known.config_dir and not Path(known.config_dir).is_dir():
+        raise UserError(f"--config-dir {known.config_dir}: no such folder")
+    if known.resolve and not (known.cfg or known.help):
+        raise UserError("--resolve: goes with --cfg job")
+    for override in OverridesParser.create().parse_overrides(known.overrides):
+        name = override.key_or_group
+        group = override.value() is None or isinstance(override.value(), int | float | dict)
+        if group and not override.is_delete() and (not name or (HOME / "conf" / name).is_dir()):
+            raise UserError(f"{override.input_line}: {name or 'an option'} takes the name of a choice; see --help")
+    rest = list(known.overrides)
+    flags = [argument for argument in sys.argv[1:] if argument not in rest]
+    sys.argv[1:] = [*flags, *rest]
 
 
 def _chain(error: BaseException | None):
@@ -106,12 +138,77 @@ def _writing(error: OSError) -> bool:
 
 
 def _one_line(error: BaseException) -> str:
+    return re.sub(r"\s*\n\s*", " ", _text(error)).strip()
+
+
+def _text(error: BaseException) -> str:
+    """What to tell of an error: the option and what to do, where Hydra and OmegaConf show their inner view."""
+    from hydra import errors
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+    cause = error.__cause__
+    if isinstance(error, errors.MissingConfigException):
+        return _missing_choice(error)
+    if isinstance(error, errors.OverrideParseException):
+        why = error.message.partition("\nSee https")[0].splitlines()[-1].strip(" ^")
+        return (
+            f"{error.override}: can't be read{f' ({why})' * bool(why)}; options are KEY=VALUE, quote special "
+            "characters: 'KEY=\"VALUE\"'"
+        )
+    if isinstance(error, errors.InstantiationException):
+        return _not_made(error)
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}; choose another folder with hydra.run.dir=DIR"
-    text = str(error)
-    if not isinstance(error, UserError):
-        text = re.sub(r"\n\s*(full_key|object_type|reference_type)[:=].*", "", text)  # OmegaConf's inner view
-        text = re.sub(r"\nTo append to your config use (\S+)", r" (+KEY=VALUE adds a new one)", text)
-        if error.__cause__ is not None and str(error.__cause__) not in text:
-            text += f": {error.__cause__}"
-    return re.sub(r"\s*\n\s*", " ", re.sub(r"\n\t", ", ", text).replace(":,", ":")).strip()
+        place = error.filename or "the run's folder"
+        return f"{place}: {error.strerror or error}; mend the path, or choose another folder with hydra.run.dir=DIR"
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        return _missing_option(cause)
+    text = re.sub(r"\n\s*(full_key|object_type|reference_type)[:=].*", "", str(error))
+    if isinstance(error, OmegaConfBaseException) and error.full_key and error.full_key not in text:
+        text = f"{error.full_key}: {text}"
+    if isinstance(cause, OmegaConfBaseException):
+        text += ": " + str(cause).partition("\n")[0]
+    return text
+
+
+def _missing_choice(error: Any) -> str:
+    """`method=foo`, and what there is instead."""
+    if not error.missing_cfg_file or "/" not in error.missing_cfg_file:
+        return str(error).partition("\n")[0]  # the primary configuration
+    group, _, name = error.missing_cfg_file.removesuffix(".yaml").rpartition("/")
+    there = [option for option in error.options or () if not option.startswith("_")]
+    advice = f"choose from {', '.join(there)}" if there else f"no folder that is searched holds {group}/{name}.yaml"
+    return f"{group}={name}: no such choice; {advice} (--config-dir DIR adds a folder of yours)"
+
+
+def _missing_option(error: Any) -> str:
+    """`data.foo`, and what there is instead."""
+    key, parent = str(error.full_key or error.key), error.parent_node
+    group = key.rpartition(".")[0]
+    there = [str(name) for name in parent or () if not str(name).startswith("_")]
+    near = difflib.get_close_matches(key.rpartition(".")[2], there, n=1)
+    if near:
+        advice = f"did you mean {f'{group}.{near[0]}'.strip('.')}?"
+    else:
+        advice = f"{group or 'the configuration'} has {', '.join(there)}" if there else "see --cfg job"
+    return f"{key}: no such option; {advice} (+{key}=VALUE adds one)"
+
+
+def _not_made(error: BaseException) -> str:
+    """A `_target_` that can't be found, or that refuses its options."""
+    for inner in _chain(error):
+        if type(inner) is type(error):
+            error = inner  # the innermost: it names the target that failed
+    cause = error.__cause__
+    found = re.match(r"Error .*?(?:'|\()([\w.]+)", str(error))
+    if cause is None or not found:
+        return str(error)
+    if "locating" in str(error):
+        cause = cause.__cause__ or cause
+        return (
+            f"{found[1]}: can't be imported ({type(cause).__name__}: {cause}); check _target_ and the file that it "
+            "names (the current folder and PYTHONPATH are searched; debug=true shows the traceback)"
+        )
+    return (
+        f"{found[1]}: can't be made from its options ({type(cause).__name__}: {cause}); check their values, or see "
+        "the traceback with debug=true"
+    )

@@ -30,14 +30,22 @@ def _share(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x < 1
 
 
+def _name(x: Any) -> bool:
+    return isinstance(x, str | int) and not isinstance(x, bool)  # a folder may be called 01
+
+
 def _names(x: Any) -> bool:
-    return isinstance(x, str) or (isinstance(x, list) and bool(x) and all(isinstance(name, str) for name in x))
+    return _name(x) or (isinstance(x, list) and bool(x) and all(map(_name, x)))
+
+
+def _flag(x: Any) -> bool:
+    return isinstance(x, bool)
 
 
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "seed": (_integer(0), "a whole number from 0"),
-    "resume": (lambda x: isinstance(x, bool), "true or false"),
-    "debug": (lambda x: isinstance(x, bool), "true or false"),
+    "seed": (lambda x: _integer(0)(x) and x < 2**32, "a whole number from 0, below 2^32"),
+    "resume": (_flag, "true or false"),
+    "debug": (_flag, "true or false"),
     "data.category": (_names, "a name, a list such as [bottle,toothbrush], or all"),
     "data.image_size": (_size, "a whole number from 16, or [height, width]"),
     "data.batch_size": (_integer(1), "a whole number from 1"),
@@ -46,6 +54,13 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.val_fraction": (_share, "a share from 0, below 1"),
     "data.check": (lambda x: x in ("fast", "thorough"), "fast or thorough"),
     "data.normalize": (lambda x: x in ("imagenet", "none"), "imagenet or none"),
+    "data.drop_last": (_flag, "true or false"),
+    "backbone.name": (_optional(lambda x: isinstance(x, str)), "the name of a timm model, or null"),
+    "backbone.layers": (
+        lambda x: isinstance(x, list) and all(_integer(0)(n) for n in x) and x == sorted(set(x)),
+        "timm's out_indices in ascending order, such as [2,3]",
+    ),
+    "backbone.weights": (lambda x: isinstance(x, str) and bool(x), "auto, none, or a file"),
     "trainer.max_epochs": (_optional(_integer(0)), "a whole number from 0, or null"),
     "trainer.max_steps": (_optional(_integer(1)), "a whole number from 1, or null"),
     "trainer.log_every": (_integer(1), "a whole number from 1"),
@@ -71,7 +86,10 @@ def check(cfg: dict[str, Any]) -> None:
     for key, (test, wanted) in RULES.items():
         value = lookup(cfg, key)
         if not test(value):
-            raise UserError(f"{key}={value}: give {wanted}")
+            shown = json.dumps(value) if value is None or isinstance(value, bool) else value
+            raise UserError(f"{key}={shown}: give {wanted}")
+    if cfg["backbone"]["name"] is not None and not cfg["backbone"]["layers"]:
+        raise UserError("backbone.layers=[]: give at least one of timm's out_indices, such as [2,3]")
     if cfg["trainer"]["max_epochs"] is None and cfg["trainer"]["max_steps"] is None:
         raise UserError("trainer.max_epochs and trainer.max_steps are both null: give a budget")
     check_scoring(cfg["scoring"])

@@ -39,7 +39,12 @@ def train(cfg: Any) -> float | None:
     from anomalib_lite.experiment import execute
 
     checkpoint = run / "checkpoints" / "last.ckpt"
-    result = execute(plain, run, names, checkpoint, multirun=hydra.mode == RunMode.MULTIRUN)
+    try:
+        result = execute(plain, run, names, checkpoint, multirun=hydra.mode == RunMode.MULTIRUN)
+    except BaseException:
+        if os.environ.get("LOCAL_RANK", "0") == "0" and not checkpoint.is_file():
+            stored_config(run).unlink(missing_ok=True)  # there is no run yet: a corrected one may use the folder
+        raise
     if result is None:
         return None
     result["overrides"] = list(hydra.overrides.task)
@@ -63,7 +68,7 @@ def open_run(cfg: Any, plain: dict[str, Any], names: dict[str, str]) -> Path | N
     run = Path(hydra.runtime.output_dir)
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return run
-    stored = run / "checkpoints" / "config.json"
+    stored = stored_config(run)
     if stored.is_file() and not cfg.resume:
         raise UserError(f"{run} already holds a run: add resume=true to continue it, or choose another hydra.run.dir")
     if stored.is_file():
@@ -79,6 +84,11 @@ def open_run(cfg: Any, plain: dict[str, Any], names: dict[str, str]) -> Path | N
     (run / ".hydra" / "hydra.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create({"hydra": hydra})))
     (run / ".hydra" / "overrides.yaml").write_text(OmegaConf.to_yaml(hydra.overrides.task))
     return run
+
+
+def stored_config(run: Path) -> Path:
+    """The file that says that a run was begun in this folder, and with which configuration."""
+    return run / "checkpoints" / "config.json"
 
 
 if __name__ == "__main__":

@@ -211,6 +211,9 @@ class AnomalyDataModule(L.LightningDataModule):
             raise UserError(f"data.val_fraction={self.val_fraction} must be at least 0 and below 1")
         if self.check not in ("fast", "thorough"):
             raise UserError(f"data.check={self.check} is not known: choose fast or thorough")
+        for option, value in (("data.reader", self.reader), ("split", self.split)):
+            if not (callable(value) or (option == "split" and value is None)):
+                raise UserError(f"{option}={value} must be a _target_ with _partial_: true; see the files of conf/data")
 
     def setup(self, stage: str | None = None) -> None:
         """Read, check, split and hold out, once; `stage` does not matter."""

@@ -64,6 +64,11 @@ class Pipeline:
     def __init__(self, transforms: Sequence, augment: Sequence, normalize: str):
         if normalize not in NORMALIZE:
             raise UserError(f"data.normalize={normalize} is not known: choose one of {', '.join(NORMALIZE)}")
+        for option, value in (("transform", transforms), ("augment", augment)):
+            if not isinstance(value, Sequence) or not all(
+                isinstance(t, A.BasicTransform | A.BaseCompose) for t in value
+            ):
+                raise UserError(f"data.{option}={value} must be a list of albumentations transforms, each a _target_")
         self.compose = A.Compose([*transforms, *augment])
         mean, std = NORMALIZE[normalize]
         self.mean = torch.tensor(mean).view(3, 1, 1)

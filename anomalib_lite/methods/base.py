@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anomalib_lite.backbones import Backbone, FeatureStore
+from anomalib_lite.errors import UserError
 from anomalib_lite.scoring import image_scores, smooth
 
 Batch = dict[str, Any]
@@ -48,6 +49,8 @@ class AnomalyModule(L.LightningModule):
         categories: Sequence[str] = ("",),
     ):
         super().__init__()
+        if self.frozen_features and backbone is None:
+            raise UserError(f"backbone=none: {type(self).__name__} needs one; choose another, as in backbone=resnet18")
         self.backbone = backbone
         self.optimizer, self.scheduler = optimizer, scheduler
         self.scoring = {"pixel_smooth": None, "image_smooth": "same", "image_score": "max"} | (scoring or {})
@@ -78,7 +81,10 @@ class AnomalyModule(L.LightningModule):
         parameters = [p for p in self.parameters() if p.requires_grad]
         if self.optimizer is None or not parameters:
             return None
-        optimizer = self.optimizer(parameters)
+        try:
+            optimizer = self.optimizer(parameters)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"method.optimizer: {error}; check its values") from error
         if self.scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
