@@ -78,7 +78,7 @@ def _build(name: str, layers: list[int], weights: str) -> Any:
         overlay = {"state_dict": _read_weights(Path(weights).expanduser())}
     what = f"backbone.weights={weights}"
     try:
-        with _lenient_load() as missing:
+        with _lenient_load() as missing, _hub_or_cache() if weights == "auto" else contextlib.nullcontext():
             net = timm.create_model(
                 name,
                 pretrained=weights != "none",
@@ -102,8 +102,9 @@ def _build(name: str, layers: list[int], weights: str) -> Any:
     except Exception as error:  # whatever a hub client raises without a network
         if weights != "auto":
             raise
+        why = "it can't be reached" if type(error).__name__ == "LocalEntryNotFoundError" else _line(error)
         raise UserError(
-            f"{what}: the weights of {name} could not be had from the hub or its cache ({_line(error)}); "
+            f"{what}: the weights of {name} could not be had from the hub or its cache ({why}); "
             "give a local file, or none for random weights"
         ) from error
     lacking = [key for key, tensor in net.state_dict(keep_vars=True).items() if id(tensor) in missing]
@@ -122,6 +123,23 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         return timm.models.load_state_dict(str(path))
     except Exception as error:
         raise UserError(f"backbone.weights={path}: damaged, or not a weights file ({_line(error)})") from error
+
+
+@contextlib.contextmanager
+def _hub_or_cache() -> Iterator[None]:
+    """Where the hub does not answer, its client looks in its cache alone: of itself it would try for a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    offline = constants.HF_HUB_OFFLINE
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever the client raises: another library's from version to version
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
 
 
 @contextlib.contextmanager
