@@ -78,7 +78,7 @@ def _build(name: str, layers: list[int], weights: str) -> Any:
         overlay = {"state_dict": _read_weights(Path(weights).expanduser())}
     what = f"backbone.weights={weights}"
     try:
-        with _lenient_load() as missing, _hub_or_cache() if weights == "auto" else contextlib.nullcontext():
+        with _lenient_load() as (missing, foreign), _hub_or_cache() if weights == "auto" else contextlib.nullcontext():
             net = timm.create_model(
                 name,
                 pretrained=weights != "none",
@@ -107,6 +107,8 @@ def _build(name: str, layers: list[int], weights: str) -> Any:
             f"{what}: the weights of {name} could not be had from the hub or its cache ({why}); "
             "give a local file, or none for random weights"
         ) from error
+    if overlay and foreign:
+        raise UserError(f"{what}: these are not the weights of {name} ({foreign[0]} is no tensor of its)")
     lacking = [key for key, tensor in net.state_dict(keep_vars=True).items() if id(tensor) in missing]
     if lacking:
         raise UserError(
@@ -143,14 +145,16 @@ def _hub_or_cache() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lenient_load() -> Iterator[set[int]]:
-    """Let timm load weights files that lack layers, and give the ids of the tensors that were not in the file.
+def _lenient_load() -> Iterator[tuple[set[int], list[str]]]:
+    """Let timm load weights files that lack layers; gives the ids of the tensors it lacked, and surplus names.
 
     timm loads strictly and before it cuts the model down to the chosen layers, so a file without an unused layer
     would be refused. What the chosen layers lack is found afterwards: cutting keeps the tensors themselves.
-    Surplus tensors (a classifier) are no fault, unless nothing at all fits.
+    Surplus tensors outside the model's own parts (a classifier) are no fault. Those inside (layer1.2 of a resnet34 in
+    a resnet18) are named: it is another architecture.
     """
     missing: set[int] = set()
+    foreign: list[str] = []
     strict_load = nn.Module.load_state_dict
 
     def load(self: nn.Module, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
@@ -159,11 +163,13 @@ def _lenient_load() -> Iterator[set[int]]:
         # whatever `strict` is: timm itself clears it for a model without its classifier.
         # A counter of batches, which old files lack and nothing here reads, is no loss.
         missing.update(id(own[key]) for key in found.missing_keys if not key.endswith("num_batches_tracked"))
+        parts = {key.partition(".")[0] for key in own}
+        foreign.extend(key for key in found.unexpected_keys if key.partition(".")[0] in parts)
         return found
 
     nn.Module.load_state_dict = load  # type: ignore[method-assign]
     try:
-        yield missing
+        yield missing, foreign
     finally:
         nn.Module.load_state_dict = strict_load  # type: ignore[method-assign]
 

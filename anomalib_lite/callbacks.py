@@ -193,8 +193,9 @@ class FillFeatures(L.Callback):
 
 def quiet() -> None:
     """Silence what Lightning and timm say of things that are meant here."""
-    for name in ("lightning.pytorch", "lightning.fabric", "timm"):
+    for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("timm").setLevel(logging.ERROR)  # it lists a file's missing tensors; backbones.py judges them
     for message in (
         r".*have no `validation_step`.*",
         r".*does not have many workers.*",
