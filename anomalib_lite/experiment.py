@@ -154,7 +154,7 @@ def measure(cfg: dict[str, Any], data: AnomalyDataModule, arrays: dict[int, dict
 
     per_category, mean, notes = metrics(evaluation.TEST, data.test_samples, data.has_masks)
     validation = None
-    if evaluation.HELD_OUT in arrays:
+    if data.val_samples:
         validation = metrics(evaluation.HELD_OUT, data.val_samples, dict.fromkeys(names, True))[1]
     normal = arrays[evaluation.NORMAL]
     return {

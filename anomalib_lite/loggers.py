@@ -3,6 +3,7 @@
 import csv
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,11 @@ class CSVLogger(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        if columns:
-            with self.file.open("w", newline="") as file:
-                writer = csv.DictWriter(file, columns)
-                writer.writeheader()
-                writer.writerows(self.rows)
+        columns = dict.fromkeys(key for row in self.rows for key in row)
+        with self.file.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(columns) or ["step"])
+            writer.writeheader()
+            writer.writerows(self.rows)
 
     def finalize(self, status: str) -> None:
         self.save()
@@ -89,3 +89,13 @@ def make_loggers(cfg: Any, run_dir: Path) -> list[Logger]:
             continue
         loggers.append(made)
     return loggers
+
+
+def finish(code: int) -> None:
+    """End this process's W&B run, if there is one: a later run of the process would log into it."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        try:
+            wandb.finish(exit_code=code)
+        except Exception as error:  # the results count more
+            log.warning("W&B did not finish: %s", error)

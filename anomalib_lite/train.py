@@ -37,14 +37,17 @@ def train(cfg: Any) -> float | None:
 
     from anomalib_lite import results
     from anomalib_lite.experiment import execute
+    from anomalib_lite.loggers import finish
 
     checkpoint = run / "checkpoints" / "last.ckpt"
     try:
         result = execute(plain, run, names, checkpoint, multirun=hydra.mode == RunMode.MULTIRUN)
     except BaseException:
+        finish(1)
         if os.environ.get("LOCAL_RANK", "0") == "0" and not checkpoint.is_file():
             stored_config(run).unlink(missing_ok=True)  # there is no run yet: a corrected one may use the folder
         raise
+    finish(0)
     if result is None:
         return None
     result["overrides"] = list(hydra.overrides.task)
