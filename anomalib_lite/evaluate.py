@@ -32,7 +32,10 @@ def evaluate(options: dict[str, Any]) -> None:
     configuration.check(cfg)
     if (output / "result.json").exists():
         raise UserError(f"{output} already holds results: choose another output=DIR")
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output}: {error.strerror}; choose another output=DIR") from error
 
     from anomalib_lite import results
     from anomalib_lite.experiment import execute

@@ -1,6 +1,7 @@
 """One run, from its resolved configuration to its results: build, fit, test, write."""
 
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ def execute(
     ranks = hardware["devices"] * hardware["num_nodes"]
     if fit and cfg["data"]["batch_size"] % ranks:
         raise UserError(f"data.batch_size={cfg['data']['batch_size']} can't be shared out to {ranks} devices evenly")
+    if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
+        raise UserError(f"{checkpoint}: damaged; remove it and train again")
     data, model, notes = build(cfg)
     training, evaluating = Training(cfg, checkpoint, data.fingerprint), evaluation.Evaluation()
     filling = FillFeatures(cfg["hardware"]["feature_memory_gb"])
