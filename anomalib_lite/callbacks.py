@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from anomalib_lite.backbones import FeatureStore
 from anomalib_lite.errors import UserError
+from anomalib_lite.loggers import CSVLogger
 from anomalib_lite.methods.base import AnomalyModule
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,9 @@ class Training(L.Callback):
         if self.steps:
             batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
             trainer.datamodule.resume_at(*divmod(self.steps, batches))  # type: ignore[attr-defined]
+            for logger in trainer.loggers:
+                if isinstance(logger, CSVLogger):
+                    logger.keep_until(self.steps)
 
     def total(self, trainer: L.Trainer) -> int | None:
         epochs = None if self.max_epochs is None else self.max_epochs * int(trainer.num_training_batches)
@@ -130,8 +134,9 @@ class Training(L.Callback):
                     logger.log_metrics({"loss": loss, "epoch": trainer.current_epoch}, step=self.steps)
             if self.bar:
                 self.bar.step(f"loss {loss:.4g}", count=self.steps - self.bar.done)
-        if time.perf_counter() - self.saved >= self.every and not last:
-            self.save(trainer)
+            # all ranks save together, when rank 0's clock says so
+            if not last and trainer.strategy.broadcast(time.perf_counter() - self.saved >= self.every):
+                self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.bar:
@@ -145,7 +150,9 @@ class Training(L.Callback):
         self.fit_s, self.start = self.fit_s + time.perf_counter() - self.start, time.perf_counter()
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write checkpoints/last.ckpt whole or not at all."""
+        """Write checkpoints/last.ckpt whole or not at all, and before it what was logged up to it."""
+        for logger in trainer.loggers:
+            logger.save()
         part = self.checkpoint.with_suffix(".part")
         trainer.save_checkpoint(part)
         if trainer.is_global_zero:

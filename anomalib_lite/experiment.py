@@ -1,15 +1,15 @@
 """One run, from its resolved configuration to its results: build, fit, test, write."""
 
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
+import torch
 from hydra.utils import instantiate
 
-from anomalib_lite import evaluation, results
+from anomalib_lite import __version__, evaluation, results
 from anomalib_lite.callbacks import FillFeatures, Training, quiet
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.errors import UserError
@@ -51,9 +51,10 @@ def execute(
     ranks = hardware["devices"] * hardware["num_nodes"]
     if fit and cfg["data"]["batch_size"] % ranks:
         raise UserError(f"data.batch_size={cfg['data']['batch_size']} can't be shared out to {ranks} devices evenly")
-    if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
-        raise UserError(f"{checkpoint}: damaged; remove it and train again")
+    stored = read_checkpoint(checkpoint) if checkpoint.is_file() else {}
     data, model, notes = build(cfg)
+    if stored and stored["fingerprint"] != data.fingerprint:
+        raise UserError(f"data.root={data.root}: not the files that {checkpoint} was trained and tested on; train anew")
     training, evaluating = Training(cfg, checkpoint, data.fingerprint), evaluation.Evaluation()
     filling = FillFeatures(cfg["hardware"]["feature_memory_gb"])
     epochs = cfg["trainer"]["max_epochs"]
@@ -70,9 +71,9 @@ def execute(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    fit = fit and not stored.get("finished", False)  # a run that was interrupted while testing is trained already
     if fit:
-        resumed = checkpoint if checkpoint.is_file() else None
-        trainer.fit(model, datamodule=data, ckpt_path=resumed, weights_only=True)
+        trainer.fit(model, datamodule=data, ckpt_path=checkpoint if stored else None, weights_only=True)
         training.save(trainer)
     tested = time.perf_counter()
     data.trainer = trainer
@@ -106,6 +107,19 @@ def execute(
     result["notes"] = notes + result["notes"]
     write(run, data, evaluating.arrays, result)
     return result
+
+
+def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """What a run writes into its checkpoint beside Lightning's part: version, config, fingerprint, finished."""
+    try:
+        stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["anomalib_lite"]
+    except Exception as error:
+        raise UserError(f"{checkpoint}: damaged, or not a checkpoint of ours; remove it and train again") from error
+    if stored["version"].split(".")[:2] != __version__.split(".")[:2]:
+        raise UserError(
+            f"{checkpoint}: written by anomalib_lite {stored['version']}, this is {__version__}; train again"
+        )
+    return stored
 
 
 def describe(

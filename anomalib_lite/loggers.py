@@ -52,10 +52,12 @@ class CSVLogger(Logger):
     @rank_zero_only
     def save(self) -> None:
         columns = dict.fromkeys(key for row in self.rows for key in row)
-        with self.file.open("w", newline="") as file:
+        part = self.file.with_name(self.file.name + ".part")
+        with part.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(columns) or ["step"])
             writer.writeheader()
             writer.writerows(self.rows)
+        os.replace(part, self.file)
 
     def finalize(self, status: str) -> None:
         self.save()
