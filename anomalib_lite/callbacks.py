@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 import sys
 import time
 import warnings
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from anomalib_lite.backbones import FeatureStore
+from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.errors import UserError
 from anomalib_lite.loggers import CSVLogger
 from anomalib_lite.methods.base import AnomalyModule
@@ -65,11 +68,11 @@ class Training(L.Callback):
     exactly as it would have.
     """
 
-    def __init__(self, cfg: dict[str, Any], checkpoint: Path, fingerprint: str):
+    def __init__(self, cfg: dict[str, Any], checkpoint: Path, data: AnomalyDataModule):
         budget = cfg["trainer"]
         self.seed, self.log_every, self.every = cfg["seed"], budget["log_every"], 60 * budget["checkpoint_minutes"]
         self.max_steps, self.max_epochs = budget["max_steps"], budget["max_epochs"]
-        self.cfg, self.checkpoint, self.fingerprint = cfg, checkpoint, fingerprint
+        self.cfg, self.checkpoint, self.data = cfg, checkpoint, data
         self.steps, self.fit_s = 0, 0.0
         self.bar: Bar | None = None
 
@@ -85,7 +88,8 @@ class Training(L.Callback):
         checkpoint["anomalib_lite"] = {
             "version": __version__,
             "config": self.cfg,
-            "fingerprint": self.fingerprint,
+            "fingerprint": self.data.fingerprint,
+            "categories": self.data.categories,
             "finished": self.finished(trainer),
         }
 
@@ -113,7 +117,10 @@ class Training(L.Callback):
         self.bar = Bar("training", self.total(trainer), self.steps, quiet=not trainer.is_global_zero)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed((self.seed * 1_000_003 + self.steps) * 1_009 + trainer.global_rank)
+        number = (self.seed * 1_000_003 + self.steps) * 1_009 + trainer.global_rank
+        torch.manual_seed(number)
+        random.seed(number)
+        np.random.seed(number % 2**32)  # noqa: NPY002  a method may draw from it
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

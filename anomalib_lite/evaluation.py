@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anomalib_lite.callbacks import Bar
 from anomalib_lite.data.samples import Sample
-from anomalib_lite.metrics.functional import image_curves, image_metrics, pixel_curves, pixel_metrics
+from anomalib_lite.metrics.functional import Metrics, image_curves, image_metrics, pixel_curves, pixel_metrics
 from anomalib_lite.metrics.states import ImageMetrics, PixelMetrics
 
 TEST, NORMAL, HELD_OUT = 0, 1, 2  # the loaders of a test run, in this order
@@ -22,7 +22,8 @@ class Evaluation(L.Callback):
     def __init__(self) -> None:
         self.image = {part: ImageMetrics() for part in (TEST, NORMAL, HELD_OUT)}
         self.pixel = {part: PixelMetrics() for part in (TEST, HELD_OUT)}
-        self.pixel_peak = ImageMetrics()  # of normal images: the map's maximum, for the pixels' threshold
+        # of normal images: the map's maximum, for the pixels' threshold, and its median, where heat maps begin
+        self.peak, self.median = ImageMetrics(), ImageMetrics()
         self.arrays: dict[int, dict[str, np.ndarray]] = {}
         self.seconds = {TEST: 0.0, NORMAL: 0.0, HELD_OUT: 0.0}
         self.bar: Bar | None = None
@@ -51,7 +52,8 @@ class Evaluation(L.Callback):
             raise ValueError(f"the anomaly map of {bad[0]} is not finite")
         self.image[dataloader_idx].update(outputs["score"], batch["label"], batch["index"])
         if dataloader_idx == NORMAL:
-            self.pixel_peak.update(maps.amax((1, 2)), batch["label"], batch["index"])
+            self.peak.update(maps.amax((1, 2)), batch["label"], batch["index"])
+            self.median.update(maps.flatten(1).median(1).values, batch["label"], batch["index"])
         else:
             self.pixel[dataloader_idx].update(maps, batch["mask"], batch["index"])
         self.seconds[dataloader_idx] += time.perf_counter() - self.start
@@ -63,14 +65,14 @@ class Evaluation(L.Callback):
         if self.bar:
             self.bar.close()
         for part, state in self.image.items():
-            gathered = state.gathered()
-            more = self.pixel_peak.gathered() if part == NORMAL else self.pixel[part].gathered()
-            if gathered is None or more is None:
-                continue
             if part == NORMAL:
-                self.arrays[part] = gathered | {"peaks": more["scores"]}
+                more = [("peaks", self.peak.gathered()), ("medians", self.median.gathered())]
+                fields = {name: gathered["scores"] for name, gathered in more if gathered}
             else:
-                self.arrays[part] = gathered | more
+                fields = self.pixel[part].gathered() or {}
+            gathered = state.gathered()
+            if gathered is not None:
+                self.arrays[part] = gathered | fields
 
 
 def category_metrics(
@@ -79,38 +81,52 @@ def category_metrics(
     arrays: dict[str, np.ndarray],
     has_masks: dict[str, bool],
     limits: list[float],
-) -> tuple[dict[str, dict[str, float | None]], list[str]]:
+) -> tuple[dict[str, Metrics], list[str]]:
     """Metrics per category, and why some could not be computed."""
     metrics, notes = {}, []
-    of = np.array([categories.index(sample.category) for sample in samples], dtype=int)
-    for number, category in enumerate(categories):
-        rows = of == number
-        result: dict[str, float | None] = {}
-        labels = arrays["labels"][rows]
-        empty = [] if rows.any() else ["no test images"]
-        if rows.any():
-            result |= image_metrics(arrays["scores"][rows], labels)
-            empty += (
-                ["no good test images"] if labels.all() else ["no defective test images"] if not labels.any() else []
-            )
-        else:
-            result |= dict.fromkeys(("image_auroc", "image_ap", "image_f1max"))
-        if rows.any() and has_masks[category]:
-            result |= pixel_metrics(arrays["maps"][rows], arrays["masks"][rows], tuple(limits))
-        else:
-            result |= dict.fromkeys(
-                ("pixel_auroc", "pixel_ap", "pixel_f1max", *(f"aupro_{round(100 * x):02d}" for x in limits))
-            )
-            empty += ["no ground truth masks"] if rows.any() else []
-        missing = [key for key, value in result.items() if value is None]
+    for category in categories:
+        rows = np.array([sample.category == category for sample in samples], dtype=bool)
+        metrics[category] = _metrics(rows, arrays, has_masks[category], limits)
+        missing = [key for key, value in metrics[category].items() if value is None]
         if missing:
-            why = " and ".join(empty) or "too few pixels of a kind"
-            notes.append(f"{category}: {', '.join(missing)} can't be computed: {why}")
-        metrics[category] = result
+            labels = arrays["labels"][rows]
+            why = [name for name, there in (("good", (labels == 0).any()), ("defective", labels.any())) if not there]
+            reason = f"no {' and no '.join(why)} test images" if why else "no ground truth masks"
+            notes.append(f"{category}: {', '.join(missing)} can't be computed: {reason}")
     return metrics, notes
 
 
-def mean_metrics(metrics: dict[str, dict[str, float | None]]) -> tuple[dict[str, float | None], list[str]]:
+def defect_metrics(
+    samples: list[Sample],
+    categories: list[str],
+    arrays: dict[str, np.ndarray],
+    has_masks: dict[str, bool],
+    limits: list[float],
+) -> dict[str, dict[str, Metrics | dict[str, int]]]:
+    """Metrics per kind of defect: {category: {defect: metrics}}, its images against the category's good ones."""
+    found: dict[str, dict[str, Any]] = {category: {} for category in categories}
+    of = np.array([(sample.category, sample.defect) for sample in samples]).reshape(-1, 2)
+    for category, defect in dict.fromkeys(map(tuple, of.tolist())):
+        mine, good = of[:, 0] == category, arrays["labels"] == 0
+        rows = mine & (good | (of[:, 1] == defect))
+        if arrays["labels"][mine & (of[:, 1] == defect)].any():
+            metrics = _metrics(rows, arrays, has_masks[category], limits)
+            found[category][defect] = {"images": int((rows & ~good).sum())} | metrics
+    return found
+
+
+def _metrics(rows: np.ndarray, arrays: dict[str, np.ndarray], masks: bool, limits: list[float]) -> Metrics:
+    if rows.any():
+        image = image_metrics(arrays["scores"][rows], arrays["labels"][rows])
+    else:
+        image = dict.fromkeys(("image_auroc", "image_ap", "image_f1max"))
+    if rows.any() and masks:
+        return image | pixel_metrics(arrays["maps"][rows], arrays["masks"][rows], tuple(limits))
+    pixel = ("pixel_auroc", "pixel_ap", "pixel_f1max", *(f"aupro_{round(100 * limit):02d}" for limit in limits))
+    return image | dict.fromkeys(pixel)
+
+
+def mean_metrics(metrics: dict[str, Metrics]) -> tuple[dict[str, float | None], list[str]]:
     """Unweighted mean over the categories that have the metric; a note where some have not."""
     mean: dict[str, float | None] = {}
     notes = []
@@ -122,18 +138,20 @@ def mean_metrics(metrics: dict[str, dict[str, float | None]]) -> tuple[dict[str,
     return mean, notes
 
 
-def thresholds(
-    samples: list[Sample], categories: list[str], arrays: dict[str, np.ndarray], quantile: float
-) -> dict[str, Any]:
-    """Decision thresholds per category: the quantile over normal images of the image score and of the map's maximum."""
-    of = np.array([sample.category for sample in samples])
+def thresholds(normal: dict[str, np.ndarray], quantile: float) -> dict[str, Any]:
+    """Decision thresholds per category: the quantile over normal images of the image score and of the map's maximum.
+
+    Args:
+        normal: per image `scores`, `peaks` and `medians` of its map, and `categories`, all [N].
+    """
     chosen = {}
-    for category in categories:
-        rows = of == category
-        image, peak = (
-            float(np.quantile(arrays[key][rows].astype(np.float64), quantile)) for key in ("scores", "peaks")
+    for category in dict.fromkeys(normal["categories"].tolist()):
+        rows = normal["categories"] == category
+        image, pixel = (
+            float(np.quantile(normal[key][rows].astype(np.float64), quantile)) for key in ("scores", "peaks")
         )
-        chosen[category] = {"image": image, "pixel": peak, "images": int(rows.sum())}
+        background = float(np.median(normal["medians"][rows]))
+        chosen[category] = {"image": image, "pixel": pixel, "background": background, "images": int(rows.sum())}
     return {"quantile": quantile, "from": "normal training images", "per_category": chosen}
 
 

@@ -55,7 +55,7 @@ def execute(
     data, model, notes = build(cfg)
     if stored and stored["fingerprint"] != data.fingerprint:
         raise UserError(f"data.root={data.root}: not the files that {checkpoint} was trained and tested on; train anew")
-    training, evaluating = Training(cfg, checkpoint, data.fingerprint), evaluation.Evaluation()
+    training, evaluating = Training(cfg, checkpoint, data), evaluation.Evaluation()
     filling = FillFeatures(cfg["hardware"]["feature_memory_gb"])
     epochs = cfg["trainer"]["max_epochs"]
     trainer = L.Trainer(
@@ -107,6 +107,22 @@ def execute(
     result["notes"] = notes + result["notes"]
     write(run, data, evaluating.arrays, result)
     return result
+
+
+def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyModule, AnomalyDataModule]:
+    """A run's method with its trained weights, in evaluation mode, and its DataModule without its data."""
+    stored = read_checkpoint(checkpoint)
+    if device not in ("auto", "cpu", "gpu"):
+        raise UserError(f"device={device}: choose auto, cpu or gpu")
+    options = lightning_options(cfg["hardware"] | {"accelerator": device, "devices": 1, "nodes": 1}, multirun=False)
+    data = instantiate(cfg["data"])
+    backbone = None
+    if cfg["backbone"]["name"] is not None:  # the checkpoint holds the backbone's weights too
+        backbone = instantiate(cfg["backbone"], weights="none", precision=cfg["hardware"]["precision"])
+    context = {"scoring": cfg["scoring"], "image_size": data.image_size, "categories": stored["categories"]}
+    model = instantiate(cfg["method"], backbone=backbone, **context, _convert_="all")
+    model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+    return model.eval().to("cuda" if options["accelerator"] == "gpu" else "cpu"), data
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
@@ -173,14 +189,25 @@ def measure(cfg: dict[str, Any], data: AnomalyDataModule, arrays: dict[int, dict
     validation = None
     if data.val_samples:
         validation = metrics(evaluation.HELD_OUT, data.val_samples, dict.fromkeys(names, True))[1]
-    normal = arrays[evaluation.NORMAL]
+    per_defect = evaluation.defect_metrics(
+        data.test_samples, names, arrays[evaluation.TEST], data.has_masks, scoring["fpr_limits"]
+    )
     return {
         "metrics": mean,
         "per_category": per_category,
+        "per_defect": per_defect,
         "validation": validation,
-        "thresholds": evaluation.thresholds(data.train_samples, names, normal, scoring["quantile"]),
+        "thresholds": evaluation.thresholds(normal_scores(data, arrays), scoring["quantile"]),
         "notes": notes,
     }
+
+
+def normal_scores(data: AnomalyDataModule, arrays: dict[int, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """`scores`, `peaks`, `medians` and `categories` of the normal training images, [N] each."""
+    normal = arrays[evaluation.NORMAL]
+    good = normal["labels"] == 0
+    categories = np.array([sample.category for sample in data.train_samples])
+    return {key: normal[key][good] for key in ("scores", "peaks", "medians")} | {"categories": categories[good]}
 
 
 def write(run: Path, data: AnomalyDataModule, arrays: dict[int, dict[str, np.ndarray]], result: dict[str, Any]) -> None:
@@ -189,6 +216,7 @@ def write(run: Path, data: AnomalyDataModule, arrays: dict[int, dict[str, np.nda
     test, root = arrays[evaluation.TEST], Path(data.root)
     results.write_scores(run, root, data.test_samples, test["scores"])
     curves = evaluation.curves(data.test_samples, data.categories, test, data.has_masks)
-    results.write_maps(run, root, data.test_samples, test["maps"], curves)
+    normal = {f"normal/{key}": value for key, value in normal_scores(data, arrays).items()}
+    results.write_maps(run, root, data.test_samples, test["maps"], curves | normal)
     title = f"{result['method']}, seed {result['seed']}"
     write_figures(run / "figures", data.test_samples, data.categories, test, result["thresholds"], title)

@@ -19,7 +19,7 @@ def write_figures(
 ) -> None:
     """`<category>.png`: the defects with the lowest scores, the good images with the highest, and the clearest defects.
 
-    Heat maps of a category share one colour scale, from the median of its maps to twice the pixels' threshold.
+    Heat maps share one colour scale per category, from normal images' background to twice the pixels' threshold.
     """
     folder.mkdir(exist_ok=True)
     for category in categories:
@@ -42,12 +42,20 @@ def _cases(rows: list[int], arrays: dict[str, np.ndarray], count: int = 3) -> li
     )
 
 
-def heat(image: np.ndarray, amap: np.ndarray, low: float, high: float) -> np.ndarray:
-    """An RGB image [H, W, 3] under its map [H, W], coloured from `low` to `high`."""
-    level = np.clip((amap - low) / max(high - low, 1e-12), 0, 1)
-    colours = cv2.applyColorMap((255 * level).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
-    opacity = (0.25 + 0.6 * level)[..., None]
-    return (image * (1 - opacity) + colours * opacity).astype(np.uint8)
+def colours(amap: np.ndarray, threshold: dict[str, float]) -> np.ndarray:
+    """A map [H, W] as RGB [H, W, 3]: dark at the background of normal images, brightest at twice the threshold."""
+    return cv2.applyColorMap((255 * _level(amap, threshold)).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
+
+
+def overlay(image: np.ndarray, amap: np.ndarray, threshold: dict[str, float]) -> np.ndarray:
+    """An RGB image [H, W, 3] under its map [H, W]."""
+    opacity = (0.2 + 0.6 * _level(amap, threshold))[..., None]
+    return (image * (1 - opacity) + colours(amap, threshold) * opacity).astype(np.uint8)
+
+
+def _level(amap: np.ndarray, threshold: dict[str, float]) -> np.ndarray:
+    low, high = threshold["background"], 2 * threshold["pixel"]
+    return np.clip((amap - low) / max(high - low, 1e-12), 0, 1)
 
 
 def contact_sheet(
@@ -59,8 +67,6 @@ def contact_sheet(
     tile: int = 192,
 ) -> np.ndarray:
     """A column a case: the image with its defect outlined, and its heat map; scores as multiples of the threshold."""
-    chosen = arrays["maps"][[i for _, i in cases]]
-    low, high = float(np.median(chosen)), 2 * threshold["pixel"]
     gap, head = 6, 30
     sheet = np.full((head + 2 * (tile + gap) + 40, len(cases) * (tile + gap) + gap, 3), 255, np.uint8)
     _write(sheet, title, gap, 20, 0.5)
@@ -73,7 +79,7 @@ def contact_sheet(
         outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(outlined, outlines, -1, (0, 220, 0), 1)
         sheet[head : head + tile, x : x + tile] = outlined
-        sheet[head + tile + gap : head + 2 * tile + gap, x : x + tile] = heat(image, amap, low, high)
+        sheet[head + tile + gap : head + 2 * tile + gap, x : x + tile] = overlay(image, amap, threshold)
         ratio = float(arrays["scores"][i]) / threshold["image"] if threshold["image"] else float("nan")
         y = head + 2 * (tile + gap) + 10
         _write(sheet, f"{kind}: {samples[i].defect}", x, y, 0.4)

@@ -51,6 +51,8 @@ class CSVLogger(Logger):
 
     @rank_zero_only
     def save(self) -> None:
+        if not self.rows and self.file.is_file():
+            return  # a run that was trained before and is only tested now
         columns = dict.fromkeys(key for row in self.rows for key in row)
         part = self.file.with_name(self.file.name + ".part")
         with part.open("w", newline="") as file:

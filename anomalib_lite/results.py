@@ -56,6 +56,28 @@ def read_result(run: Path) -> dict[str, Any]:
     return result
 
 
+def thresholds_of(run: Path, category: str | None, quantile: float | None) -> dict[str, Any]:
+    """A run's thresholds for a category, at its own or another quantile: `category`, `image`, `pixel`, `background`."""
+    from anomalib_lite.evaluation import thresholds
+
+    stored = read_result(run)["thresholds"]
+    names = list(stored["per_category"])
+    if category is None and len(names) > 1:
+        raise UserError(f"category= is not set: this run's model has several, {', '.join(names)}; choose one")
+    if category is not None and category not in names:
+        raise UserError(f"category={category}: this run's categories are {', '.join(names)}")
+    if quantile is not None:
+        if not isinstance(quantile, int | float) or not 0 < quantile <= 1:
+            raise UserError(f"quantile={quantile}: give a share above 0 and at most 1")
+        try:
+            with np.load(run / "maps.npz", allow_pickle=False) as file:
+                normal = {key.removeprefix("normal/"): file[key] for key in file.files if key.startswith("normal/")}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{run / 'maps.npz'}: not readable, so quantile= can't be changed ({error})") from error
+        stored = thresholds(normal, quantile)
+    return {"category": category or names[0]} | stored["per_category"][category or names[0]]
+
+
 def write_scores(run: Path, root: Path, samples: list[Sample], scores: np.ndarray) -> None:
     """scores.csv: an image a row; the scores with all their digits."""
     with (run / "scores.csv").open("w", newline="") as file:
@@ -66,8 +88,10 @@ def write_scores(run: Path, root: Path, samples: list[Sample], scores: np.ndarra
             writer.writerow([path.as_posix(), sample.category, sample.defect, sample.label, repr(float(score))])
 
 
-def write_maps(run: Path, root: Path, samples: list[Sample], maps: np.ndarray, curves: dict[str, np.ndarray]) -> None:
-    """maps.npz: `maps` float16 [N, 64, 64] divided by `scale` (so that float16 holds them), `paths`, and the curves."""
+def write_maps(run: Path, root: Path, samples: list[Sample], maps: np.ndarray, more: dict[str, np.ndarray]) -> None:
+    """maps.npz: `maps` float16 [N, 64, 64] divided by `scale` (so that float16 holds them), `paths`, and `more`:
+    the curves' points and the normal images' scores, which thresholds come from.
+    """
     import cv2
 
     small = [cv2.resize(m, (MAP_SIZE, MAP_SIZE), interpolation=cv2.INTER_AREA) for m in maps]
@@ -75,7 +99,7 @@ def write_maps(run: Path, root: Path, samples: list[Sample], maps: np.ndarray, c
     stacked = np.stack(small) if small else np.zeros((0, MAP_SIZE, MAP_SIZE), np.float32)
     paths = [s.path.relative_to(root).as_posix() if s.path.is_relative_to(root) else str(s.path) for s in samples]
     part = run / "maps.part.npz"
-    np.savez_compressed(part, maps=(stacked / scale).astype(np.float16), scale=scale, paths=np.array(paths), **curves)  # type: ignore[arg-type]
+    np.savez_compressed(part, maps=(stacked / scale).astype(np.float16), scale=scale, paths=np.array(paths), **more)  # type: ignore[arg-type]
     part.replace(run / "maps.npz")
 
 

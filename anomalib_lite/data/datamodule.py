@@ -86,6 +86,32 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
+class NewImages(Dataset):
+    """Images to predict on; one that can't be read is the message that says so."""
+
+    def __init__(self, files: Sequence[Path], category: int, pipeline: Pipeline):
+        self.files, self.category, self.pipeline = files, category, pipeline
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | str:
+        try:
+            image = load_rgb(self.files[index])
+        except UserError as error:
+            return str(error)
+        tensor, mask = self.pipeline(image, np.zeros(image.shape[:2], bool), (0, AUGMENT, 0, index))
+        item = {"label": 0, "category": self.category, "path": str(self.files[index]), "index": index}
+        return item | {"image": tensor, "mask": mask}
+
+
+def collate_readable(items: list[dict[str, Any] | str]) -> dict[str, Any]:
+    """`collate` of what could be read, and `damaged`, the messages of what could not."""
+    readable = [item for item in items if not isinstance(item, str)]
+    batch = collate(readable) if readable else {"path": []}
+    return batch | {"damaged": [item for item in items if isinstance(item, str)]}
+
+
 class TrainBatches(Sampler):
     """This rank's share of each global batch of a seeded permutation, as lists of (epoch, index).
 
@@ -283,6 +309,11 @@ class AnomalyDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         return self._in_order(self._images(self.test_samples, self.eval_pipeline), sharded=True)
+
+    def new_dataloader(self, files: Sequence[Path], category: int, batch_size: int, workers: int) -> DataLoader:
+        """Images that belong to no data set, in order; `damaged` of a batch lists what could not be read of it."""
+        files = NewImages(files, category, self.eval_pipeline)
+        return DataLoader(files, batch_size, num_workers=workers, collate_fn=collate_readable)
 
     def resume_at(self, epoch: int, batch: int) -> None:
         """The next iteration over the training loader starts at that batch of that epoch; later ones at 0."""
