@@ -59,7 +59,7 @@ class CSVLogger(Logger):
             writer = csv.DictWriter(file, list(columns) or ["step"])
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(part, self.file)
+        part.replace(self.file)
 
     def finalize(self, status: str) -> None:
         self.save()
