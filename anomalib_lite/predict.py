@@ -46,6 +46,7 @@ def predict(options: dict[str, Any]) -> None:
     output.mkdir(parents=True, exist_ok=True)
 
     import cv2
+    import torch
     from lightning.fabric.utilities import move_data_to_device
 
     from anomalib_lite.callbacks import Bar, quiet
@@ -66,13 +67,14 @@ def predict(options: dict[str, Any]) -> None:
         for batch in data.new_dataloader(files, category, options["batch_size"], options["workers"]):
             damaged += batch["damaged"]
             if batch["path"]:
-                scored = model.predict_step(move_data_to_device(batch, model.device), 0)
+                with torch.inference_mode():
+                    scored = model.predict_step(move_data_to_device(batch, model.device), 0)
                 maps, scores = scored["map"].cpu().numpy(), scored["score"].tolist()
-                for path, amap, score in zip(map(Path, batch["path"]), maps, scores, strict=True):
-                    name = path.relative_to(base)
+                for file_name, amap, score in zip(batch["path"], maps, scores, strict=True):
+                    name = Path(file_name).relative_to(base)
                     decision = "defective" if score > limits["image"] else "good"
                     writer.writerow([name.as_posix(), repr(score), repr(limits["image"]), decision])
-                    image = load_rgb(path)
+                    image = load_rgb(base / name)
                     amap = cv2.resize(amap, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
                     save(output / "heatmaps" / f"{name}.png", colours(amap, limits))
                     save(output / "overlays" / f"{name}.png", overlay(image, amap, limits))

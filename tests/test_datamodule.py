@@ -16,7 +16,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from anomalib_lite.data import splits
-from anomalib_lite.data.datamodule import CORRUPTED, AnomalyDataModule, TrainBatches
+from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.data.loading import CORRUPTED, TrainBatches
 from anomalib_lite.data.readers import read_folder
 from anomalib_lite.errors import UserError
 from tests.trees import make_mvtec, save_image

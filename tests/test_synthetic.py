@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from anomalib_lite.data import corruptions, synthetic
+from anomalib_lite.data import corruptions, drawings, synthetic
 from anomalib_lite.data.corruptions import corrupt
-from anomalib_lite.data.synthetic import CATEGORIES, generate, picture, read_synthetic
+from anomalib_lite.data.drawings import CATEGORIES, picture
+from anomalib_lite.data.synthetic import generate, read_synthetic
 from anomalib_lite.errors import UserError
 
 SMALL: dict[str, Any] = {"size": 64, "train": 3, "good": 2, "defective": 2}
@@ -57,7 +58,7 @@ def test_mask_is_the_changed_area(name, kind, split):
         clean, nothing = picture(name, None, 5, 256, split, index)
         change = np.abs(image.astype(int) - clean).max(2)
         assert not nothing.any()
-        assert synthetic.MIN_AREA <= mask.mean() < 0.08
+        assert drawings.MIN_AREA <= mask.mean() < 0.08
         assert change[~mask].max() <= 16  # what is left out can't be seen
         assert (change[mask] > 4).mean() > 0.9
 
@@ -148,7 +149,8 @@ def test_defects_and_corruptions_share_no_code():
         nodes = ast.walk(ast.parse(Path(module.__file__).read_text()))
         return " ".join(ast.unparse(n) for n in nodes if isinstance(n, ast.Import | ast.ImportFrom))
 
-    assert "synthetic" not in imported(corruptions)
+    assert not {"synthetic", "drawings"} & set(imported(corruptions))
+    assert "corruptions" not in imported(drawings)
     assert "corruptions" not in imported(synthetic)
 
 

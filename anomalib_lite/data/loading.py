@@ -1,0 +1,159 @@
+"""From samples to batches: what a loader's workers run, and the order in which a training loader asks for samples.
+
+Everything random depends on the seed and on a sample's place only, never on workers, ranks or what ran before.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from anomalib_lite.data.samples import Sample, load_mask, load_rgb
+from anomalib_lite.data.transforms import Pipeline
+from anomalib_lite.errors import UserError
+
+CORRUPTED = "corrupted"  # the `defect` of a held-out training image that gets an artificial one
+AUGMENT, SHUFFLE, HOLD_OUT, CORRUPT = range(4)  # streams of random numbers, each seeded by (seed, stream, ...)
+
+
+class LoadError(UserError):
+    """A UserError that leaves a worker process as it was: torch rebuilds it from a traceback, whose last line it is."""
+
+    def __init__(self, message: str):
+        super().__init__(message.rstrip().rsplit("\n", 1)[-1].rsplit(f"{type(self).__name__}: ", 1)[-1])
+
+
+class ImageSet(Dataset):
+    """Samples by position, or by (epoch, position) where the augmentation should differ from epoch to epoch."""
+
+    def __init__(
+        self, samples: list[Sample], categories: list[str], pipeline: Pipeline, seed: int, images: bool = True
+    ):
+        self.samples = samples
+        self.categories = {name: i for i, name in enumerate(categories)}
+        self.pipeline = pipeline
+        self.seed = seed
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        sample = self.samples[index]
+        category = self.categories[sample.category]
+        item = {"label": sample.label, "category": category, "path": str(sample.path), "index": index}
+        if self.images:
+            try:
+                item["image"], item["mask"] = self._load(sample, epoch, index)
+            except UserError as error:
+                raise LoadError(str(error)) from None
+        return item
+
+    def _load(self, sample: Sample, epoch: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image = load_rgb(sample.path)
+        mask = np.zeros(image.shape[:2], bool) if sample.mask is None else load_mask(sample.mask)
+        corrupt = None
+        if sample.defect == CORRUPTED:
+            from anomalib_lite.data.corruptions import corrupt as corrupt_image  # only runs that validate need it
+
+            corrupt = partial(corrupt_image, rng=np.random.default_rng([self.seed, CORRUPT, index]))
+        return self.pipeline(image, mask, (self.seed, AUGMENT, epoch, index), corrupt)
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch: image float32 [B, 3, H, W], mask bool [B, H, W], label, category, index int64 [B], path list."""
+    batch: dict[str, Any] = {key: torch.tensor([i[key] for i in items]) for key in ("label", "category", "index")}
+    batch["path"] = [item["path"] for item in items]
+    if "image" in items[0]:
+        for item in items:
+            if item["image"].shape != items[0]["image"].shape:
+                raise LoadError(
+                    f"{item['path']}: another size than the rest of its batch; add a Resize to data.transform"
+                )
+        batch["image"] = torch.stack([item["image"] for item in items])
+        batch["mask"] = torch.stack([item["mask"] for item in items])
+    return batch
+
+
+class NewImages(Dataset):
+    """Images to predict on; one that can't be read is the message that says so."""
+
+    def __init__(self, files: Sequence[Path], category: int, pipeline: Pipeline):
+        self.files, self.category, self.pipeline = files, category, pipeline
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | str:
+        try:
+            image = load_rgb(self.files[index])
+        except UserError as error:
+            return str(error)
+        tensor, mask = self.pipeline(image, np.zeros(image.shape[:2], bool), (0, AUGMENT, 0, index))
+        item = {"label": 0, "category": self.category, "path": str(self.files[index]), "index": index}
+        return item | {"image": tensor, "mask": mask}
+
+
+def collate_readable(items: list[dict[str, Any] | str]) -> dict[str, Any]:
+    """`collate` of what could be read, and `damaged`, the messages of what could not."""
+    readable = [item for item in items if not isinstance(item, str)]
+    batch = collate(readable) if readable else {"path": []}
+    return batch | {"damaged": [item for item in items if isinstance(item, str)]}
+
+
+class TrainBatches(Sampler):
+    """This rank's share of each global batch of a seeded permutation, as lists of (epoch, index).
+
+    Global batches are the same for any number of ranks. The last one is short, filled up from the epoch's beginning as
+    far as it takes to give every rank as many, or left out with `drop_last` unless it is the only one.
+    `take_resume` gives (epoch, first batch) for the next iteration, or None.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        drop_last: bool = False,
+        take_resume: Callable[[], tuple[int, int] | None] = lambda: None,
+    ):
+        self.length, self.batch_size, self.seed, self.rank, self.world = length, batch_size, seed, rank, world
+        self.drop_last = drop_last and length >= batch_size
+        self.take_resume = take_resume
+        self.epoch = 0
+
+    @property
+    def sampler(self) -> "TrainBatches":
+        return self  # Lightning calls set_epoch on a loader's `batch_sampler.sampler`
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length // self.batch_size if self.drop_last else -(-self.length // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        # A generator, so that the position is taken with the first batch: a loader with workers asks for an iterator
+        # twice and uses the second.
+        self.epoch, first = self.take_resume() or (self.epoch, 0)
+        order = np.random.default_rng([self.seed, SHUFFLE, self.epoch]).permutation(self.length)
+        for number in range(first, len(self)):
+            yield self._share(order, number)
+
+    def _share(self, order: np.ndarray, number: int) -> list[tuple[int, int]]:
+        batch = order[number * self.batch_size : (number + 1) * self.batch_size]
+        batch = np.concatenate([batch, np.resize(order, -len(batch) % self.world)])
+        return [(self.epoch, int(index)) for index in batch[self.rank :: self.world]]
+
+
+def one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
