@@ -108,7 +108,7 @@ def _build(name: str, layers: list[int], weights: str) -> Any:
             "give a local file, or none for random weights"
         ) from error
     if overlay and foreign:
-        raise UserError(f"{what}: these are not the weights of {name} ({foreign[0]} is no tensor of its)")
+        raise UserError(f"{what}: these are not the weights of {name} ({foreign[0]} is not among its tensors)")
     lacking = [key for key, tensor in net.state_dict(keep_vars=True).items() if id(tensor) in missing]
     if lacking:
         raise UserError(

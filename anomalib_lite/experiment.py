@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from anomalib_lite import __version__, evaluation, results
 from anomalib_lite.callbacks import FillFeatures, Training, quiet
 from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.efficiency import efficiency
 from anomalib_lite.errors import UserError
 from anomalib_lite.figures import write_figures
 from anomalib_lite.hardware import device_name, lightning_options, peak_memory_mb
@@ -50,7 +51,9 @@ def execute(
     hardware = lightning_options(cfg["hardware"], multirun)
     ranks = hardware["devices"] * hardware["num_nodes"]
     if fit and cfg["data"]["batch_size"] % ranks:
-        raise UserError(f"data.batch_size={cfg['data']['batch_size']} can't be shared out to {ranks} devices evenly")
+        raise UserError(
+            f"data.batch_size={cfg['data']['batch_size']} can't be shared out to {ranks} devices evenly; give a multiple of {ranks}"
+        )
     stored = read_checkpoint(checkpoint) if checkpoint.is_file() else {}
     data, model, notes = build(cfg)
     if stored and stored["fingerprint"] != data.fingerprint:
@@ -100,7 +103,7 @@ def execute(
         **measure(cfg, data, evaluating.arrays),
         "groups": None,
         "timing": timing,
-        "efficiency": None,
+        "efficiency": efficiency(model, data, cfg["data"]["eval_batch_size"]),
         "cache": filling.report,
         "environment": results.environment(device_name(trainer.strategy.root_device)),
     }

@@ -71,13 +71,13 @@ def predict(options: dict[str, Any]) -> None:
                     scored = model.predict_step(move_data_to_device(batch, model.device), 0)
                 maps, scores = scored["map"].cpu().numpy(), scored["score"].tolist()
                 for file_name, amap, score in zip(batch["path"], maps, scores, strict=True):
-                    name = Path(file_name).relative_to(base)
+                    below = Path(file_name).relative_to(base)
                     decision = "defective" if score > limits["image"] else "good"
-                    writer.writerow([name.as_posix(), repr(score), repr(limits["image"]), decision])
-                    image = load_rgb(base / name)
+                    writer.writerow([below.as_posix(), repr(score), repr(limits["image"]), decision])
+                    image = load_rgb(base / below)
                     amap = cv2.resize(amap, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-                    save(output / "heatmaps" / f"{name}.png", colours(amap, limits))
-                    save(output / "overlays" / f"{name}.png", overlay(image, amap, limits))
+                    save(output / "heatmaps" / f"{below}.png", colours(amap, limits))
+                    save(output / "overlays" / f"{below}.png", overlay(image, amap, limits))
             bar.step(count=len(batch["path"]) + len(batch["damaged"]))
     bar.close()
     done = len(files) - len(damaged)

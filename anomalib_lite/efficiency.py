@@ -1,0 +1,52 @@
+"""What a method costs: parameters, FLOPs, latency and throughput, measured on a few test images."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch.utils.flop_counter import FlopCounterMode
+
+from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.methods.base import AnomalyModule
+
+
+def efficiency(model: AnomalyModule, data: AnomalyDataModule, batch_size: int) -> dict[str, Any]:
+    """`parameters`, `trainable`, `flops_per_image` (a multiply-add is 2), `latency_ms` at batch 1 and `images_per_s`.
+
+    From images in memory to scores: decoding is not counted. Operations that PyTorch's counter does not know (pooling,
+    smoothing by indexing) count nothing. Times are medians after a warm-up, and vary with what else the machine does.
+    """
+    samples = (data.test_samples or data.train_samples)[:batch_size]
+    samples = samples * (-(-batch_size // len(samples)))  # a small test set is repeated
+    files = [sample.path for sample in samples[:batch_size]]
+    batch = move_data_to_device(next(iter(data.new_dataloader(files, 0, batch_size, 0))), model.device)
+    single = {key: value[:1] for key, value in batch.items() if key != "damaged"}
+    store, model.store = model.store, type(model.store)()  # nothing from memory: what a new image costs
+    try:
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            model.score(single)
+        return {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "flops_per_image": counter.get_total_flops(),
+            "latency_ms": 1000 * _seconds(lambda: model.score(single), model.device, 9),
+            "images_per_s": batch_size / _seconds(lambda: model.score(batch), model.device, 3),
+            "batch_size": batch_size,
+        }
+    finally:
+        model.store = store
+
+
+@torch.inference_mode()
+def _seconds(run: Callable[[], Any], device: torch.device, times: int) -> float:
+    taken = []
+    for _ in range(times + 1):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
