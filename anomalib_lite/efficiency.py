@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.methods.base import AnomalyModule
 
 
-def efficiency(model: AnomalyModule, data: AnomalyDataModule, batch_size: int) -> dict[str, Any]:
-    """`parameters`, `trainable`, `flops_per_image` (a multiply-add is 2), `latency_ms` at batch 1 and `images_per_s`.
+def efficiency(model: AnomalyModule, data: AnomalyDataModule, batch_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """({`parameters`, `trainable`, `flops_per_image`}, {`latency_ms` of one image, `images_per_s` at `batch_size`}).
 
-    From images in memory to scores: decoding is not counted. Operations that PyTorch's counter does not know (pooling,
+    A multiply-add is 2 FLOPs. From images in memory to scores: decoding is not counted. Operations that PyTorch's counter does not know (pooling,
     smoothing by indexing) count nothing. Times are medians after a warm-up, and vary with what else the machine does.
     """
     samples = (data.test_samples or data.train_samples)[:batch_size]
@@ -28,14 +29,13 @@ def efficiency(model: AnomalyModule, data: AnomalyDataModule, batch_size: int) -
     try:
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:
             model.score(single)
-        return {
+        cost = {
             "parameters": sum(p.numel() for p in model.parameters()),
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "flops_per_image": counter.get_total_flops(),
-            "latency_ms": 1000 * _seconds(lambda: model.score(single), model.device, 9),
-            "images_per_s": batch_size / _seconds(lambda: model.score(batch), model.device, 3),
-            "batch_size": batch_size,
         }
+        latency, whole = (_seconds(partial(model.score, x), model.device, n) for x, n in ((single, 9), (batch, 3)))
+        return cost, {"latency_ms": 1000 * latency, "images_per_s": batch_size / whole, "batch_size": batch_size}
     finally:
         model.store = store
 

@@ -1,6 +1,5 @@
 """From maps and scores to metrics per category: collected over batches and ranks, computed once on rank 0."""
 
-import time
 from typing import Any
 
 import lightning as L
@@ -25,17 +24,11 @@ class Evaluation(L.Callback):
         # of normal images: the map's maximum, for the pixels' threshold, and its median, where heat maps begin
         self.peak, self.median = ImageMetrics(), ImageMetrics()
         self.arrays: dict[int, dict[str, np.ndarray]] = {}
-        self.seconds = {TEST: 0.0, NORMAL: 0.0, HELD_OUT: 0.0}
         self.bar: Bar | None = None
 
     def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             self.bar = Bar("testing", sum(int(n) for n in trainer.num_test_batches))
-
-    def on_test_batch_start(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self.start = time.perf_counter()
 
     def on_test_batch_end(
         self,
@@ -56,7 +49,6 @@ class Evaluation(L.Callback):
             self.median.update(maps.flatten(1).median(1).values, batch["label"], batch["index"])
         else:
             self.pixel[dataloader_idx].update(maps, batch["mask"], batch["index"])
-        self.seconds[dataloader_idx] += time.perf_counter() - self.start
         if self.bar:
             self.bar.step()
 

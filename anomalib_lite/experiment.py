@@ -90,12 +90,14 @@ def execute(
     )
     if not trainer.is_global_zero:
         return None
+    test_s = time.perf_counter() - tested
+    cost, speed = efficiency(model, data, cfg["data"]["eval_batch_size"])
     timing = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "fit_s": training.fit_s,
         "steps": training.steps,
-        "test_s": time.perf_counter() - tested,
-        "images_per_s": len(data.test_samples) / max(evaluating.seconds[evaluation.TEST], 1e-9),
+        "test_s": test_s,
+        **speed,
         "peak_memory_mb": peak_memory_mb(),
     }
     result = {
@@ -103,7 +105,7 @@ def execute(
         **measure(cfg, data, evaluating.arrays),
         "groups": None,
         "timing": timing,
-        "efficiency": efficiency(model, data, cfg["data"]["eval_batch_size"]),
+        "efficiency": cost,
         "cache": filling.report,
         "environment": results.environment(device_name(trainer.strategy.root_device)),
     }

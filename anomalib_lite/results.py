@@ -150,13 +150,13 @@ def show(run: Path, result: dict[str, Any]) -> None:
     timing, cost = result["timing"], result["efficiency"]
     console.print(
         f"{cost['parameters'] / 1e6:.1f} M parameters ({cost['trainable'] / 1e6:.1f} M trained), "
-        f"{cost['flops_per_image'] / 1e9:.1f} GFLOP an image, latency {cost['latency_ms']:.0f} ms, "
-        f"{cost['images_per_s']:.0f} images/s at batch {cost['batch_size']}, "
+        f"{cost['flops_per_image'] / 1e9:.1f} GFLOP an image, latency {timing['latency_ms']:.0f} ms, "
+        f"{timing['images_per_s']:.0f} images/s at batch {timing['batch_size']}, "
         f"peak memory {max(timing['peak_memory_mb'].values()) / 1024:.1f} GiB",
         highlight=False,
     )
     console.print(
-        f"trained {timing['steps']} steps in {timing['fit_s']:.1f} s, tested at {timing['images_per_s']:.1f} images/s",
+        f"trained {timing['steps']} steps in {timing['fit_s']:.1f} s, tested in {timing['test_s']:.1f} s",
         highlight=False,
     )
     console.print(
