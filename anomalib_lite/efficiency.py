@@ -17,8 +17,8 @@ from anomalib_lite.methods.base import AnomalyModule
 def efficiency(model: AnomalyModule, data: AnomalyDataModule, batch_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """({`parameters`, `trainable`, `flops_per_image`}, {`latency_ms` of one image, `images_per_s` at `batch_size`}).
 
-    A multiply-add is 2 FLOPs. From images in memory to scores: decoding is not counted. Operations that PyTorch's counter does not know (pooling,
-    smoothing by indexing) count nothing. Times are medians after a warm-up, and vary with what else the machine does.
+    A multiply-add is 2 FLOPs; operations that PyTorch's counter does not know (pooling, indexing) count nothing. Times
+    go from images in memory to scores, are medians after a warm-up, and vary with what else the machine does.
     """
     samples = (data.test_samples or data.train_samples)[:batch_size]
     samples = samples * (-(-batch_size // len(samples)))  # a small test set is repeated

@@ -52,7 +52,8 @@ def execute(
     ranks = hardware["devices"] * hardware["num_nodes"]
     if fit and cfg["data"]["batch_size"] % ranks:
         raise UserError(
-            f"data.batch_size={cfg['data']['batch_size']} can't be shared out to {ranks} devices evenly; give a multiple of {ranks}"
+            f"data.batch_size={cfg['data']['batch_size']} can't be shared out to {ranks} devices evenly; "
+            f"give a multiple of {ranks}"
         )
     stored = read_checkpoint(checkpoint) if checkpoint.is_file() else {}
     data, model, notes = build(cfg)
