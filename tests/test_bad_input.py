@@ -107,7 +107,7 @@ OPTIONS = {
     "data.category=": "data.category is empty",
     "data.category=[]": r"data.category=\[\]: give a name",
     "trainer.max_epochs=-1": "trainer.max_epochs=-1: give",
-    "trainer.max_epochs=null": "trainer.max_epochs and trainer.max_steps are both null",
+    "trainer.max_epochs=null trainer.max_steps=null": "trainer.max_epochs and trainer.max_steps are both null",
     "trainer.max_steps=0": "trainer.max_steps=0: give",
     "trainer.log_every=0": "trainer.log_every=0: give",
     "trainer.checkpoint_minutes=foo": "trainer.checkpoint_minutes=foo: give",
