@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup ## train and evaluate on images made on the spot; table and pictures under outputs/demo (2 CPU cores, no network)
 	rm -rf outputs/demo
-	$(BIN)/python -m anomalib_lite.train data=synthetic hardware=cpu seed=0 hydra.run.dir=outputs/demo
+	$(BIN)/python -m anomalib_lite.train +experiments=demo hardware=cpu seed=0 hydra.run.dir=outputs/demo
 
 test: setup ## the test suite, on generated data
 	$(BIN)/python -m pytest

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from anomalib_lite.cli import PACKAGE
+from anomalib_lite.cli import HOME
 from anomalib_lite.data.samples import Sample
 from anomalib_lite.errors import UserError
 
@@ -106,13 +106,10 @@ def write_maps(run: Path, root: Path, samples: list[Sample], maps: np.ndarray, m
 def environment(device: str) -> dict[str, Any]:
     """Versions, device and git revision."""
     packages = ("torch", "torchvision", "lightning", "timm", "numpy", "albumentations", "hydra-core")
-    git = ["git", "-C", str(PACKAGE)]
-    revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    if revision:
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        revision += "+changes" if dirty else ""
+    revision = None
+    if (HOME / ".git").exists():  # the package's own checkout, not whatever repository a wheel was installed below
+        revision = _git("rev-parse", "HEAD")
+        revision += "+changes" if revision and _git("status", "--porcelain") else ""
     return {
         "python": platform.python_version(),
         "anomalib_lite": version("anomalib-lite"),
@@ -120,6 +117,11 @@ def environment(device: str) -> dict[str, Any]:
         "device": device,
         "git": revision or None,
     }
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(HOME), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def metrics_table(result: dict[str, Any]) -> Table:
