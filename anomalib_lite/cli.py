@@ -21,6 +21,7 @@ HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
 def run(task: Callable[[Any], Any], config_name: str) -> None:
     """Compose the configuration from the command line and run `task(cfg)`; an error is one line, exit code 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing its own report
+    _wait_quietly()
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # a user's own method file is importable from the console script too
     import hydra
@@ -37,6 +38,7 @@ def run(task: Callable[[Any], Any], config_name: str) -> None:
 
 def run_plain(task: Callable[[dict[str, Any]], None], usage: str | None) -> None:
     """The same for a program that takes KEY=VALUE alone: `task(options)` with values read as YAML."""
+    _wait_quietly()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print((usage or "").strip())
         return
@@ -48,6 +50,12 @@ def run_plain(task: Callable[[dict[str, Any]], None], usage: str | None) -> None
                 raise UserError(f"{argument}: arguments are KEY=VALUE; see --help")
             options[key] = _yaml(key, text)
         task(options)
+
+
+def _wait_quietly() -> None:
+    """Before torch is imported: OpenMP's threads wait without spinning, or runs that share cores slow each other down
+    a hundredfold."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _yaml(key: str, text: str) -> Any:

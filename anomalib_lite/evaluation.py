@@ -52,8 +52,10 @@ class Evaluation(L.Callback):
         if self.bar:
             self.bar.step()
 
-    def on_test_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """On rank 0, `arrays[part]` holds all ranks' scores, labels, maps, masks and peaks in the data set's order."""
+    def gather(self) -> None:
+        """After the test: on rank 0, `arrays[part]` then holds all ranks' scores, labels, maps, masks and peaks in the
+        data set's order. Every rank calls it, also one without a batch, for which Lightning calls no hook.
+        """
         if self.bar:
             self.bar.close()
         for part, state in self.image.items():

@@ -8,6 +8,7 @@ import lightning as L
 import numpy as np
 import torch
 from hydra.utils import instantiate
+from torch.utils.data import DataLoader
 
 from anomalib_lite import __version__, evaluation, results
 from anomalib_lite.callbacks import FillFeatures, Training, quiet
@@ -84,11 +85,12 @@ def execute(
     loaders = [data.test_dataloader(), data.normal_dataloader(sharded=True), data.val_dataloader()]
     trainer.test(
         model,
-        [loader for loader in loaders if loader],
+        [loader for loader in loaders if isinstance(loader, DataLoader)],  # also one without a batch for this rank
         ckpt_path=None if fit else checkpoint,
         weights_only=True,
         verbose=False,
     )
+    evaluating.gather()
     if not trainer.is_global_zero:
         return None
     test_s = time.perf_counter() - tested

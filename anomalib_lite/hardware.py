@@ -43,9 +43,10 @@ def lightning_options(hardware: dict[str, Any], multirun: bool) -> dict[str, Any
             f"hardware.devices={devices} in a sweep needs a process per job, or the ranks of one job run into the "
             "next; run the jobs one by one"
         )
-    torch.set_num_threads(
-        hardware["threads"] or max(1, (os.cpu_count() or 1) // (devices if accelerator == "cpu" else 1))
-    )
+    # not shared out to the ranks: with another number of threads a network's output may differ in its last bit
+    threads = hardware["threads"] or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # or Lightning sets a number of its own
     precision = "bf16-mixed" if hardware["precision"] == "bf16" else "32-true"
     strategy: Any = DDP(process_group_backend="gloo" if accelerator == "cpu" else None) if several else "auto"
     return {

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from anomalib_lite.data import check as checks
 from anomalib_lite.data.loading import (
@@ -199,10 +199,13 @@ class AnomalyDataModule(L.LightningDataModule):
         return ImageSet(samples, self.categories, pipeline, self.seed, images)
 
     def _in_order(self, dataset: ImageSet, sharded: bool, persistent: bool = False) -> DataLoader:
-        """Rank r's share is r::world, without padding: 5 samples on 2 ranks are 3 and 2."""
+        """Rank r's share is every world-th batch from the r-th on, without padding.
+
+        The batches are those of one device: beside other images a network's output may differ in its last bit.
+        """
         rank, world = self._rank_and_world() if sharded else (0, 1)
-        share = range(rank, len(dataset), world)
-        return self._loader(dataset, persistent, batch_size=self.eval_batch_size, sampler=share)
+        batches = list(BatchSampler(range(len(dataset)), self.eval_batch_size, drop_last=False))
+        return self._loader(dataset, persistent, batch_sampler=batches[rank::world])
 
     def _loader(self, dataset: ImageSet, persistent: bool, **how: Any) -> DataLoader:
         workers = self._worker_count() if dataset.images else 0

@@ -49,6 +49,7 @@ class AnomalyModule(L.LightningModule):
         categories: Sequence[str] = ("",),
     ):
         super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer batches to evaluate than devices
         if self.frozen_features and backbone is None:
             raise UserError(f"backbone=none: {type(self).__name__} needs one; choose another, as in backbone=resnet18")
         self.backbone = backbone
