@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def test_the_folder_holds_what_is_promised(finished):
 
 def test_result_says_everything(finished, method):
     result = results.read_result(finished)
-    assert set(result) == KEYS
+    assert set(result) >= KEYS
     assert result["method"] == method
     assert (result["dataset"], result["categories"], result["setting"]) == ("folder", ["bottle"], "single")
     assert set(result["metrics"]) == METRICS
@@ -231,13 +232,10 @@ def test_thresholds_come_from_normal_training_images(finished):
     scores = np.concatenate([x["score"].double() for x in scored])
     peaks = np.concatenate([x["map"].amax((1, 2)).double() for x in scored])
     assert len(scores) == 10
-    assert results.read_result(finished)["thresholds"] == {
-        "quantile": 0.99,
-        "from": "normal training images",
-        "per_category": {
-            "bottle": {"image": np.quantile(scores, 0.99), "pixel": np.quantile(peaks, 0.99), "images": 10}
-        },
-    }
+    thresholds = results.read_result(finished)["thresholds"]
+    assert (thresholds["quantile"], thresholds["from"]) == (0.99, "normal training images")
+    expected = {"image": np.quantile(scores, 0.99), "pixel": np.quantile(peaks, 0.99), "images": 10}
+    assert thresholds["per_category"]["bottle"].items() >= expected.items()
 
 
 def test_one_model_for_two_categories(method, budget, root, tmp_path):
@@ -271,25 +269,28 @@ def test_validation_on_held_out_training_images(method, budget, root, tmp_path):
 
 @pytest.fixture
 def seen():
-    """How often each image went through a frozen backbone, from now on."""
-    counts: list[int] = []
+    """The batches that go through a frozen backbone from now on, by their sizes."""
+    sizes: list[int] = []
 
-    def count(module, inputs, output):
+    def note(module, inputs, output):
         if isinstance(module, Backbone):
-            counts.append(len(inputs[0]))
+            sizes.append(len(inputs[0]))
 
-    hook = torch.nn.modules.module.register_module_forward_hook(count)
-    yield counts
+    hook = torch.nn.modules.module.register_module_forward_hook(note)
+    yield sizes
     hook.remove()
 
 
-def test_frozen_features_are_computed_once(root, seen, trained, tmp_path):
-    held = train(tmp_path / "held", root, f"method={TRAINED}", "trainer.max_epochs=3")
-    assert sum(seen) == 10 + 9  # every training image, every test image
+def test_frozen_features_are_computed_once(root, seen, tmp_path):
+    budget = ("trainer.max_epochs=3", "trainer.max_steps=null")
+    held = train(tmp_path / "held", root, f"method={TRAINED}", *budget)
+    until_speed = list(takewhile(lambda size: size > 1, seen))  # which is measured last, on a single image first
+    assert until_speed == [10, 9]  # every training image, every test image
     assert held["cache"]["held"] is True
     seen.clear()
-    anew = train(tmp_path / "anew", root, f"method={TRAINED}", "trainer.max_epochs=3", "hardware.feature_memory_gb=0")
-    assert sum(seen) == 10 + 10 + 3 * 10 + 10 + 9  # to see their size, r0, three epochs, thresholds, test
+    anew = train(tmp_path / "anew", root, f"method={TRAINED}", *budget, "hardware.feature_memory_gb=0")
+    until_speed = list(takewhile(lambda size: size > 1, seen))
+    assert sum(until_speed) == 10 + 10 + 3 * 10 + 9 + 10  # to see their size, r0, three epochs, test, thresholds
     assert anew["cache"]["held"] is False
     for key in ("metrics", "thresholds"):
         assert anew[key] == held[key]
