@@ -56,7 +56,7 @@ class Backbone(nn.Module):
             return self.net(images)
         low = self.precision == "bf16" or (self.precision == "auto" and has_bf16(images.device))
         with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=low):
-            return [level.float().contiguous() for level in self.net(images)]
+            return [level.float() for level in self.net(images)]
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -191,20 +191,20 @@ class FeatureStore:
         return sum(level[0].numel() * level.element_size() for level in levels)
 
     def reserve(self, levels: Sequence[Tensor], count: int) -> None:
-        """Make room for `count` images whose features look like these, on the levels' device."""
+        """Make room for `count` images whose features look like these, channels last, on the CPU."""
         self.rows = {}
-        self.levels = [level.new_empty((count, *level.shape[1:])) for level in levels]
+        self.levels = [torch.empty((count, *level.movedim(1, -1).shape[1:]), dtype=level.dtype) for level in levels]
 
     def add(self, paths: Sequence[str], levels: Sequence[Tensor]) -> None:
         first = len(self.rows)
         for store, level in zip(self.levels, levels, strict=True):
-            store[first : first + len(paths)] = level
+            store[first : first + len(paths)] = level.movedim(1, -1)
         self.rows.update((path, first + i) for i, path in enumerate(paths))
 
     def get(self, paths: Sequence[str]) -> list[Tensor]:
-        """The features of these images, list of [B, C_i, H_i, W_i]; KeyError for one that is not held."""
+        """The features of these images, list of [B, C_i, H_i, W_i] in channels-last memory; KeyError if not held."""
         rows = torch.tensor([self.rows[path] for path in paths])
-        return [store[rows.to(store.device)] for store in self.levels]
+        return [store[rows].movedim(-1, 1) for store in self.levels]
 
     def holds(self, paths: Sequence[str]) -> bool:
         return all(path in self.rows for path in paths)

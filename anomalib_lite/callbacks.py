@@ -195,7 +195,7 @@ class FillFeatures(L.Callback):
                         size / 2**30,
                     )
                     return
-                module.store.reserve([level.cpu() for level in levels], count)
+                module.store.reserve(levels, count)
                 bar = Bar("features", count, quiet=not trainer.is_global_zero)
             module.store.add(batch["path"], levels)
             bar.step(count=len(batch["path"]))
