@@ -63,6 +63,8 @@ def execute(
     training, evaluating = Training(cfg, checkpoint, data), evaluation.Evaluation()
     filling = FillFeatures(cfg["hardware"]["feature_memory_gb"])
     epochs = cfg["trainer"]["max_epochs"]
+    if type(model).training_step is AnomalyModule.training_step:
+        epochs = training.max_epochs = 0  # a closed form has no batches to count
     trainer = L.Trainer(
         **hardware,
         max_epochs=-1 if epochs is None else epochs,

@@ -374,7 +374,7 @@ def test_killed_at_random_until_it_is_done(arguments, undisturbed, tmp_path):
     run, rng = tmp_path / "run", random.Random(0)
     for attempt in range(12):
         started = process(arguments(run, "method.pause=0.05", *(["resume=true"] if attempt else [])))
-        started.join(rng.uniform(0.3, 1.2))
+        started.join(rng.uniform(0.2, 0.7))
         started.kill()
         started.join()
         if (run / "result.json").exists():

@@ -317,6 +317,14 @@ def test_budgets_count_batches_whichever_comes_first(root, tmp_path, budget, ste
         assert [int(row["step"]) for row in rows_of(file)] == list(range(1, steps + 1))
 
 
+def test_a_closed_form_ignores_the_budget(root, tmp_path):
+    """So that a sweep can give one budget to all its methods."""
+    for name, budget in (("plain", ()), ("budget", ("trainer.max_epochs=2", "trainer.max_steps=5"))):
+        result = train(tmp_path / name, root, "method=norm_occ_closed_form", *budget)
+        assert result["timing"]["steps"] == 0
+    assert (tmp_path / "plain" / "scores.csv").read_bytes() == (tmp_path / "budget" / "scores.csv").read_bytes()
+
+
 def test_training_learns(root, tmp_path):
     train(tmp_path / "run", root, f"method={TRAINED}", "trainer.max_epochs=6", "trainer.log_every=1")
     losses = [float(row["loss"]) for row in rows_of(tmp_path / "run" / "metrics.csv")]
