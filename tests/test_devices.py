@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,16 @@ def launched(root, tmp_path_factory):
 
 def on_ranks(program: str, options: list[str], ranks: int) -> None:
     """Run a program on ranks that are started here, as torchrun or SLURM would."""
+    started = start_ranks(program, options, ranks)
+    for process in started:
+        process.join(90)
+    codes = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+    assert codes == [0] * ranks
+
+
+def start_ranks(program: str, options: list[str], ranks: int) -> list[Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -61,12 +72,7 @@ def on_ranks(program: str, options: list[str], ranks: int) -> None:
         environment = shared | {"LOCAL_RANK": str(rank)}
         started.append(PROCESSES.Process(target=_program, args=(program, options, environment)))
         started[-1].start()
-    for process in started:
-        process.join(90)
-    codes = [process.exitcode for process in started]
-    for process in started:
-        process.kill()
-    assert codes == [0] * ranks
+    return started
 
 
 def _program(program: str, options: list[str], environment: dict[str, str]) -> None:
@@ -164,6 +170,30 @@ def test_training_on_two_ranks_is_training_on_one(root, tmp_path, method):
         torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-5)
     found = [np.loadtxt(tmp_path / n / "scores.csv", delimiter=",", skiprows=1, usecols=4) for n in "12"]
     np.testing.assert_allclose(found[0], found[1], rtol=1e-2)
+
+
+def test_ranks_that_are_killed_and_started_again(root, tmp_path):
+    budget = ("trainer.max_steps=40", "trainer.log_every=1")
+    plain, killed = ([*arguments(root, tmp_path / name, "norm_occ", 2, "bottle"), *budget] for name in "pk")
+    on_ranks("train", plain, 2)
+    started = start_ranks("train", [*killed, "trainer.checkpoint_minutes=0"], 2)
+    end = time.monotonic() + 60
+    while not at_step(tmp_path / "k", 3):
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    for process in started:
+        process.kill()
+        process.join()
+    assert not (tmp_path / "k" / "result.json").exists()
+    on_ranks("train", [*killed, "resume=true"], 2)
+    assert files_of(tmp_path / "k") == files_of(tmp_path / "p")
+    assert_same_outcome(tmp_path / "k", tmp_path / "p")
+    assert (tmp_path / "k" / "metrics.csv").read_bytes() == (tmp_path / "p" / "metrics.csv").read_bytes()
+
+
+def at_step(run: Path, step: int) -> bool:
+    file = run / "metrics.csv"
+    return file.is_file() and f"\n{step}," in file.read_text()
 
 
 def test_validation_on_two_ranks(root, tmp_path):
