@@ -90,6 +90,10 @@ def check(cfg: dict[str, Any]) -> None:
             raise UserError(f"{key}={shown}: give {wanted}")
     if cfg["backbone"]["name"] is not None and not cfg["backbone"]["layers"]:
         raise UserError("backbone.layers=[]: give at least one of timm's out_indices, such as [2,3]")
+    if "_target_" not in cfg["method"]:
+        raise UserError(
+            "method: no _target_ in it; does the method's YAML file begin with the line '# @package _global_'?"
+        )
     if cfg["trainer"]["max_epochs"] is None and cfg["trainer"]["max_steps"] is None:
         raise UserError("trainer.max_epochs and trainer.max_steps are both null: give a budget")
     check_scoring(cfg["scoring"])

@@ -18,7 +18,9 @@ def test_the_method_of_the_readme_trains(tmp_path):
     make_mvtec(tmp_path / "data")
     (tmp_path / "mine.py").write_text(block("python", "# mine.py"))
     (tmp_path / "my_conf" / "method").mkdir(parents=True)
-    (tmp_path / "my_conf" / "method" / "mine.yaml").write_text(block("yaml", "# my_conf/method/mine.yaml"))
+    (tmp_path / "my_conf" / "method" / "mine.yaml").write_text(
+        block("yaml", "# @package _global_\n# my_conf/method/mine.yaml")
+    )
     command = block("sh", "python -m anomalib_lite.train --config-dir").split()[1:]
     small = ["data=folder", f"data.root={tmp_path / 'data'}", "data.image_size=64", "trainer.max_steps=3", "logger=csv"]
     done = runs.python(*command, *small, f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
