@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -18,16 +19,6 @@ from anomalib_lite.errors import UserError
 
 SCHEMA = 1
 MAP_SIZE = 64
-METRICS = {
-    "image_auroc": "image AUROC",
-    "image_ap": "image AP",
-    "image_f1max": "image F1-max",
-    "pixel_auroc": "pixel AUROC",
-    "pixel_ap": "pixel AP",
-    "pixel_f1max": "pixel F1-max",
-    "aupro_30": "AUPRO@0.3",
-    "aupro_05": "AUPRO@0.05",
-}
 
 
 def write_text(file: Path, text: str) -> None:
@@ -124,28 +115,34 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
+def heading(key: str) -> str:
+    """A metric's key as a heading of two lines: image_auroc is image AUROC, aupro_30 is AUPRO @0.3."""
+    level, name = key.split("_")
+    if level == "aupro":
+        return f"AUPRO\n@{int(name) / 100:g}"
+    return f"{level}\n{ {'f1max': 'F1-max'}.get(name, name.upper()) }"
+
+
 def metrics_table(result: dict[str, Any]) -> Table:
     """The metrics per category and their mean, in percent."""
-    shown = list(result["metrics"])
     title = f"{result['method']} on {result['dataset']} ({result['setting']}), seed {result['seed']}, in percent"
-    table = Table(title=title, title_justify="left")
-    table.add_column("category")
-    for key in shown:
-        table.add_column(METRICS.get(key, key.replace("aupro_", "AUPRO@0.")), justify="right")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("\ncategory", overflow="fold")
+    for key in result["metrics"]:
+        table.add_column(heading(key), justify="right", no_wrap=True)
     rows = list(result["per_category"].items())
     if len(rows) > 1:
         rows.append(("mean", result["metrics"]))
     for name, metrics in rows:
         if name == "mean":
             table.add_section()
-        table.add_row(name, *("–" if metrics[key] is None else f"{100 * metrics[key]:.1f}" for key in shown))
+        table.add_row(name, *("–" if value is None else f"{100 * value:.1f}" for value in metrics.values()))
     return table
 
 
 def show(run: Path, result: dict[str, Any]) -> None:
     """Print the table, the notes, and where the files are."""
-    # a pipe has no width of its own: wide enough for the table, rather than wrapped headings
-    console = Console(width=None if Console().is_terminal else 140)
+    console = Console(width=None if Console().is_terminal else 100)  # a pipe has no width of its own
     console.print(metrics_table(result))
     for note in result["notes"]:
         console.print(f"note: {note}", style="dim", highlight=False, soft_wrap=True)
@@ -156,6 +153,7 @@ def show(run: Path, result: dict[str, Any]) -> None:
         f"{timing['images_per_s']:.0f} images/s at batch {timing['batch_size']}, "
         f"peak memory {max(timing['peak_memory_mb'].values()) / 1024:.1f} GiB",
         highlight=False,
+        soft_wrap=True,
     )
     console.print(
         f"trained {timing['steps']} steps in {timing['fit_s']:.1f} s, tested in {timing['test_s']:.1f} s",
