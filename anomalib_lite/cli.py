@@ -3,11 +3,12 @@
 import argparse
 import contextlib
 import difflib
+import errno
 import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,8 +23,7 @@ def run(task: Callable[[Any], Any], config_name: str) -> None:
     """Compose the configuration from the command line and run `task(cfg)`; an error is one line, exit code 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing its own report
     _wait_quietly()
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # a user's own method file is importable from the console script too
+    _import_from_here()
     import hydra
 
     @functools.wraps(task)
@@ -36,20 +36,36 @@ def run(task: Callable[[Any], Any], config_name: str) -> None:
         hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name=config_name)(job)()
 
 
-def run_plain(task: Callable[[dict[str, Any]], None], usage: str | None) -> None:
-    """The same for a program that takes KEY=VALUE alone: `task(options)` with values read as YAML."""
+def run_plain(task: Callable[[dict[str, Any]], None], usage: str | None, texts: Sequence[str]) -> None:
+    """The same for a program that takes KEY=VALUE alone: `task(options)` with values read as YAML, or as they are
+    typed for the keys in `texts` (paths and names: a folder may be called 01, or no)."""
     _wait_quietly()
+    _import_from_here()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print((usage or "").strip())
         return
-    with reported():
+    with reported(folder="output"):
         options: dict[str, Any] = {}
         for argument in sys.argv[1:]:
             key, equals, text = argument.partition("=")
             if not equals or not key:
                 raise UserError(f"{argument}: arguments are KEY=VALUE; see --help")
-            options[key] = _yaml(key, text)
+            options[key] = text if key in texts else _yaml(key, text)
         task(options)
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Make the folder that `option` names, or raise UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}; choose another {option}=DIR") from error
+
+
+def _import_from_here() -> None:
+    """A user's own method file is importable from the console scripts too."""
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
 
 
 def _wait_quietly() -> None:
@@ -68,10 +84,10 @@ def _yaml(key: str, text: str) -> Any:
 
 
 @contextlib.contextmanager
-def reported(outside: bool = False) -> Iterator[None]:
+def reported(outside: bool = False, folder: str = "hydra.run.dir") -> Iterator[None]:
     """Turn errors that a user can mend into one line and exit code 2; debug=true shows the traceback.
 
-    `outside` of a job any OSError is one: it comes from the run's folder.
+    `outside` of a job any OSError is one: it comes from the run's folder, which the option `folder` names.
     """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -86,7 +102,7 @@ def reported(outside: bool = False) -> Iterator[None]:
         cause = next((e for e in _chain(error) if isinstance(e, UserError)), None)
         if cause is None and isinstance(error, OSError) and not (outside or _writing(error)):
             raise  # not a folder that can't be written: a fault of ours, shown whole
-        fail(_one_line(cause or error))
+        fail(_one_line(cause or error, folder))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -142,14 +158,16 @@ def _chain(error: BaseException | None):
 
 
 def _writing(error: OSError) -> bool:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
     return bool(error.filename) and not isinstance(error, FileNotFoundError | ConnectionError | TimeoutError)
 
 
-def _one_line(error: BaseException) -> str:
-    return re.sub(r"\s*\n\s*", " ", _text(error)).strip()
+def _one_line(error: BaseException, folder: str) -> str:
+    return re.sub(r"\s*\n\s*", " ", _text(error, folder)).strip()
 
 
-def _text(error: BaseException) -> str:
+def _text(error: BaseException, folder: str) -> str:
     """What to tell of an error: the option and what to do, where Hydra and OmegaConf show their inner view."""
     from hydra import errors
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -166,8 +184,8 @@ def _text(error: BaseException) -> str:
     if isinstance(error, errors.InstantiationException):
         return _not_made(error)
     if isinstance(error, OSError):
-        place = error.filename or "the run's folder"
-        return f"{place}: {error.strerror or error}; mend the path, or choose another folder with hydra.run.dir=DIR"
+        place = error.filename or "the folder of the results"
+        return f"{place}: {error.strerror or error}; mend the path, or choose another folder with {folder}=DIR"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         return _missing_option(cause)
     text = re.sub(r"\n\s*(full_key|object_type|reference_type)[:=].*", "", str(error))

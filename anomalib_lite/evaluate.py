@@ -17,13 +17,14 @@ CHANGEABLE = ("scoring.", "hardware.", "data.root", "data.workers", "data.eval_b
 
 
 def main() -> None:
-    cli.run_plain(evaluate, __doc__)
+    cli.run_plain(evaluate, __doc__, ("run", "output"))
 
 
 def evaluate(options: dict[str, Any]) -> None:
-    run, output = (Path(str(options.pop(name, "") or "")) for name in ("run", "output"))
-    if not run.name or not output.name:
+    given = [options.pop(name, "") for name in ("run", "output")]
+    if not all(given):
         raise UserError("give run=DIR, a run's folder, and output=DIR, the folder for the new results; see --help")
+    run, output = (Path(path).expanduser() for path in given)
     checkpoint, cfg, names = configuration.read_run(run)
     for key, value in options.items():
         if not key.startswith(CHANGEABLE):
@@ -32,10 +33,7 @@ def evaluate(options: dict[str, Any]) -> None:
     configuration.check(cfg)
     if (output / "result.json").exists():
         raise UserError(f"{output} already holds results: choose another output=DIR")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output}: {error.strerror}; choose another output=DIR") from error
+    cli.make_folder(output, "output")
 
     from anomalib_lite import results
     from anomalib_lite.experiment import execute

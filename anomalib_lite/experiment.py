@@ -122,8 +122,8 @@ def execute(
 def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyModule, AnomalyDataModule]:
     """A run's method with its trained weights, in evaluation mode, and its DataModule without its data."""
     stored = read_checkpoint(checkpoint)
-    if device not in ("auto", "cpu", "gpu"):
-        raise UserError(f"device={device}: choose auto, cpu or gpu")
+    if device == "gpu" and not torch.cuda.is_available():
+        raise UserError("device=gpu: no GPU is visible here; choose device=cpu or device=auto")
     options = lightning_options(cfg["hardware"] | {"accelerator": device, "devices": 1, "nodes": 1}, multirun=False)
     data = instantiate(cfg["data"])
     backbone = None
@@ -131,7 +131,12 @@ def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyMod
         backbone = instantiate(cfg["backbone"], weights="none", precision=cfg["hardware"]["precision"])
     context = {"scoring": cfg["scoring"], "image_size": data.image_size, "categories": stored["categories"]}
     model = instantiate(cfg["method"], backbone=backbone, **context, _convert_="all")
-    model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+    try:
+        model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+    except RuntimeError as error:
+        raise UserError(
+            f"{checkpoint}: damaged, or not of the method that {cfg['method']['_target_']} is now"
+        ) from error
     return model.eval().to("cuda" if options["accelerator"] == "gpu" else "cpu"), data
 
 

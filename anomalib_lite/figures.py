@@ -19,7 +19,7 @@ def write_figures(
 ) -> None:
     """`<category>.png`: the defects with the lowest scores, the good images with the highest, and the clearest defects.
 
-    Heat maps share one colour scale per category, from normal images' background to twice the pixels' threshold.
+    Heat maps share one colour scale per category: normal images' background is dark, the pixels' threshold half way up.
     """
     folder.mkdir(exist_ok=True)
     for category in categories:
@@ -43,7 +43,7 @@ def _cases(rows: list[int], arrays: dict[str, np.ndarray], count: int = 3) -> li
 
 
 def colours(amap: np.ndarray, threshold: dict[str, float]) -> np.ndarray:
-    """A map [H, W] as RGB [H, W, 3]: dark at the background of normal images, brightest at twice the threshold."""
+    """A map [H, W] as RGB [H, W, 3]: dark at the background of normal images, the threshold half way up."""
     return cv2.applyColorMap((255 * _level(amap, threshold)).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
 
 
@@ -54,8 +54,8 @@ def overlay(image: np.ndarray, amap: np.ndarray, threshold: dict[str, float]) ->
 
 
 def _level(amap: np.ndarray, threshold: dict[str, float]) -> np.ndarray:
-    low, high = threshold["background"], 2 * threshold["pixel"]
-    return np.clip((amap - low) / max(high - low, 1e-12), 0, 1)
+    low, half = threshold["background"], threshold["pixel"] - threshold["background"]
+    return np.clip((amap - low) / max(2 * half, 1e-12), 0, 1)
 
 
 def contact_sheet(

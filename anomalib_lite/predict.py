@@ -4,7 +4,7 @@
 
 run=DIR         the folder of a finished run; nothing else is needed
 input=PATH      an image, or a folder (searched with its subfolders)
-output=DIR      gets scores.csv (path, score, threshold, decision), heatmaps/ and overlays/
+output=DIR      gets scores.csv (path, score, threshold, decision), heatmaps/ and overlays/; refused if it has scores
 category=NAME   whose thresholds hold, for a model of several categories
 quantile=0.99   the thresholds: this quantile over the run's normal training images (default: the run's)
 batch_size=32   images a batch
@@ -23,76 +23,90 @@ from anomalib_lite import cli, configuration
 from anomalib_lite.errors import UserError
 
 DEFAULTS = {"category": None, "quantile": None, "batch_size": 32, "workers": 0, "device": "auto", "debug": False}
+TEXTS = ("run", "input", "output", "category")
 
 
 def main() -> None:
-    cli.run_plain(predict, __doc__)
+    cli.run_plain(predict, __doc__, TEXTS)
 
 
 def predict(options: dict[str, Any]) -> None:
-    unknown = options.keys() - DEFAULTS.keys() - {"run", "input", "output"}
+    unknown = options.keys() - DEFAULTS.keys() - set(TEXTS)
     if unknown:
         raise UserError(f"{min(unknown)}: no such option; see --help")
     for name in ("run", "input", "output"):
         if not options.get(name):
             raise UserError(f"{name}= is not set: give run=DIR input=IMAGE_OR_DIR output=DIR; see --help")
-    run, source, output = (Path(str(options[name])).expanduser() for name in ("run", "input", "output"))
+    run, source, output = (Path(options[name]).expanduser() for name in ("run", "input", "output"))
     options = DEFAULTS | options
     for name, low in (("batch_size", 1), ("workers", 0)):
-        if not isinstance(options[name], int) or options[name] < low:
-            raise UserError(f"{name}={options[name]}: give a whole number from {low}")
-    files = images_below(source)
+        number = options[name]
+        if not isinstance(number, int) or isinstance(number, bool) or number < low:
+            raise UserError(f"{name}={number}: give a whole number from {low}")
+    if options["device"] not in ("auto", "cpu", "gpu"):
+        raise UserError(f"device={options['device']}: choose auto, cpu or gpu")
     checkpoint, cfg, _ = configuration.read_run(run)
-    output.mkdir(parents=True, exist_ok=True)
+    files = images_below(source)
+    scores = output / "scores.csv"
+    if scores.exists():
+        raise UserError(f"{scores} is there already: choose another output=DIR, or remove it")
 
-    import cv2
     import torch
     from lightning.fabric.utilities import move_data_to_device
 
     from anomalib_lite.callbacks import Bar, quiet
-    from anomalib_lite.data.samples import load_rgb
     from anomalib_lite.experiment import load
-    from anomalib_lite.figures import colours, overlay
     from anomalib_lite.results import thresholds_of
 
     quiet()
-    limits = thresholds_of(run, options["category"], options["quantile"])
+    limits = thresholds_of(run, options["category"] or None, options["quantile"])
     model, data = load(checkpoint, cfg, options["device"])
     category = model.categories.index(limits["category"])
+    bf16 = torch.autocast(model.device.type, torch.bfloat16, enabled=cfg["hardware"]["precision"] == "bf16")
     base, bar = source if source.is_dir() else source.parent, Bar("images", len(files))
-    damaged: list[str] = []
-    with (output / "scores.csv").open("w", newline="") as file:
+    left_out: list[str] = []
+    cli.make_folder(output, "output")
+    part = output / "scores.csv.part"
+    with part.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "score", "threshold", "decision"])
         for batch in data.new_dataloader(files, category, options["batch_size"], options["workers"]):
-            damaged += batch["damaged"]
+            left_out += batch["damaged"]
             if batch["path"]:
-                with torch.inference_mode():
+                with torch.inference_mode(), bf16:
                     scored = model.predict_step(move_data_to_device(batch, model.device), 0)
-                maps, scores = scored["map"].cpu().numpy(), scored["score"].tolist()
-                for file_name, amap, score in zip(batch["path"], maps, scores, strict=True):
-                    below = Path(file_name).relative_to(base)
+                for path, amap, score in zip(batch["path"], scored["map"], scored["score"].tolist(), strict=True):
+                    if not torch.isfinite(amap).all():
+                        left_out.append(f"{path}: its anomaly map is not finite; was the run trained well?")
+                        continue
+                    below = Path(path).relative_to(base)
                     decision = "defective" if score > limits["image"] else "good"
                     writer.writerow([below.as_posix(), repr(score), repr(limits["image"]), decision])
-                    image = load_rgb(base / below)
-                    amap = cv2.resize(amap, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-                    save(output / "heatmaps" / f"{below}.png", colours(amap, limits))
-                    save(output / "overlays" / f"{below}.png", overlay(image, amap, limits))
+                    draw(output, base, below, amap.float().cpu().numpy(), limits)
             bar.step(count=len(batch["path"]) + len(batch["damaged"]))
     bar.close()
-    done = len(files) - len(damaged)
-    print(f"{done} images scored; {output}/ holds scores.csv, heatmaps/, overlays/")
-    if damaged:
-        for message in damaged:
+    part.replace(scores)
+    done = len(files) - len(left_out)
+    print(f"{done} of {len(files)} images scored; {output}/ holds scores.csv, heatmaps/, overlays/")
+    if left_out:
+        for message in left_out:
             print(f"left out: {message}", file=sys.stderr)
         sys.exit(1)
 
 
-def save(file: Path, picture: Any) -> None:
+def draw(output: Path, base: Path, below: Path, amap: Any, limits: dict[str, Any]) -> None:
+    """heatmaps/ and overlays/ of the image `base / below`, at its own size, with its suffix in their names."""
     import cv2
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(file), picture[..., ::-1])
+    from anomalib_lite.data.samples import load_rgb
+    from anomalib_lite.figures import colours, overlay
+
+    image = load_rgb(base / below)
+    amap = cv2.resize(amap, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    for folder, picture in (("heatmaps", colours(amap, limits)), ("overlays", overlay(image, amap, limits))):
+        file = output / folder / f"{below}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(cv2.imencode(".png", picture[..., ::-1])[1].tobytes())
 
 
 def images_below(source: Path) -> list[Path]:

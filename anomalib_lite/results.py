@@ -58,12 +58,12 @@ def thresholds_of(run: Path, category: str | None, quantile: float | None) -> di
     if category is not None and category not in names:
         raise UserError(f"category={category}: this run's categories are {', '.join(names)}")
     if quantile is not None:
-        if not isinstance(quantile, int | float) or not 0 < quantile <= 1:
+        if isinstance(quantile, bool) or not isinstance(quantile, int | float) or not 0 < quantile <= 1:
             raise UserError(f"quantile={quantile}: give a share above 0 and at most 1")
         try:
             with np.load(run / "maps.npz", allow_pickle=False) as file:
-                normal = {key.removeprefix("normal/"): file[key] for key in file.files if key.startswith("normal/")}
-        except (OSError, ValueError) as error:
+                normal = {key: file[f"normal/{key}"] for key in ("scores", "peaks", "medians", "categories")}
+        except Exception as error:  # of a damaged archive: BadZipFile, zlib.error, KeyError, ...
             raise UserError(f"{run / 'maps.npz'}: not readable, so quantile= can't be changed ({error})") from error
         stored = thresholds(normal, quantile)
     return {"category": category or names[0]} | stored["per_category"][category or names[0]]

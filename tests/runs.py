@@ -47,6 +47,13 @@ def evaluate(*arguments: str | Path) -> Outcome:
     return run(main, *arguments)
 
 
+def predict(*arguments: str | Path) -> Outcome:
+    """`python -m anomalib_lite.predict ARGUMENTS`."""
+    from anomalib_lite.predict import main
+
+    return run(main, *arguments)
+
+
 def result_of(*arguments: str | Path, run_dir: Path) -> dict[str, Any]:
     """Train into `run_dir`, which must succeed, and give result.json."""
     outcome = train(*arguments, f"hydra.run.dir={run_dir}")
