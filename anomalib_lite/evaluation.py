@@ -86,6 +86,7 @@ def category_metrics(
             labels = arrays["labels"][rows]
             why = [name for name, there in (("good", (labels == 0).any()), ("defective", labels.any())) if not there]
             reason = f"no {' and no '.join(why)} test images" if why else "no ground truth masks"
+            reason = reason if rows.any() else "no test images"
             notes.append(f"{category}: {', '.join(missing)} can't be computed: {reason}")
     return metrics, notes
 
