@@ -17,10 +17,13 @@ Exit codes: 0; 2 for an error that is yours to mend.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: small matrices, for which threads only wait
 
 from rich import box
 from rich.console import Console
@@ -55,9 +58,11 @@ def compare(arguments: Sequence[str]) -> None:
         parser.add_argument(f"--{name}", type=Path)
     options = parser.parse_intermixed_args(arguments)
 
-    runs, problems = runset.read(path.expanduser() for path in options.DIR)
+    problems: list[str] = []
+    runs, left_out = runset.read(path.expanduser() for path in options.DIR)
+    for line in left_out:
+        print(f"left out: {line}", file=sys.stderr)
     if not runs:
-        _warn(problems)
         raise UserError(f"{runset.some([str(path) for path in options.DIR])}: no readable result.json below")
     tables = grouping.tables(runs, problems)
     metrics = list(dict.fromkeys(metric for table in tables for metric in table.metrics))
@@ -84,12 +89,8 @@ def compare(arguments: Sequence[str]) -> None:
             write_plots(options.plots, tables)
         except OSError as error:
             raise UserError(f"--plots {options.plots}: {error.strerror or error}; choose another folder") from error
-    _warn(problems)
-
-
-def _warn(problems: list[str]) -> None:
     for line in dict.fromkeys(problems):
-        print(f"left out: {line}", file=sys.stderr)
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def save(file: Path, text: str) -> None:

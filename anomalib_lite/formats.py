@@ -62,7 +62,10 @@ def how(metric: str, best: str = "in bold", intervals: bool = True) -> str:
 
 def notes(table: Table, metric: str) -> list[str]:
     """All that is to be said under a table."""
-    return [*table.notes, *table.missing(metric), table.tests(metric)[1]]
+    told = [*table.notes, *table.missing(metric), table.tests(metric)[1]]
+    if table.large and metric in DRAWS and metric != "image_auroc":
+        told.append("no intervals of this metric for so many runs")
+    return told
 
 
 def to_csv(tables: Sequence[Table], runs: Sequence[Run]) -> str:

@@ -58,7 +58,7 @@ def _table(title: str, runs: list[Run], notes: list[str], problems: list[str]) -
             if run.result["seed"] in seeds:
                 repeated.append(str(seeds[run.result["seed"]].folder))
             seeds[run.result["seed"]] = run
-    categories = sorted({category for row in rows.values() for category in row.runs})
+    categories = sorted({category for row in rows.values() for category in row.runs}, key=_natural)
     ordered = label(list(rows.values()))
     if repeated:
         notes.append(f"run again with the same seed, the newest counts; left out: {some(repeated)}")

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 import string
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -26,8 +27,8 @@ PANEL = """<figure><svg viewBox="0 0 240 236" role="img" aria-label="{name}">
 <text x="22" y="112" text-anchor="middle" transform="rotate(-90 22 112)">{y}</text></svg></figure>"""
 
 CASES = """<p>Worst cases first: defective images with the lowest ranks, good ones with the highest, averaged over these
-methods. Heat maps go from the background of normal images (dark) to twice the pixel threshold (bright); a score in red
-is on the wrong side of its threshold.</p>
+methods. Heat maps go from the background of normal images (dark) to twice the pixel threshold (bright); the
+number is the score as a multiple of its threshold, red where the decision is wrong.</p>
 <div class="wide"><table class="maps"><thead><tr><th>case</th><th>image</th>{heads}</tr></thead>
 <tbody>{rows}</tbody></table></div>"""
 
@@ -74,9 +75,9 @@ def _name(text: str) -> str:
     return f'<td class="name" data-v="{escape(text)}">{_shown(text)}</td>'
 
 
-def _shown(text: str) -> str:
-    """A name that may break after its underscores."""
-    return escape(text).replace("_", "_<wbr>")
+def _shown(text: str, breaking: str = "_") -> str:
+    """A name that may break after these characters, none of which HTML needs."""
+    return re.sub(f"([{breaking}])", r"\1<wbr>", escape(text))
 
 
 def _number(value: float | None, shown: str) -> str:
@@ -194,9 +195,9 @@ def _cases(cases: list[Case], rows: list[Row]) -> str:
         maps = ""
         for picture, ratio in case.maps:
             wrong = ratio is not None and (ratio > 1) != bool(case.label)
-            number = "" if ratio is None else f'<span class="{"wrong" * wrong}">{ratio:.2f} × threshold</span>'
+            number = "" if ratio is None else f'<span class="{"wrong" * wrong}">{ratio:.2f} ×</span>'
             maps += f"<td>{_picture(picture, 'no map')}{number}</td>"
-        kind, path = "defective" if case.label else "good", escape(case.path)
+        kind, path = "defective" if case.label else "good", _shown(case.path, "_/")
         told += f'<tr><td class="case"><b>{kind}</b><br><code>{path}</code><br>disagreement {case.rank:.2f}</td>'
         told += f"<td>{_picture(case.picture, 'image is gone')}</td>{maps}</tr>"
     return CASES.format(heads=heads, rows=told)

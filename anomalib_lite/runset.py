@@ -27,7 +27,7 @@ FREE = (
 PRUNED = {"checkpoints", "wandb", "figures", ".hydra", ".git", ".venv"}
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """A finished run: its folder, result.json, and its configuration if it is still there."""
 

@@ -32,7 +32,7 @@ def auroc_draws(drawn: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> np
     bad, good = scores[:, labels == 1], scores[:, labels == 0]
     won = np.zeros((bad.shape[1], good.shape[1]))
     for b, g in zip(bad, good, strict=True):
-        won += (b[:, None] > g) + 0.5 * (b[:, None] == g)
+        won += np.sign(b[:, None] - g) / 2 + 0.5
     pairs = won.size * len(scores)
     return ((drawn[:, labels == 1] @ won) * drawn[:, labels == 0]).sum(1) / pairs
 
