@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from anomalib_lite.comparison import Row, Table
-from anomalib_lite.runset import Run
+from anomalib_lite.runset import Run, inner
 from anomalib_lite.statistics import disagreement
 
 MOST_METHODS = 8  # in curves and heat maps: the best
@@ -129,10 +129,8 @@ def worst_cases(category: str, rows: list[Row], maps: Maps, most: int, budget: i
 
 def thresholds(run: Run, category: str) -> dict[str, float]:
     """`image`, `pixel`, `background`, those that are there."""
-    found: Any = run.result.get("thresholds")
-    for key in ("per_category", category):
-        found = found.get(key) if isinstance(found, dict) else None
-    return {k: float(v) for k, v in (found or {}).items() if isinstance(v, int | float)} if found else {}
+    found = inner(run.result, "thresholds", "per_category", category)
+    return {key: float(value) for key, value in found.items() if isinstance(value, int | float)}
 
 
 def root_of(run: Run) -> Path | None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from anomalib_lite import statistics
-from anomalib_lite.runset import Run, some
+from anomalib_lite.runset import Run, inner, some
 
 FEWEST_CATEGORIES = 6  # for a paired test
 LARGE = 3000  # runs times categories
@@ -184,8 +184,8 @@ class Table:
         for row in self.rows:
             cells = {}
             for name in ("head", "tail"):
-                parts = [(run.result.get("groups") or {}).get(name) for run in row.all_runs()]
-                values = [(p.get("metrics") or p).get(metric) for p in parts if isinstance(p, dict)]
+                parts = [inner(run.result, "groups", name) for run in row.all_runs()]
+                values = [(inner(part, "metrics") or part).get(metric) for part in parts]
                 numbers = [value for value in values if isinstance(value, int | float)]
                 if numbers:
                     cells[name] = Cell(*statistics.mean_sd(numbers), len(numbers))

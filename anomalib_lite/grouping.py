@@ -7,7 +7,7 @@ from typing import Any
 
 from anomalib_lite.comparison import Row, Table
 from anomalib_lite.configuration import flat
-from anomalib_lite.runset import Run, some
+from anomalib_lite.runset import Run, inner, some
 
 DEVELOPMENT = ("bottle", "toothbrush", "capsules", "magnetic_tile")  # the package's defaults were chosen on them
 
@@ -64,7 +64,7 @@ def _table(title: str, runs: list[Run], notes: list[str], problems: list[str]) -
         notes.append(f"run again with the same seed, the newest counts; left out: {some(repeated)}")
     for category in categories:
         having = [run.result["data"] for run in runs if category in run.result["categories"]]
-        counts = {json.dumps((data.get("test_counts") or {}).get(category)) for data in having}
+        counts = {json.dumps(inner(data, "test_counts").get(category)) for data in having}
         if len(counts) > 1:
             notes.append(f"{category}: not the same test images in all runs ({some(sorted(counts))})")
     scoring: dict[str, dict[str, list[str]]] = {}

@@ -166,6 +166,13 @@ def fault(result: dict[str, Any]) -> str | None:
     return None
 
 
+def inner(value: Any, *keys: str) -> dict[str, Any]:
+    """The dict at these keys; empty where there is none."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
 def some(names: Sequence[str], most: int = 4) -> str:
     """The first of them, and how many more."""
     names = list(dict.fromkeys(names))

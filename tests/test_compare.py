@@ -60,6 +60,7 @@ def test_damaged_and_foreign_files_are_named_and_left_out(write, tmp_path):
     (write("b") / "scores.csv").write_text("path,category,defect,label,score\nx.png,bottle,good,0\n")
     (write("c", maps=True) / "maps.npz").write_bytes(b"PK nothing")
     (write("d") / "checkpoints" / "config.json").write_text("{")
+    write("e", data__test_counts=1, thresholds__per_category={"bottle": 1}, groups={"head": {"metrics": 1}, "tail": 2})
     outcome = compare(write.root, "--html", tmp_path / "page.html", "--plots", tmp_path / "plots")
     assert outcome.code == 0, outcome.err
     for name in (*wrong, "binary", "run0001/scores.csv", "run0002/maps.npz"):
