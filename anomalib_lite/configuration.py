@@ -158,6 +158,9 @@ def check_scoring(scoring: dict) -> None:
                 f"scoring.{key}={how}: give a sigma above 0, {{sigma: 4, size: 5}}, {{box: 11, times: 3}} "
                 "(odd sizes) or null"
             )
+    size = scoring.get("map_size")  # a run of an earlier version has none
+    if not (size is None or size == "original" or _size(size)):
+        raise UserError(f"scoring.map_size={size}: give a whole number from 16, [height, width], original, or null")
     how = scoring["image_score"]
     if how not in ("max", "mean") and not (isinstance(how, float) and 0 < how <= 1):
         raise UserError(

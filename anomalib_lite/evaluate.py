@@ -3,7 +3,13 @@
     python -m anomalib_lite.evaluate run=DIR output=DIR [KEY=VALUE ...]
 
 KEY is a key of the run's configuration that training does not depend on: scoring.*, hardware.*, data.root,
-data.workers, data.eval_batch_size, data.check, split.* stays as it was. Everything else comes from the run's folder.
+data.workers, data.eval_batch_size, data.check. Everything else comes from the run's folder.
+
+scoring.pixel_smooth=2            another smoothing of the maps (image_smooth: of those that give the image score)
+scoring.image_score=0.01          max, mean, or the mean of a map's top share
+scoring.fpr_limits=[0.3,0.1]      of AUPRO
+scoring.map_size=original         maps beside masks at each image's own size; or a side, [h,w], null (the input's)
+hardware.devices=2                on several devices
 """
 
 import sys

@@ -16,14 +16,17 @@ TEST, NORMAL, HELD_OUT = 0, 1, 2  # the loaders of a test run, in this order
 
 
 class Evaluation(L.Callback):
-    """Collects what `test_step` gives, for the test set, the normal training images, and the held-out images."""
+    """Collects what `test_step` gives, for the test set, the normal training images, and the held-out images.
 
-    def __init__(self) -> None:
+    `ragged`: maps and masks may differ in size, and are held as lists.
+    """
+
+    def __init__(self, ragged: bool = False) -> None:
         self.image = {part: ImageMetrics() for part in (TEST, NORMAL, HELD_OUT)}
-        self.pixel = {part: PixelMetrics() for part in (TEST, HELD_OUT)}
+        self.pixel = {part: PixelMetrics(ragged=ragged) for part in (TEST, HELD_OUT)}
         # of normal images: the map's maximum, for the pixels' threshold, and its median, where heat maps begin
         self.peak, self.median = ImageMetrics(), ImageMetrics()
-        self.arrays: dict[int, dict[str, np.ndarray]] = {}
+        self.arrays: dict[int, dict[str, Any]] = {}
         self.bar: Bar | None = None
 
     def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -39,16 +42,19 @@ class Evaluation(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        maps: Tensor = outputs["map"]
-        if not torch.isfinite(maps).all():
-            bad = [path for path, x in zip(batch["path"], maps, strict=True) if not torch.isfinite(x).all()]
-            raise ValueError(f"the anomaly map of {bad[0]} is not finite")
+        maps: Tensor | list[Tensor] = outputs["map"]
+        finite = torch.stack([torch.isfinite(x).all() for x in maps])
+        if not finite.all():
+            raise ValueError(f"the anomaly map of {batch['path'][int(finite.int().argmin())]} is not finite")
         self.image[dataloader_idx].update(outputs["score"], batch["label"], batch["index"])
         if dataloader_idx == NORMAL:
-            self.peak.update(maps.amax((1, 2)), batch["label"], batch["index"])
-            self.median.update(maps.flatten(1).median(1).values, batch["label"], batch["index"])
+            self.peak.update(torch.stack([x.amax() for x in maps]), batch["label"], batch["index"])
+            self.median.update(torch.stack([x.median() for x in maps]), batch["label"], batch["index"])
         else:
-            self.pixel[dataloader_idx].update(maps, batch["mask"], batch["index"])
+            truth = batch["truth"] if "truth" in batch else batch["mask"]
+            if isinstance(maps, Tensor) and not isinstance(truth, Tensor):
+                truth = torch.stack(truth)
+            self.pixel[dataloader_idx].update(maps, truth, batch["index"])
         if self.bar:
             self.bar.step()
 
@@ -72,7 +78,7 @@ class Evaluation(L.Callback):
 def category_metrics(
     samples: list[Sample],
     categories: list[str],
-    arrays: dict[str, np.ndarray],
+    arrays: dict[str, Any],
     has_masks: dict[str, bool],
     limits: list[float],
 ) -> tuple[dict[str, Metrics], list[str]]:
@@ -94,7 +100,7 @@ def category_metrics(
 def defect_metrics(
     samples: list[Sample],
     categories: list[str],
-    arrays: dict[str, np.ndarray],
+    arrays: dict[str, Any],
     has_masks: dict[str, bool],
     limits: list[float],
 ) -> dict[str, dict[str, Metrics | dict[str, int]]]:
@@ -110,13 +116,21 @@ def defect_metrics(
     return found
 
 
-def _metrics(rows: np.ndarray, arrays: dict[str, np.ndarray], masks: bool, limits: list[float]) -> Metrics:
+def _pixels(rows: np.ndarray, arrays: dict[str, Any]) -> tuple[Any, Any]:
+    """The maps and masks of some rows: arrays, or lists where they differ in size."""
+    maps, masks = arrays["maps"], arrays["masks"]
+    if isinstance(maps, np.ndarray):
+        return maps[rows], masks[rows]
+    return [maps[i] for i in np.flatnonzero(rows)], [masks[i] for i in np.flatnonzero(rows)]
+
+
+def _metrics(rows: np.ndarray, arrays: dict[str, Any], masks: bool, limits: list[float]) -> Metrics:
     if rows.any():
         image = image_metrics(arrays["scores"][rows], arrays["labels"][rows])
     else:
         image = dict.fromkeys(("image_auroc", "image_ap", "image_f1max"))
     if rows.any() and masks:
-        return image | pixel_metrics(arrays["maps"][rows], arrays["masks"][rows], tuple(limits))
+        return image | pixel_metrics(*_pixels(rows, arrays), tuple(limits))
     pixel = ("pixel_auroc", "pixel_ap", "pixel_f1max", *(f"aupro_{round(100 * limit):02d}" for limit in limits))
     return image | dict.fromkeys(pixel)
 
@@ -151,7 +165,7 @@ def thresholds(normal: dict[str, np.ndarray], quantile: float) -> dict[str, Any]
 
 
 def curves(
-    samples: list[Sample], categories: list[str], arrays: dict[str, np.ndarray], has_masks: dict[str, bool]
+    samples: list[Sample], categories: list[str], arrays: dict[str, Any], has_masks: dict[str, bool]
 ) -> dict[str, np.ndarray]:
     """Points of the curves per category, keys `<category>/<curve>`."""
     of = np.array([sample.category for sample in samples])
@@ -161,7 +175,8 @@ def curves(
         labels = arrays["labels"][rows]
         if labels.any() and not labels.all():
             found = image_curves(arrays["scores"][rows], labels)
-            if has_masks[category] and arrays["masks"][rows].any():
-                found |= pixel_curves(arrays["maps"][rows], arrays["masks"][rows])
+            maps, masks = _pixels(rows, arrays)
+            if has_masks[category] and any(mask.any() for mask in masks):
+                found |= pixel_curves(maps, masks)
             points |= {f"{category}/{key}": value for key, value in found.items()}
     return points

@@ -24,7 +24,7 @@ from anomalib_lite.methods.base import AnomalyModule
 def build(cfg: dict[str, Any]) -> tuple[AnomalyDataModule, AnomalyModule, list[str]]:
     """The data, set up and checked, the method on its backbone, and notes. Seeds everything first."""
     L.seed_everything(cfg["seed"], workers=True, verbose=False)
-    data = instantiate(cfg["data"])
+    data = instantiate(cfg["data"], map_size=cfg["scoring"].get("map_size"))
     data.setup()
     notes = list(data.notes)
     backbone = None
@@ -60,7 +60,7 @@ def execute(
     data, model, notes = build(cfg)
     if stored and stored["fingerprint"] != data.fingerprint:
         raise UserError(f"data.root={data.root}: not the files that {checkpoint} was trained and tested on; train anew")
-    training, evaluating = Training(cfg, checkpoint, data), evaluation.Evaluation()
+    training, evaluating = Training(cfg, checkpoint, data), evaluation.Evaluation(ragged=model.map_size == "original")
     filling = FillFeatures(cfg["hardware"]["feature_memory_gb"])
     epochs = cfg["trainer"]["max_epochs"]
     if type(model).training_step is AnomalyModule.training_step:
@@ -158,7 +158,8 @@ def describe(
 ) -> dict[str, Any]:
     """What was run, on which data, under which protocol."""
     default = [{"resize": list(data.image_size), "filter": cfg["data"]["resample"], "as": "PIL, antialiased"}]
-    scoring = {key: value for key, value in cfg["scoring"].items() if key not in ("quantile", "fpr_limits")}
+    apart = ("quantile", "fpr_limits", "map_size")
+    scoring = {key: value for key, value in cfg["scoring"].items() if key not in apart}
     backbone = model.backbone
     return {
         "schema": results.SCHEMA,
@@ -174,7 +175,7 @@ def describe(
         "protocol": {
             "data": {
                 "transform": cfg["data"]["transform"] or default,
-                "map_size": list(model.image_size),
+                "map_size": model.map_size if isinstance(model.map_size, str) else list(model.map_size),
                 "mask": "nearest, > 0",
                 "fpr_limits": cfg["scoring"]["fpr_limits"],
             },
@@ -189,7 +190,7 @@ def describe(
     }
 
 
-def measure(cfg: dict[str, Any], data: AnomalyDataModule, arrays: dict[int, dict[str, np.ndarray]]) -> dict[str, Any]:
+def measure(cfg: dict[str, Any], data: AnomalyDataModule, arrays: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """Metrics, validation and thresholds from the gathered maps and scores, with notes on what can't be computed."""
     names, scoring = data.categories, cfg["scoring"]
 
@@ -217,7 +218,7 @@ def measure(cfg: dict[str, Any], data: AnomalyDataModule, arrays: dict[int, dict
     }
 
 
-def normal_scores(data: AnomalyDataModule, arrays: dict[int, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def normal_scores(data: AnomalyDataModule, arrays: dict[int, dict[str, Any]]) -> dict[str, np.ndarray]:
     """`scores`, `peaks`, `medians` and `categories` of the normal training images, [N] each."""
     normal = arrays[evaluation.NORMAL]
     good = normal["labels"] == 0
@@ -225,7 +226,7 @@ def normal_scores(data: AnomalyDataModule, arrays: dict[int, dict[str, np.ndarra
     return {key: normal[key][good] for key in ("scores", "peaks", "medians")} | {"categories": categories[good]}
 
 
-def write(run: Path, data: AnomalyDataModule, arrays: dict[int, dict[str, np.ndarray]], result: dict[str, Any]) -> None:
+def write(run: Path, data: AnomalyDataModule, arrays: dict[int, dict[str, Any]], result: dict[str, Any]) -> None:
     """Scores, maps, curves and figures of the test set."""
     assert data.root is not None
     test, root = arrays[evaluation.TEST], Path(data.root)

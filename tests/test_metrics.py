@@ -245,6 +245,32 @@ def test_bad_arguments():
             call()
 
 
+def cut(images, at=9):
+    """Every image [H, W] as two of different widths."""
+    return [part for image in images for part in (image[:, :at], image[:, at:])]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+def test_maps_of_different_sizes(dtype):
+    """No component lies across the cut, so cutting the images in two changes no bit."""
+    rng = np.random.default_rng(3)
+    masks = blobs(rng, 7, 24, 20)
+    masks[:, :, 8:10] = False
+    maps = draw("half tied", rng, masks).astype(dtype)
+    for whole, parts in (((maps, masks), (cut(maps), cut(masks))), ((maps, masks), (list(maps), list(masks)))):
+        assert pixel_metrics(parts[0], parts[1], (0.3, 0.1)) == pixel_metrics(whole[0], whole[1], (0.3, 0.1))
+        for (name, expected), points in zip(pixel_curves(*whole).items(), pixel_curves(*parts).values(), strict=True):
+            np.testing.assert_array_equal(points, expected, err_msg=name)
+    with pytest.raises(ValueError, match=r"map 1 and mask 1 must both be \[H, W\], got \(24, 11\) and \(24, 9\)"):
+        pixel_metrics(cut(maps), [masks[0, :, :9]] * 14)
+    with pytest.raises(ValueError, match="shorter"):
+        pixel_metrics(cut(maps), cut(masks)[:-1])
+    with pytest.raises(ValueError, match=r"1 of 5 map 1 are NaN or infinite, the first at index \(0, 4\)"):
+        pixel_metrics([np.ones((2, 3)), np.array([[1, 2, 3, 4, np.nan]])], [np.ones((2, 3)), np.ones((1, 5))])
+    with pytest.raises(ValueError, match="both be"):
+        pixel_metrics([], [])
+
+
 # States
 
 
@@ -264,6 +290,30 @@ def fill(positions, size):
         pixel.update(maps, masks, i)
         image.update(scores, labels, i)
     return pixel, image
+
+
+def check_ragged(positions):
+    """Parts of the images at `positions`, cut where their number says, come back in order, from all ranks."""
+    whole_maps, whole_masks, *_ = dataset()
+    maps, masks = ([x[:, : 5 + i] for i, x in enumerate(whole)] for whole in (whole_maps, whole_masks))
+    pixel = PixelMetrics((0.3,), ragged=True)
+    for batch in torch.tensor(positions, dtype=torch.int64).split(3):
+        some = [torch.from_numpy(maps[i]) for i in batch], [torch.from_numpy(masks[i]) for i in batch]
+        pixel.update(some[0], some[1], batch)
+    assert pixel.compute() == pixel_metrics(maps, masks, (0.3,))
+    gathered = pixel.gathered()
+    if gathered is not None:
+        assert gathered["index"].tolist() == list(range(len(maps)))
+        for name, arrays in (("maps", maps), ("masks", masks)):
+            for found, array in zip(gathered[name], arrays, strict=True):
+                np.testing.assert_array_equal(found, array)
+                assert found.dtype == array.dtype
+
+
+def test_samples_of_different_sizes():
+    check_ragged([*np.random.default_rng(0).permutation(11).tolist(), 3, 0, 3])
+    empty = PixelMetrics(ragged=True).gathered() or {}
+    assert (empty["maps"], empty["masks"], empty["index"].tolist()) == ([], [], [])
 
 
 def check(pixel, image):
@@ -340,6 +390,7 @@ def run_cases(rank, cases):
         pixel, image = fill(shares[rank], rank + 2)
         check(pixel, image)
         check(pixel, image)  # computing does not disturb the states
+        check_ragged(shares[rank])
     # one rank's bad value is an error on every rank, and nobody waits for ever
     if rank == 1:
         image.update(torch.tensor([np.nan]), torch.tensor([1]), torch.tensor([99]))

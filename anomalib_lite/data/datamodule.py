@@ -17,6 +17,7 @@ from anomalib_lite.data.loading import (
     CORRUPTED,
     HOLD_OUT,
     ImageSet,
+    MapSize,
     NewImages,
     TrainBatches,
     collate,
@@ -49,6 +50,8 @@ class AnomalyDataModule(L.LightningDataModule):
         resample: Filter of the default transform.
         check: "fast" (headers and file ends) or "thorough" (decode everything).
         drop_last: Leave out an epoch's last incomplete batch.
+        map_size: At which evaluated masks come as `truth` too: (H, W), or "original" for each image's own size, which
+            then comes as `size`; see `loading.ImageSet`. Not with a `transform`, which may move pixels.
 
     Set `images_needed = False` before asking for a loader, and training and normal batches come without `image` and
     `mask`, nothing is decoded and no worker started. A Trainer needs `use_distributed_sampler=False`: ranks are
@@ -74,10 +77,17 @@ class AnomalyDataModule(L.LightningDataModule):
         resample: str = "bilinear",
         check: str = "fast",
         drop_last: bool = False,
+        map_size: int | Sequence[int] | str | None = None,
     ):
         super().__init__()
         self.reader, self.root, self.category, self.name = reader, root, category, name
         self.image_size = pair(image_size)
+        self.map_size: MapSize = map_size if map_size is None or isinstance(map_size, str) else pair(map_size)
+        if map_size is not None and transform is not None:
+            raise UserError(
+                f"scoring.map_size={map_size}: goes without data.transform, which may crop or turn the image; "
+                "give scoring.map_size=null"
+            )
         self.batch_size, self.eval_batch_size, self.workers = batch_size, eval_batch_size, workers
         self.val_fraction, self.seed, self.split, self.check, self.drop_last = (
             val_fraction,
@@ -169,15 +179,16 @@ class AnomalyDataModule(L.LightningDataModule):
 
     def normal_dataloader(self, sharded: bool = False) -> DataLoader:
         """Training images in order without augmentation: all of them on each rank, or its share if `sharded`."""
-        return self._in_order(self._images(self.train_samples, self.eval_pipeline, self.images_needed), sharded)
+        samples = self._images(self.train_samples, self.eval_pipeline, self.images_needed, self.map_size)
+        return self._in_order(samples, sharded)
 
     def val_dataloader(self) -> DataLoader | list:
         if not self.val_samples:
             return []
-        return self._in_order(self._images(self.val_samples, self.eval_pipeline), sharded=True, persistent=True)
+        return self._in_order(self._evaluated(self.val_samples), sharded=True, persistent=True)
 
     def test_dataloader(self) -> DataLoader:
-        return self._in_order(self._images(self.test_samples, self.eval_pipeline), sharded=True)
+        return self._in_order(self._evaluated(self.test_samples), sharded=True)
 
     def new_dataloader(self, files: Sequence[Path], category: int, batch_size: int, workers: int) -> DataLoader:
         """Images that belong to no data set, in order; `damaged` of a batch lists what could not be read of it."""
@@ -195,8 +206,13 @@ class AnomalyDataModule(L.LightningDataModule):
     def _rank_and_world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _images(self, samples: list[Sample], pipeline: Pipeline, images: bool = True) -> ImageSet:
-        return ImageSet(samples, self.categories, pipeline, self.seed, images)
+    def _images(
+        self, samples: list[Sample], pipeline: Pipeline, images: bool = True, map_size: MapSize = None
+    ) -> ImageSet:
+        return ImageSet(samples, self.categories, pipeline, self.seed, images, map_size)
+
+    def _evaluated(self, samples: list[Sample]) -> ImageSet:
+        return self._images(samples, self.eval_pipeline, map_size=self.map_size)
 
     def _in_order(self, dataset: ImageSet, sharded: bool, persistent: bool = False) -> DataLoader:
         """Rank r's share is every world-th batch from the r-th on, without padding.

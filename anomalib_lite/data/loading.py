@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from anomalib_lite.data.samples import Sample, load_mask, load_rgb
-from anomalib_lite.data.transforms import Pipeline
+from anomalib_lite.data.samples import Sample, load_mask, load_rgb, size_of
+from anomalib_lite.data.transforms import Pipeline, resize_mask
 from anomalib_lite.errors import UserError
 
 CORRUPTED = "corrupted"  # the `defect` of a held-out training image that gets an artificial one
+MapSize = tuple[int, int] | str | None  # of maps that are compared with masks: (H, W), "original", None: the input's
 AUGMENT, SHUFFLE, HOLD_OUT, CORRUPT = range(4)  # streams of random numbers, each seeded by (seed, stream, ...)
 
 
@@ -29,16 +30,25 @@ class LoadError(UserError):
 
 
 class ImageSet(Dataset):
-    """Samples by position, or by (epoch, position) where the augmentation should differ from epoch to epoch."""
+    """Samples by position, or by (epoch, position) where the augmentation should differ from epoch to epoch.
+
+    With a `map_size` an item has `truth` too, the mask at that size, and with "original" its image's `size` (H, W).
+    """
 
     def __init__(
-        self, samples: list[Sample], categories: list[str], pipeline: Pipeline, seed: int, images: bool = True
+        self,
+        samples: list[Sample],
+        categories: list[str],
+        pipeline: Pipeline,
+        seed: int,
+        images: bool = True,
+        map_size: MapSize = None,
     ):
         self.samples = samples
         self.categories = {name: i for i, name in enumerate(categories)}
         self.pipeline = pipeline
         self.seed = seed
-        self.images = images
+        self.images, self.map_size = images, map_size
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -48,14 +58,16 @@ class ImageSet(Dataset):
         sample = self.samples[index]
         category = self.categories[sample.category]
         item = {"label": sample.label, "category": category, "path": str(sample.path), "index": index}
-        if self.images:
-            try:
-                item["image"], item["mask"] = self._load(sample, epoch, index)
-            except UserError as error:
-                raise LoadError(str(error)) from None
+        try:
+            if self.images:
+                item |= self._load(sample, epoch, index)
+            elif self.map_size == "original":
+                item["size"] = size_of(sample.path)
+        except UserError as error:
+            raise LoadError(str(error)) from None
         return item
 
-    def _load(self, sample: Sample, epoch: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _load(self, sample: Sample, epoch: int, index: int) -> dict[str, Any]:
         image = load_rgb(sample.path)
         mask = np.zeros(image.shape[:2], bool) if sample.mask is None else load_mask(sample.mask)
         corrupt = None
@@ -63,12 +75,23 @@ class ImageSet(Dataset):
             from anomalib_lite.data.corruptions import corrupt as corrupt_image  # only runs that validate need it
 
             corrupt = partial(corrupt_image, rng=np.random.default_rng([self.seed, CORRUPT, index]))
-        return self.pipeline(image, mask, (self.seed, AUGMENT, epoch, index), corrupt)
+        item: dict[str, Any] = {}
+        item["image"], item["mask"] = self.pipeline(image, mask, (self.seed, AUGMENT, epoch, index), corrupt)
+        if self.map_size == "original":
+            item["size"] = mask.shape
+        if self.map_size is not None:
+            size = mask.shape if isinstance(self.map_size, str) else self.map_size
+            item["truth"] = torch.from_numpy(resize_mask(mask if corrupt is None else item["mask"].numpy(), size))
+        return item
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch: image float32 [B, 3, H, W], mask bool [B, H, W], label, category, index int64 [B], path list."""
-    batch: dict[str, Any] = {key: torch.tensor([i[key] for i in items]) for key in ("label", "category", "index")}
+    """A batch: image float32 [B, 3, H, W], mask bool [B, H, W], label, category, index int64 [B], path list.
+
+    Where items have them: `size` int64 [B, 2], and `truth`, a list of bool [H_i, W_i].
+    """
+    numbers = [key for key in ("label", "category", "index", "size") if key in items[0]]
+    batch: dict[str, Any] = {key: torch.tensor([item[key] for item in items]) for key in numbers}
     batch["path"] = [item["path"] for item in items]
     if "image" in items[0]:
         for item in items:
@@ -78,6 +101,8 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
                 )
         batch["image"] = torch.stack([item["image"] for item in items])
         batch["mask"] = torch.stack([item["mask"] for item in items])
+    if "truth" in items[0]:
+        batch["truth"] = [item["truth"] for item in items]
     return batch
 
 
@@ -97,6 +122,7 @@ class NewImages(Dataset):
             return str(error)
         tensor, mask = self.pipeline(image, np.zeros(image.shape[:2], bool), (0, AUGMENT, 0, index))
         item = {"label": 0, "category": self.category, "path": str(self.files[index]), "index": index}
+        item["size"] = image.shape[:2]
         return item | {"image": tensor, "mask": mask}
 
 

@@ -47,6 +47,15 @@ def load_rgb(path: Path) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
+def size_of(path: Path) -> tuple[int, int]:
+    """(height, width) from the image's header."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except Exception as error:  # see _decode
+        raise undecodable(path, error) from None
+
+
 def load_mask(path: Path) -> np.ndarray:
     """The mask as bool [H, W]: true where any colour channel is above 0 (VisA's masks hold 1..9 and look black)."""
     image = _decode(path)

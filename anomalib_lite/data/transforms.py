@@ -43,11 +43,20 @@ class Resize(A.DualTransform):
         return self._resize(mask, Image.Resampling.NEAREST)
 
     def _resize(self, array: np.ndarray, resample: Image.Resampling) -> np.ndarray:
-        height, width = self.size
-        return np.array(Image.fromarray(array).resize((width, height), resample))
+        return _resized(array, self.size, resample)
 
     def get_transform_init_args_names(self) -> tuple[str, ...]:
         return ("size", "resample")
+
+
+def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A bool mask at (height, width), by PIL's nearest, as `Resize` brings it there."""
+    return mask if mask.shape == size else _resized(mask.astype(np.uint8), size, Image.Resampling.NEAREST) > 0
+
+
+def _resized(array: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
+    height, width = size
+    return np.array(Image.fromarray(array).resize((width, height), resample))
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:

@@ -28,12 +28,13 @@ class AnomalyModule(L.LightningModule):
 
     A batch is a dict: `image` float32 [B, 3, H, W], `mask` bool [B, H, W], `label` int64 [B], `category` int64 [B],
     `path` list of str, `index` int64 [B]. With features held in memory, training batches come without `image`.
+    With scoring.map_size=original, evaluated batches have `size` int64 [B, 2], the images' own (H, W).
 
     Args:
         backbone: feature extractor, or None.
         optimizer: parameters -> optimizer. scheduler: optimizer -> scheduler, stepped once a batch.
         scoring: the `scoring` group of the configuration.
-        image_size: (H, W) of the input, to which maps are brought.
+        image_size: (H, W) of the input, to which maps are brought unless scoring.map_size is another size.
         categories: names of the classes; more than one is the unified setting.
     """
 
@@ -54,7 +55,8 @@ class AnomalyModule(L.LightningModule):
             raise UserError(f"backbone=none: {type(self).__name__} needs one; choose another, as in backbone=resnet18")
         self.backbone = backbone
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.scoring = {"pixel_smooth": None, "image_smooth": "same", "image_score": "max"} | (scoring or {})
+        defaults = {"pixel_smooth": None, "image_smooth": "same", "image_score": "max", "map_size": None}
+        self.scoring = defaults | (scoring or {})
         self.image_size, self.categories = tuple(image_size), list(categories)
         self.store = FeatureStore()
 
@@ -90,20 +92,32 @@ class AnomalyModule(L.LightningModule):
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
 
-    def score(self, batch: Batch) -> dict[str, Tensor]:
-        """`map` [B, H, W] at the input's size, smoothed, and `score` [B], both float32."""
+    @property
+    def map_size(self) -> tuple[int, ...] | str:
+        """(H, W) of the maps, or "original": of each image its own."""
+        size = self.scoring["map_size"] or self.image_size
+        return size if isinstance(size, str) else (size, size) if isinstance(size, int) else tuple(size)
+
+    def score(self, batch: Batch) -> dict[str, Any]:
+        """`map`, smoothed, [B, H, W] or a list of B maps [H_i, W_i], by `map_size`; `score` [B]; all float32."""
         raw = self.anomaly_map(batch).float()
-        if raw.shape[-2:] != self.image_size:
-            raw = F.interpolate(raw[:, None], self.image_size, mode="bilinear", align_corners=False)[:, 0]
+        if not isinstance(self.map_size, str):
+            return self._scored(raw, self.map_size)
+        each = [self._scored(x, tuple(size)) for x, size in zip(raw.split(1), batch["size"].tolist(), strict=True)]
+        return {"map": [x["map"][0] for x in each], "score": torch.cat([x["score"] for x in each])}
+
+    def _scored(self, raw: Tensor, size: tuple[int, ...]) -> dict[str, Tensor]:
+        if raw.shape[-2:] != size:
+            raw = F.interpolate(raw[:, None], size, mode="bilinear", align_corners=False)[:, 0]
         pixels, image = self.scoring["pixel_smooth"], self.scoring["image_smooth"]
         maps = smooth(raw, pixels)
         for_score = maps if image in ("same", pixels) else smooth(raw, image)
         return {"map": maps, "score": image_scores(for_score, self.scoring["image_score"])}
 
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         return self.score(batch)
 
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         return self.score(batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

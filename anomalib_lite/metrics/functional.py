@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+Images = Array | list[Array]  # of one shape, or a list of 2-D arrays
 Metrics = dict[str, float | None]
 
 _THREADS = 2  # each sorts its own part of the negatives; the counts add up to the same integers for any number
@@ -54,15 +55,16 @@ def image_metrics(scores: Array, labels: Array) -> Metrics:
     return _ranking("image", _image_vertices(scores, labels))
 
 
-def pixel_metrics(maps: Array, masks: Array, fpr_limits: Sequence[float] = (0.3, 0.05)) -> Metrics:
+def pixel_metrics(maps: Images, masks: Images, fpr_limits: Sequence[float] = (0.3, 0.05)) -> Metrics:
     """AUROC, AP and F1-max over all pixels, and AUPRO (Bergmann et al., IJCV 2021) at each limit.
 
     AUPRO: the mean over all 8-connected components of all masks of the share that is found, as a function of the false
     positive rate over all normal pixels, integrated from 0 to the limit and divided by the limit.
 
     Args:
-        maps: [N, H, W], higher is more anomalous, any real dtype (float16 counts as float32).
-        masks: [N, H, W], any nonzero pixel is anomalous. An empty mask adds no component.
+        maps: [N, H, W], higher is more anomalous, any real dtype (float16 counts as float32); or a list of N maps
+            [H_i, W_i], all pixels of which count alike.
+        masks: as the maps, any nonzero pixel is anomalous. An empty mask adds no component.
         fpr_limits: in (0, 1]; the key of a limit is its percentage in two digits, `aupro_30` for 0.3.
 
     Returns:
@@ -87,7 +89,7 @@ def image_curves(scores: Array, labels: Array) -> dict[str, Array]:
     return _curves("image", _image_vertices(scores, labels))
 
 
-def pixel_curves(maps: Array, masks: Array) -> dict[str, Array]:
+def pixel_curves(maps: Images, masks: Images) -> dict[str, Array]:
     """As `image_curves`, over pixels (`pixel_fpr`, ...), and the PRO curve over its own rates: `pro_fpr`, `pro`.
 
     Arguments and errors as in `pixel_metrics`.
@@ -158,27 +160,37 @@ def _image_vertices(scores: Array, labels: Array) -> Vertices | None:
     return _vertices([np.sort(scores[~anomalous])], scores[anomalous], np.ones(anomalous.sum(), np.int32))
 
 
-def _pixel_vertices(maps: Array, masks: Array) -> Vertices | None:
-    maps, masks = _checked("maps", maps, "masks", masks, "[N, H, W]")
+def _pixel_vertices(maps: Images, masks: Images) -> Vertices | None:
+    if isinstance(maps, list) and maps:
+        pairs = zip(maps, masks, strict=True)
+        checked = [_checked(f"map {i}", x, f"mask {i}", y, "[H, W]") for i, (x, y) in enumerate(pairs)]
+        maps, masks = [x for x, _ in checked], [y for _, y in checked]
+    else:
+        maps, masks = _checked("maps", np.asarray(maps), "masks", np.asarray(masks), "[N, H, W]")
+    dtype = np.result_type(np.float32, *{amap.dtype for amap in maps})
     bounds = [len(maps) * i // _THREADS for i in range(_THREADS + 1)]
     with ThreadPoolExecutor(_THREADS) as pool:
-        parts = pool.map(lambda a, b: _split(maps[a:b], masks[a:b]), bounds[:-1], bounds[1:])
+        parts = pool.map(lambda a, b: _split(maps[a:b], masks[a:b], dtype), bounds[:-1], bounds[1:])
     negatives, scores, areas = zip(*parts, strict=True)
     return _vertices(negatives, np.concatenate(scores), np.concatenate(areas))
 
 
-def _split(maps: Array, masks: Array) -> tuple[Array, Array, Array]:
+def _split(maps: Images, masks: Images, dtype: Any) -> tuple[Array, Array, Array]:
     """The sorted scores of the negatives; for each positive its score and the area of its component in pixels."""
-    dtype = np.result_type(maps.dtype, np.float32)
-    normal = np.equal(masks, 0, order="C")
-    negatives = maps[normal].astype(dtype, copy=False)
-    negatives.sort()
+    negatives = np.empty(sum(mask.size - np.count_nonzero(mask) for mask in masks), dtype)
     scores, areas = [np.empty(0, dtype)], [np.empty(0, np.int32)]
-    for i in np.flatnonzero(~normal.all(axis=(1, 2))):
-        defect = ~normal[i]
-        _, label, stats, _ = cv2.connectedComponentsWithStats(defect.view(np.uint8), connectivity=8)
-        scores.append(maps[i][defect].astype(dtype, copy=False))
-        areas.append(stats[:, cv2.CC_STAT_AREA][label[defect]])
+    end = 0
+    for amap, mask in zip(maps, masks, strict=True):
+        normal = np.equal(mask, 0, order="C")
+        below = amap.ravel() if normal.all() else amap[normal]
+        negatives[end : end + len(below)] = below
+        end += len(below)
+        if len(below) < amap.size:
+            defect = ~normal
+            _, label, stats, _ = cv2.connectedComponentsWithStats(defect.view(np.uint8), connectivity=8)
+            scores.append(amap[defect].astype(dtype, copy=False))
+            areas.append(stats[:, cv2.CC_STAT_AREA][label[defect]])
+    negatives.sort()
     return negatives, np.concatenate(scores), np.concatenate(areas)
 
 

@@ -28,9 +28,11 @@ class GatheredMetric(Metric):
     ndim: ClassVar[int]  # of a batch of any field
     index: list[Tensor]
 
-    def __init__(self) -> None:
+    def __init__(self, ragged: bool = False) -> None:
+        """`ragged`: samples may differ in shape; they are gathered as lists of arrays."""
         # no cache: a rank without new samples would answer from it while the others wait for that rank
         super().__init__(sync_on_compute=False, dist_sync_on_step=False, compute_with_cache=False)
+        self.ragged = ragged
         for name in (*self.fields, "index"):
             self.add_state(name, default=[], dist_reduce_fx=None)
 
@@ -45,7 +47,8 @@ class GatheredMetric(Metric):
 
     def _append(self, index: Tensor, **batch: Tensor) -> None:
         held = getattr(self, next(iter(self.fields)))
-        tail = (held or list(batch.values()))[0].shape[1:]  # the shape of one sample
+        like = list(batch.values()) if self.ragged else held or list(batch.values())
+        tail = like[0].shape[1:]  # the shape of one sample
         if any(x.ndim != self.ndim or x.shape != (*index.shape, *tail) for x in batch.values()):
             found = {name: tuple(x.shape) for name, x in {**batch, "index": index}.items()}
             raise ValueError(f"shapes don't fit each other or earlier batches (samples of {tuple(tail)}): {found}")
@@ -68,41 +71,47 @@ class GatheredMetric(Metric):
             raise ValueError(answer[0]["error"])
         return answer[0]
 
-    def gathered(self) -> dict[str, np.ndarray] | None:
-        """On rank 0 the samples of all ranks by rising `index`, the first of each; None on other ranks.
+    def gathered(self) -> dict[str, Any] | None:
+        """On rank 0 the samples of all ranks by rising `index`, the first of each, as an array a field (a list of
+        arrays where `ragged`); None on other ranks.
 
         Raises:
             ValueError: ranks hold samples of different shapes (on every rank).
         """
-        lengths = torch.tensor([len(x) for x in self.index], dtype=torch.int64)
-        positions = torch.cat([*self.index, lengths[:0]])
         held = getattr(self, next(iter(self.fields)))
-        tail = held[0].shape[1:] if held else (0,) * (self.ndim - 1)
-        headers = _all_gather(torch.tensor([len(lengths), len(positions), *tail]))
+        shapes = torch.tensor([x.shape for x in held], dtype=torch.int64).reshape(-1, self.ndim)
+        positions = torch.cat([*self.index, shapes[:0, 0]])
+        tail = held[0].shape[1:] if held and not self.ragged else (0,) * (self.ndim - 1)
+        headers = _all_gather(torch.tensor([len(shapes), len(positions), *tail]))
         tails = {tuple(tail) for _, samples, *tail in headers if samples}
         if len(tails) > 1:
             raise ValueError(f"ranks hold samples of different shapes: {sorted(tails)}")
         if _world() > 1 and dist.get_rank() > 0:
-            for x in (lengths, positions, *(x for name in self.fields for x in getattr(self, name))):
+            for x in (shapes, positions, *(x for name in self.fields for x in getattr(self, name))):
                 _send(x)
             return None
 
         # all positions first: they say where in the result each sample goes, so the pixels need no second copy
-        plans = [(lengths, positions)]
+        plans = [(shapes, positions)]
         for rank, (batches, samples, *_) in enumerate(headers[1:], start=1):
-            plans.append((_receive((batches,), torch.int64, rank), _receive((samples,), torch.int64, rank)))
+            plans.append((_receive((batches, self.ndim), torch.int64, rank), _receive((samples,), torch.int64, rank)))
         everything = torch.cat([positions for _, positions in plans])
         index, first = np.unique(everything.numpy(), return_index=True)
         row = torch.full_like(everything, -1)  # of each sample in the result, -1 for duplicates
         row[torch.from_numpy(first)] = torch.arange(len(index))
-        shape = (len(index), *next(iter(tails), tail))
-        data = {name: torch.empty(shape, dtype=dtype) for name, dtype in self.fields.items()}
+        data: dict[str, Any] = {}
+        for name, dtype in self.fields.items():
+            whole = torch.empty((len(index), *next(iter(tails), tail)), dtype=dtype)
+            data[name] = [np.empty(0)] * len(index) if self.ragged else whole.numpy()
         for rank, rows in enumerate(row.split([len(positions) for _, positions in plans])):
+            batch_shapes = [tuple(shape) for shape in plans[rank][0].tolist()]
             for name, dtype in self.fields.items():
-                for i, to in enumerate(rows.split(plans[rank][0].tolist())):
-                    batch = _receive((len(to), *shape[1:]), dtype, rank) if rank else getattr(self, name)[i]
-                    data[name][to[to >= 0]] = batch[to >= 0]
-        return {name: x.numpy() for name, x in data.items()} | {"index": index}
+                for i, to in enumerate(rows.split([shape[0] for shape in batch_shapes])):
+                    batch = _receive(batch_shapes[i], dtype, rank) if rank else getattr(self, name)[i]
+                    for sample, place in zip(batch.numpy(), to.tolist(), strict=True):
+                        if place >= 0:
+                            data[name][place] = sample
+        return data | {"index": index}
 
 
 class ImageMetrics(GatheredMetric):
@@ -127,13 +136,19 @@ class PixelMetrics(GatheredMetric):
     fields: ClassVar = {"maps": torch.float32, "masks": torch.bool}
     ndim = 3
 
-    def __init__(self, fpr_limits: Sequence[float] = (0.3, 0.05)) -> None:
-        super().__init__()
+    def __init__(self, fpr_limits: Sequence[float] = (0.3, 0.05), ragged: bool = False) -> None:
+        super().__init__(ragged)
         self.fpr_limits = tuple(fpr_limits)
 
-    def update(self, maps: Tensor, masks: Tensor, index: Tensor) -> None:
-        """Maps [B, H, W], masks [B, H, W] (any nonzero pixel is anomalous) and positions in the data set [B]."""
-        self._append(index, maps=maps, masks=masks != 0)
+    def update(self, maps: Tensor | list[Tensor], masks: Tensor | list[Tensor], index: Tensor) -> None:
+        """Maps [B, H, W], masks [B, H, W] (any nonzero pixel is anomalous) and positions in the data set [B]; where
+        `ragged`, lists of B maps and masks [H_i, W_i].
+        """
+        if isinstance(maps, Tensor) and isinstance(masks, Tensor):
+            self._append(index, maps=maps, masks=masks != 0)
+            return
+        for i, (amap, mask, _) in enumerate(zip(maps, masks, index, strict=True)):
+            self._append(index[i : i + 1], maps=amap[None], masks=mask[None] != 0)
 
     def _metrics(self, data: dict[str, np.ndarray]) -> Metrics:
         return pixel_metrics(data["maps"], data["masks"], self.fpr_limits)
