@@ -107,8 +107,10 @@ def show(console: Console, table: Table, metric: str, number: str = "") -> None:
     rule = Text(f"{number}{table.title}: {formats.name_of(metric)}", style="bold")
     console.print(rule, soft_wrap=True)
     body = table.body(metric)
-    marked = any(cell.best for rows in body.values() for _, cells in rows for cell in cells.values())
     columns, width = table.columns, _label_width(table)
+    every = [(column, cell) for rows in body.values() for _, cells in rows for column, cell in cells.items()]
+    marked = any(cell.best for _, cell in every)
+    deviating = {column for column, cell in every if cell.sd is not None}
     shown = {
         column: [formats.percent(cells.get(column)) for rows in body.values() for _, cells in rows]
         for column in columns
@@ -132,7 +134,7 @@ def show(console: Console, table: Table, metric: str, number: str = "") -> None:
             if len(body) > 1:
                 grid.add_row(Text(setting, style="italic"))
             for row, cells in rows:
-                told = [_cell(cells.get(column)) for column in block]
+                told = [_cell(cells.get(column), column in deviating) for column in block]
                 grid.add_row(Text(row.label), *told, formats.seeds_of(cells))
             grid.add_section()
         console.print(grid)
@@ -179,9 +181,11 @@ def _label_width(table: Table) -> int:
     return min(max(len(row.label) for row in table.rows), 44)
 
 
-def _cell(cell: Cell | None) -> Text:
+def _cell(cell: Cell | None, deviations: bool) -> Text:
+    """A column's cell; in a column of deviations a single seed's is a dash, so that digits are aligned."""
     best = cell is not None and cell.best
-    text = Text(formats.percent(cell) + "*" * best, style="bold" if best else "")
+    single = " ±   –" if deviations and cell is not None and cell.sd is None else ""
+    text = Text("*" * best + formats.percent(cell) + single, style="bold" if best else "")
     return text.append(f"\n{formats.between(cell)}", style="dim not bold") if formats.between(cell) else text
 
 

@@ -94,6 +94,7 @@ def _metric(table: Table, name: str, metric: str, shown: bool) -> str:
             numbers = "".join(_cell(cells.get(column)) for column in columns)
             told += f'<tr>{_name(row.label)}{numbers}<td data-v="{seeds.partition("–")[0]}">{seeds}</td></tr>'
         bodies.append(f"<tbody>{told}</tbody>")
+    plain = all(cell.sd is None for rows in body.values() for _, cells in rows for cell in cells.values())
     heads = [("method", True), *((formats.heading(column), False) for column in columns), ("seeds", False)]
     said = "".join(f"<li>{escape(note)}</li>" for note in formats.notes(table, metric))
     tests = table.tests(metric)[0]
@@ -121,7 +122,8 @@ def _metric(table: Table, name: str, metric: str, shown: bool) -> str:
         names = [("method", True), ("head", False), ("tail", False)]
         said_tests += f"<h3>Head and tail</h3>{_table(f'{name}-groups-{metric}', names, [f'<tbody>{parts}</tbody>'])}"
     return (
-        f'<div data-metric="{escape(metric)}"{" hidden" * (not shown)}>{_table(f"{name}-{metric}", heads, bodies)}'
+        f'<div data-metric="{escape(metric)}"{" class=plain" * plain}{" hidden" * (not shown)}>'
+        f"{_table(f'{name}-{metric}', heads, bodies)}"
         f"<p>{escape(formats.how(metric))}.</p><ul>{said}</ul>{said_tests}</div>"
     )
 
@@ -131,7 +133,7 @@ def _cell(cell: Cell | None) -> str:
         return '<td data-v="">–</td>'
     number = f"{100 * cell.mean:.1f}"
     number = f'<span class="best">{number}</span>' if cell.best else number
-    sd = "" if cell.sd is None else f'<span class="sd"> ± {100 * cell.sd:.1f}</span>'
+    sd = f'<span class="sd">{"" if cell.sd is None else f" ± {100 * cell.sd:.1f}"}</span>'
     between = formats.between(cell)
     return (
         f'<td data-v="{cell.mean!r}">{number}{sd}' + (f'<span class="ci">{between}</span>' if between else "") + "</td>"
