@@ -1,6 +1,7 @@
 """Checks of the composed configuration, before anything heavy is imported or any folder is written."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from anomalib_lite.errors import UserError
 
 #: what may differ between a run and its continuation
 FREE_ON_RESUME = (
-    "resume", "debug", "hardware", "logger", "trainer.log_every", "trainer.checkpoint_minutes",
+    "resume", "debug", "objective", "hardware", "logger", "trainer.log_every", "trainer.checkpoint_minutes",
     "data.root", "data.workers", "data.check", "data.eval_batch_size",
 )  # fmt: skip
 
@@ -46,6 +47,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda x: _integer(0)(x) and x < 2**32, "a whole number from 0, below 2^32"),
     "resume": (_flag, "true or false"),
     "debug": (_flag, "true or false"),
+    "objective": (
+        _optional(lambda x: isinstance(x, str) and bool(re.fullmatch(r"validation\.((image|pixel)_\w+|aupro_\d+)", x))),
+        "a metric of held-out training images, such as validation.image_auroc: the test set chooses nothing",
+    ),
     "data.category": (_names, "a name, a list such as [bottle,toothbrush], or all"),
     "data.image_size": (_size, "a whole number from 16, or [height, width]"),
     "data.batch_size": (_integer(1), "a whole number from 1"),
@@ -143,6 +148,17 @@ def check_unchanged(old: dict[str, Any], new: dict[str, Any], run: Path) -> None
                 f"{key}={after.get(key)} but the run in {run} was begun with {before.get(key)}: "
                 "resume with the same configuration, or start anew in another folder"
             )
+
+
+def objective(name: str | None, result: dict[str, Any]) -> float | None:
+    """What an optimising sweeper is told of a run: `validation.METRIC`; None where nothing was held out."""
+    metrics = result["validation"]
+    if name is None or metrics is None:
+        return None
+    key = name.partition(".")[2]
+    if key not in metrics:
+        raise UserError(f"objective={name}: no such metric; there are {', '.join(f'validation.{k}' for k in metrics)}")
+    return metrics[key]
 
 
 def check_scoring(scoring: dict) -> None:

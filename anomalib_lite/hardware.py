@@ -40,8 +40,8 @@ def lightning_options(hardware: dict[str, Any], multirun: bool) -> dict[str, Any
     several = devices * hardware["nodes"] > 1
     if several and multirun:
         raise UserError(
-            f"hardware.devices={devices} in a sweep needs a process per job, or the ranks of one job run into the "
-            "next; run the jobs one by one"
+            f"hardware.devices={devices} in a sweep with hydra/launcher=basic: the ranks of one job run into the next; "
+            "leave it out, hydra/launcher=processes gives every job a process of its own"
         )
     # not shared out to the ranks: with another number of threads a network's output may differ in its last bit
     threads = hardware["threads"] or os.cpu_count() or 1

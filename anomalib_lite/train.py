@@ -40,8 +40,9 @@ def train(cfg: Any) -> float | None:
     from anomalib_lite.loggers import finish
 
     checkpoint = run / "checkpoints" / "last.ckpt"
+    one_process = hydra.mode == RunMode.MULTIRUN and hydra.runtime.choices.get("hydra/launcher") == "basic"
     try:
-        result = execute(plain, run, names, checkpoint, multirun=hydra.mode == RunMode.MULTIRUN)
+        result = execute(plain, run, names, checkpoint, multirun=one_process)
     except BaseException:
         finish(1)
         if os.environ.get("LOCAL_RANK", "0") == "0" and not checkpoint.is_file():
@@ -53,7 +54,7 @@ def train(cfg: Any) -> float | None:
     result["overrides"] = list(hydra.overrides.task)
     results.write_result(run, result)  # last: it says that the run is finished
     results.show(run, result)
-    return (result["validation"] or {}).get("image_auroc")
+    return configuration.objective(plain["objective"], result)
 
 
 def open_run(cfg: Any, plain: dict[str, Any], names: dict[str, str]) -> Path | None:

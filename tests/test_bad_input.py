@@ -180,8 +180,9 @@ def test_batch_size_that_devices_cant_share(data, tmp_path):
 
 def test_sweep_over_several_devices(data, tmp_path):
     devices = ["hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2"]
-    outcome = train("-m", *folder_data(data), *devices, "seed=0,1", f"hydra.sweep.dir={tmp_path}")
-    assert_one_line(outcome, "hardware.devices=2 in a sweep")
+    sweep = ("hydra/launcher=basic", "seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    outcome = train("-m", *folder_data(data), *devices, *sweep)
+    assert_one_line(outcome, "hardware.devices=2 in a sweep with hydra/launcher=basic")
 
 
 def test_sweep_over_a_wrong_choice(data, tmp_path):
