@@ -15,6 +15,9 @@ FREE_ON_RESUME = (
 )  # fmt: skip
 
 
+OBJECTIVE = re.compile(r"validation\.((image|pixel)_(auroc|ap|f1max)|aupro_\d+)")
+
+
 def _integer(low: int) -> Callable[[Any], bool]:
     return lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= low
 
@@ -48,7 +51,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "resume": (_flag, "true or false"),
     "debug": (_flag, "true or false"),
     "objective": (
-        _optional(lambda x: isinstance(x, str) and bool(re.fullmatch(r"validation\.((image|pixel)_\w+|aupro_\d+)", x))),
+        _optional(lambda x: isinstance(x, str) and bool(OBJECTIVE.fullmatch(x))),
         "a metric of held-out training images, such as validation.image_auroc: the test set chooses nothing",
     ),
     "data.category": (_names, "a name, a list such as [bottle,toothbrush], or all"),

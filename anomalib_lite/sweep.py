@@ -67,7 +67,7 @@ class Sweep:
         sweeper = self.config.hydra.sweeper
         if str(sweeper._target_).endswith(".BasicSweeper") and not sweeper.max_batch_size:
             self.end_server()  # there is no further batch
-        sweep_view.show(self.folder, jobs)
+        sweep_view.show(self.folder, list(self.jobs.values()))  # of earlier batches too
         if any(job.state == "failed" for job in jobs):
             self.end_server()
             sys.exit(1)

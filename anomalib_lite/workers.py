@@ -129,6 +129,7 @@ def serve(requests: int, reports: int, launcher: int) -> None:
     os.set_inheritable(requests, False)
     os.set_inheritable(reports, False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with(launcher)  # at once while it imports and has no jobs to end
     wake, woken = os.pipe()
     for end in (wake, woken):
         os.set_blocking(end, False)
@@ -153,6 +154,7 @@ def serve(requests: int, reports: int, launcher: int) -> None:
             if os.getppid() != launcher:
                 data = b""  # nobody waits for this job any more
                 break
+            die_with(launcher, None)
             server = os.getpid()
             process = os.fork()
             if process == 0:
@@ -260,12 +262,12 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
-def die_with(parent: int) -> None:
-    """Be killed when the server is. Linux alone knows how; elsewhere the launcher sees to it."""
+def die_with(parent: int, number: signal.Signals | None = signal.SIGKILL) -> None:
+    """Get this signal when the parent ends. Linux alone knows how; elsewhere the pipes do it, later."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() != parent:
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number or 0)
+        if number and os.getppid() != parent:
             os._exit(1)
 
 

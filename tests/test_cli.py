@@ -1,7 +1,7 @@
 """The command line: quick answers, what composes with what, who overrides whom, methods from outside the package."""
 
 import re
-import time
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,20 @@ def composed(*overrides: str, config_dir: Path | None = None) -> dict[str, Any]:
 # --- at once ---
 
 
+def cpu_seconds() -> float:
+    """Processor time of all child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"]], ids=" ".join)
 def test_answers_at_once(arguments, tmp_path):
-    """Under 1.5 s at best of three: the machine may be busy."""
+    """Under 1.5 s at best of three, of processor time: the machine may be busy."""
     took = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = cpu_seconds()
         outcome = python("-m", "anomalib_lite.train", *arguments, cwd=tmp_path)
-        took.append(time.perf_counter() - start)
+        took.append(cpu_seconds() - start)
         assert outcome.code == 0, outcome.err
         assert "batch_size: 8" in outcome.out
     assert min(took) < 1.5

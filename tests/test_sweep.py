@@ -178,7 +178,7 @@ def test_a_sweep_equals_single_runs(home, tmp_path):
         assert (hydra.runtime.output_dir, hydra.sweep.dir) == (str(job), str(job.parent))
         assert hydra.job.env_set == {"SWEPT": "yes"}
         assert set(own) < set(hydra.overrides.task)
-        assert "image AUROC" not in outcome.out
+        assert "AUPRO" not in outcome.out
         assert "mean on folder" in (job / "output.log").read_text()
         assert (job / "train.log").is_file()
     before = [(tmp_path / "a sweep" / str(n) / "result.json").stat().st_mtime_ns for n in range(4)]

@@ -194,7 +194,7 @@ def test_resuming_a_finished_run_does_nothing(finished, method, budget, root):
     outcome = runs.train(*options, small=False)
     assert outcome.code == 0
     assert "this run is finished" in outcome.out
-    assert "image AUROC" in outcome.out
+    assert "AUROC" in outcome.out
     assert {file: (finished / file).stat().st_mtime_ns for file in before} == before
 
 
