@@ -3,9 +3,9 @@
 import csv
 import json
 import re
+import resource
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -479,9 +479,10 @@ def test_help_comes_at_once(program):
         f"import sys; sys.argv = ['x', '--help']; from anomalib_lite.{program} import main; main(); "
         "print('loaded', {'torch', 'lightning', 'cv2', 'hydra'} & set(sys.modules))"
     )
-    start = time.perf_counter()
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     outcome = python("-c", code)
-    assert time.perf_counter() - start < 1 or program == "evaluate"  # the first warms the file cache
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime < 1  # of the processor: the machine may be busy
     assert outcome.code == 0, outcome.err
     assert f"python -m anomalib_lite.{program} run=DIR" in outcome.out
     assert "loaded set()" in outcome.out
