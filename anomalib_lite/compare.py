@@ -30,8 +30,9 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from anomalib_lite import cli, formats, grouping, runset
-from anomalib_lite.comparison import COSTS, Cell, Table
+from anomalib_lite import cli
+from anomalib_lite.comparison import formats, grouping, runset
+from anomalib_lite.comparison.cells import COSTS, Cell, Table
 from anomalib_lite.errors import UserError
 
 MOST_TESTS = 20  # pairs that the terminal shows; the other formats hold them all
@@ -79,11 +80,11 @@ def compare(arguments: Sequence[str]) -> None:
     if options.markdown:
         save(options.markdown, formats.to_markdown(tables, options.metric))
     if options.html:
-        from anomalib_lite.page import to_html
+        from anomalib_lite.comparison.page import to_html
 
         save(options.html, to_html(tables, options.metric))
     if options.plots:
-        from anomalib_lite.plots import write_plots
+        from anomalib_lite.comparison.plots import write_plots
 
         try:
             write_plots(options.plots, tables)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from anomalib_lite import formats, grouping, runset
+from anomalib_lite.comparison import formats, grouping, runset
 from tests.runs import python
 from tests.written import ODD, Writer, compare, real_run, tables
 

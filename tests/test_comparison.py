@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import wilcoxon
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from anomalib_lite import statistics
+from anomalib_lite.comparison import statistics
 from tests.written import Writer, compare, real_run, tables
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from anomalib_lite import comparison, grouping, runset
+from anomalib_lite.comparison import cells, grouping, runset
 from anomalib_lite.metrics.functional import image_curves, image_metrics
 from tests.runs import Outcome, folder_data, result_of, run
 from tests.trees import make_mvtec
@@ -86,7 +86,7 @@ class Writer:
         return folder
 
 
-def tables(write: Writer) -> list[comparison.Table]:
+def tables(write: Writer) -> list[cells.Table]:
     runs, left_out = runset.read([write.root])
     assert not left_out
     return grouping.tables(runs, [])

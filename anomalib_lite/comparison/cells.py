@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from anomalib_lite import statistics
-from anomalib_lite.runset import Run, inner, some
+from anomalib_lite.comparison import statistics
+from anomalib_lite.comparison.runset import Run, inner, some
 
 FEWEST_CATEGORIES = 6  # for a paired test
 LARGE = 3000  # runs times categories

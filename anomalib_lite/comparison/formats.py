@@ -5,9 +5,9 @@ import io
 import re
 from collections.abc import Callable, Sequence
 
-from anomalib_lite.comparison import COSTS, MEAN, Cell, Row, Table
-from anomalib_lite.runset import Run
-from anomalib_lite.statistics import DRAWS
+from anomalib_lite.comparison.cells import COSTS, MEAN, Cell, Row, Table
+from anomalib_lite.comparison.runset import Run
+from anomalib_lite.comparison.statistics import DRAWS
 
 HEADINGS = {"auroc": "AUROC", "ap": "AP", "f1max": "F1-max"}
 

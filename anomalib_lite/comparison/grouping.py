@@ -5,9 +5,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from anomalib_lite.comparison import Row, Table
+from anomalib_lite.comparison.cells import Row, Table
+from anomalib_lite.comparison.runset import Run, inner, some
 from anomalib_lite.configuration import flat
-from anomalib_lite.runset import Run, inner, some
 
 DEVELOPMENT = ("bottle", "toothbrush", "capsules", "magnetic_tile")  # the package's defaults were chosen on them
 

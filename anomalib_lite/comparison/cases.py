@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from anomalib_lite.comparison import Row, Table
-from anomalib_lite.runset import Run, inner
-from anomalib_lite.statistics import disagreement
+from anomalib_lite.comparison.cells import Row, Table
+from anomalib_lite.comparison.runset import Run, inner
+from anomalib_lite.comparison.statistics import disagreement
 
 MOST_METHODS = 8  # in curves and heat maps: the best
 TILE = 128  # pixels of an image's thumbnail
