@@ -50,11 +50,15 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> "Backbone":
         return super().train(mode and not self.frozen)
 
+    def low_precision(self, device: torch.device) -> bool:
+        """Whether it runs in bf16 on this device: only frozen, and where asked for or native."""
+        return self.frozen and (self.precision == "bf16" or (self.precision == "auto" and has_bf16(device)))
+
     def forward(self, images: Tensor) -> list[Tensor]:
         images = images.contiguous(memory_format=torch.channels_last)
         if not self.frozen:
             return self.net(images)
-        low = self.precision == "bf16" or (self.precision == "auto" and has_bf16(images.device))
+        low = self.low_precision(images.device)
         with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=low):
             return [level.float() for level in self.net(images)]
 

@@ -112,7 +112,8 @@ def execute(
         "timing": timing,
         "efficiency": cost,
         "cache": filling.report,
-        "environment": results.environment(device_name(trainer.strategy.root_device)),
+        "environment": results.environment(device_name(trainer.strategy.root_device))
+        | {"precision": precision(cfg, model, trainer.strategy.root_device)},
     }
     result["notes"] = notes + result["notes"]
     write(run, data, evaluating.arrays, result)
@@ -138,6 +139,14 @@ def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyMod
             f"{checkpoint}: damaged, or not of the method that {cfg['method']['_target_']} is now"
         ) from error
     return model.eval().to("cuda" if options["accelerator"] == "gpu" else "cpu"), data
+
+
+def precision(cfg: dict[str, Any], model: AnomalyModule, device: torch.device) -> str:
+    """What was computed in which type: it moves metrics by about 0.001, and differs between machines."""
+    if cfg["hardware"]["precision"] == "bf16":
+        return "bf16"
+    low = model.backbone is not None and model.backbone.low_precision(device)
+    return "float32, frozen backbone in bf16" if low else "float32"
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
