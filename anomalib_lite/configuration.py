@@ -82,6 +82,14 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+def make_absolute(cfg: dict[str, Any]) -> None:
+    """Paths that a stored run is used with later, from wherever."""
+    if cfg["data"]["root"] is not None:
+        cfg["data"]["root"] = str(Path(cfg["data"]["root"]).expanduser().absolute())
+    if (cfg["backbone"].get("weights") or "none") not in ("auto", "none"):
+        cfg["backbone"]["weights"] = str(Path(cfg["backbone"]["weights"]).expanduser().absolute())
+
+
 def lookup(cfg: dict[str, Any], key: str) -> Any:
     value: Any = cfg
     for part in key.split("."):

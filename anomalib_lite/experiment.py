@@ -21,16 +21,20 @@ from anomalib_lite.loggers import make_loggers
 from anomalib_lite.methods.base import AnomalyModule
 
 
-def build(cfg: dict[str, Any]) -> tuple[AnomalyDataModule, AnomalyModule, list[str]]:
-    """The data, set up and checked, the method on its backbone, and notes. Seeds everything first."""
+def build(cfg: dict[str, Any], stored: bool = False) -> tuple[AnomalyDataModule, AnomalyModule, list[str]]:
+    """The data, set up and checked, the method on its backbone, and notes. Seeds everything first.
+
+    With `stored`, all weights will come from a checkpoint: the backbone's file or the hub is not asked.
+    """
     L.seed_everything(cfg["seed"], workers=True, verbose=False)
     data = instantiate(cfg["data"], map_size=cfg["scoring"].get("map_size"))
     data.setup()
     notes = list(data.notes)
     backbone = None
     if cfg["backbone"]["name"] is not None:
-        backbone = instantiate(cfg["backbone"], precision=cfg["hardware"]["precision"])
-        if backbone.weights == "none":
+        from_checkpoint = {"weights": "none"} if stored else {}
+        backbone = instantiate(cfg["backbone"], precision=cfg["hardware"]["precision"], **from_checkpoint)
+        if cfg["backbone"]["weights"] == "none":
             notes.append("the backbone's weights are random")
     context = {"scoring": cfg["scoring"], "image_size": data.image_size, "categories": data.categories}
     model = instantiate(cfg["method"], backbone=backbone, **context, _convert_="all")
@@ -57,7 +61,7 @@ def execute(
             f"give a multiple of {ranks}"
         )
     stored = read_checkpoint(checkpoint) if checkpoint.is_file() else {}
-    data, model, notes = build(cfg)
+    data, model, notes = build(cfg, bool(stored))
     if stored and stored["fingerprint"] != data.fingerprint:
         raise UserError(f"data.root={data.root}: not the files that {checkpoint} was trained and tested on; train anew")
     training, evaluating = Training(cfg, checkpoint, data), evaluation.Evaluation(ragged=model.map_size == "original")
@@ -179,7 +183,7 @@ def describe(
         "setting": "single" if len(data.categories) == 1 else "unified",
         "split": {"name": names["split"]} | {k: v for k, v in cfg["split"].items() if not k.startswith("_")},
         "backbone": None if backbone is None else {"name": backbone.name, "layers": backbone.layers},
-        "weights": None if backbone is None else Path(backbone.weights).name,
+        "weights": None if backbone is None else Path(cfg["backbone"]["weights"]).name,
         "seed": cfg["seed"],
         "protocol": {
             "data": {

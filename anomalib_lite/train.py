@@ -30,6 +30,7 @@ def train(cfg: Any) -> float | None:
     hydra = HydraConfig.get()
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     configuration.check(plain)
+    configuration.make_absolute(plain)
     names = {choice: str(hydra.runtime.choices[choice]) for choice in ("method", "split")}
     run = open_run(cfg, plain, names)
     if run is None:
