@@ -99,6 +99,7 @@ class Training(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.start = self.saved = time.perf_counter()
         if self.steps:
+            log.info("going on from batch %d", self.steps)
             batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
             trainer.datamodule.resume_at(*divmod(self.steps, batches))  # type: ignore[attr-defined]
             for logger in trainer.loggers:

@@ -103,8 +103,8 @@ def reported(outside: bool = False, folder: str = "hydra.run.dir") -> Iterator[N
         if cause is None and isinstance(error, OSError) and not (outside or _writing(error)):
             raise  # not a folder that can't be written: a fault of ours, shown whole
         fail(_one_line(cause or error, folder))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(error if error.args else "interrupted", file=sys.stderr)
         sys.exit(130)
 
 

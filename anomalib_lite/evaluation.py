@@ -164,6 +164,21 @@ def thresholds(normal: dict[str, np.ndarray], quantile: float) -> dict[str, Any]
     return {"quantile": quantile, "from": "normal training images", "per_category": chosen}
 
 
+def decisions(
+    samples: list[Sample], arrays: dict[str, np.ndarray], limits: dict[str, dict[str, float]]
+) -> dict[str, dict[str, float | None]]:
+    """What the thresholds would have decided, per category: `defective_found` and `good_flagged`, as shares."""
+    of = np.array([sample.category for sample in samples], dtype=object)
+    told: dict[str, dict[str, float | None]] = {}
+    for category, threshold in limits.items():
+        above = arrays["scores"] > threshold["image"]
+        told[category] = {}
+        for name, label in (("defective_found", 1), ("good_flagged", 0)):
+            rows = (of == category) & (arrays["labels"] == label)
+            told[category][name] = float(above[rows].mean()) if rows.any() else None
+    return told
+
+
 def curves(
     samples: list[Sample], categories: list[str], arrays: dict[str, Any], has_masks: dict[str, bool]
 ) -> dict[str, np.ndarray]:

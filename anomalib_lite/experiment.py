@@ -221,12 +221,15 @@ def measure(cfg: dict[str, Any], data: AnomalyDataModule, arrays: dict[int, dict
     per_defect = evaluation.defect_metrics(
         data.test_samples, names, arrays[evaluation.TEST], data.has_masks, scoring["fpr_limits"]
     )
+    limits = evaluation.thresholds(normal_scores(data, arrays), scoring["quantile"])
+    told = evaluation.decisions(data.test_samples, arrays[evaluation.TEST], limits["per_category"])
     return {
         "metrics": mean,
         "per_category": per_category,
         "per_defect": per_defect,
         "validation": validation,
-        "thresholds": evaluation.thresholds(normal_scores(data, arrays), scoring["quantile"]),
+        "thresholds": limits,
+        "decisions": {"per_category": told},
         "notes": notes,
     }
 

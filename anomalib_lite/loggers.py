@@ -74,7 +74,9 @@ def wandb_logger(run_dir: str | Path, project: str = "anomalib_lite", mode: str 
         netrc = Path.home() / ".netrc"
         key = os.environ.get("WANDB_API_KEY") or (netrc.is_file() and "wandb" in netrc.read_text())
         mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
-    return WandbLogger(project=project, save_dir=str(run_dir), mode=mode, **kwargs)
+    logger = WandbLogger(project=project, save_dir=str(run_dir), mode=mode, **kwargs)
+    logger._wandb_init.pop("anonymous", None)  # Lightning 2.6 names a setting that wandb 0.31 warns of
+    return logger
 
 
 def make_loggers(cfg: Any, run_dir: Path) -> list[Logger]:

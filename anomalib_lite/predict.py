@@ -46,6 +46,10 @@ def predict(options: dict[str, Any]) -> None:
     if options["device"] not in ("auto", "cpu", "gpu"):
         raise UserError(f"device={options['device']}: choose auto, cpu or gpu")
     checkpoint, cfg, _ = configuration.read_run(run)
+    if source.is_dir() and output.absolute().is_relative_to(source.absolute()):
+        raise UserError(
+            f"output={output} lies inside input={source}: choose a folder outside, or its pictures are input next time"
+        )
     files = images_below(source)
     scores = output / "scores.csv"
     if scores.exists():

@@ -159,6 +159,16 @@ def show(run: Path, result: dict[str, Any]) -> None:
         f"trained {timing['steps']} steps in {timing['fit_s']:.1f} s, tested in {timing['test_s']:.1f} s",
         highlight=False,
     )
-    console.print(
-        f"{run}/ holds result.json, scores.csv, maps.npz, metrics.csv, figures/, checkpoints/", highlight=False
-    )
+    for category, found in result["decisions"]["per_category"].items():
+        shares = ((found["defective_found"], "defective images found"), (found["good_flagged"], "good ones flagged"))
+        told = ", ".join(f"{100 * share:.0f} % of {what}" for share, what in shares if share is not None)
+        if told:
+            console.print(
+                f"{category}: at the threshold ({result['thresholds']['quantile']:g} quantile of normal training "
+                f"images) {told}",
+                highlight=False,
+                soft_wrap=True,
+            )
+    written = ("result.json", "scores.csv", "maps.npz", "metrics.csv", "figures", "checkpoints")
+    there = ", ".join(name for name in written if (run / name).exists())
+    console.print(f"{run}/ holds {there}", highlight=False, soft_wrap=True)

@@ -44,9 +44,14 @@ def train(cfg: Any) -> float | None:
     one_process = hydra.mode == RunMode.MULTIRUN and hydra.runtime.choices.get("hydra/launcher") == "basic"
     try:
         result = execute(plain, run, names, checkpoint, multirun=one_process)
-    except BaseException:
+    except BaseException as error:
         finish(1)
-        if os.environ.get("LOCAL_RANK", "0") == "0" and not checkpoint.is_file():
+        if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+            place = "its last checkpoint" if checkpoint.is_file() else "the beginning: there is no checkpoint yet"
+            raise KeyboardInterrupt(
+                f"interrupted; the same command with resume=true hydra.run.dir={run} goes on from {place}"
+            ) from None  # Lightning exits with 1
+        if isinstance(error, Exception) and os.environ.get("LOCAL_RANK", "0") == "0" and not checkpoint.is_file():
             stored_config(run).unlink(missing_ok=True)  # there is no run yet: a corrected one may use the folder
         raise
     finish(0)
