@@ -25,8 +25,8 @@ demo: setup ## train and evaluate on images made on the spot; table and pictures
 test: setup ## the test suite, on generated data
 	$(BIN)/python -m pytest
 
-test-real: setup ## checks on real images; ANOMALIB_LITE_DATA=DIR names their place
-	$(BIN)/python -m pytest -m real -rs -s
+test-real: setup ## checks on real images (ANOMALIB_LITE_DATA=DIR names their place), and the slow ones
+	$(BIN)/python -m pytest -m "real or slow" -rs -s
 
 lint: setup ## ruff (format and lint) and mypy
 	$(BIN)/ruff format --check .

@@ -217,6 +217,7 @@ def test_failures_stay_in_their_jobs(home, tmp_path):
     assert done == (tmp_path / "sweep" / "6" / "result.json").stat().st_mtime_ns
 
 
+@pytest.mark.slow
 def test_overhead(home, tmp_path):
     """Of a job after the first, beside a loop in one process: at best of seven."""
     done = Started(
@@ -234,6 +235,7 @@ def test_overhead(home, tmp_path):
     assert swept - min(alone) < 1
 
 
+@pytest.mark.slow
 def test_two_devices_and_one(home, tmp_path):
     arguments = ("hardware.devices=1,2", "method=mean", "hardware.threads=1")
     done = Started(home, *arguments, f"hydra.sweep.dir={tmp_path}", "hydra.launcher.jobs=2").end()
@@ -269,6 +271,7 @@ def logged(run: Path, step: int) -> bool:
     return file.is_file() and f"\n{step}," in file.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_killed_again_and_again(home, undisturbed, tmp_path):
     """A job, the server, the launcher while it imports and while it works; at last it is let be."""
@@ -295,6 +298,7 @@ def test_killed_again_and_again(home, undisturbed, tmp_path):
     assert [state_of(tmp_path / number) for number in "012"] == undisturbed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_beside_another(home, undisturbed, tmp_path, number):
     """Two sweeps at once; one of them is ended, which the other doesn't notice."""
