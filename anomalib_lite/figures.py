@@ -82,7 +82,7 @@ def contact_sheet(
         sheet[head + tile + gap : head + 2 * tile + gap, x : x + tile] = overlay(image, amap, threshold)
         ratio = float(arrays["scores"][i]) / threshold["image"] if threshold["image"] else float("nan")
         y = head + 2 * (tile + gap) + 10
-        _write(sheet, f"{kind}: {samples[i].defect}", x, y, 0.4)
+        _write(sheet, kind if samples[i].defect == "good" else f"{kind}: {samples[i].defect}", x, y, 0.4)
         _write(sheet, f"{ratio:.2f} x threshold", x, y + 18, 0.4, (0, 0, 0) if ratio < 1 else (200, 0, 0))
     return sheet
 
