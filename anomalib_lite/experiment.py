@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from torch.utils.data import DataLoader
 
 from anomalib_lite import __version__, evaluation, results
+from anomalib_lite.backbones import Backbone, has_bf16
 from anomalib_lite.callbacks import FillFeatures, Training, quiet
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.efficiency import efficiency
@@ -36,9 +37,16 @@ def build(cfg: dict[str, Any], stored: bool = False) -> tuple[AnomalyDataModule,
         backbone = instantiate(cfg["backbone"], precision=cfg["hardware"]["precision"], **from_checkpoint)
         if cfg["backbone"]["weights"] == "none":
             notes.append("the backbone's weights are random")
-    context = {"scoring": cfg["scoring"], "image_size": data.image_size, "categories": data.categories}
-    model = instantiate(cfg["method"], backbone=backbone, **context, _convert_="all")
+    model = make_method(cfg, backbone, data, data.categories)
     return data, model, notes
+
+
+def make_method(
+    cfg: dict[str, Any], backbone: Backbone | None, data: AnomalyDataModule, categories: list[str]
+) -> AnomalyModule:
+    """The method, with what the base of all methods is told beside the `method` group."""
+    context = {"image_size": data.image_size, "categories": categories, "precision": cfg["hardware"]["precision"]}
+    return instantiate(cfg["method"], backbone=backbone, scoring=cfg["scoring"], **context, _convert_="all")
 
 
 def execute(
@@ -134,8 +142,7 @@ def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyMod
     backbone = None
     if cfg["backbone"]["name"] is not None:  # the checkpoint holds the backbone's weights too
         backbone = instantiate(cfg["backbone"], weights="none", precision=cfg["hardware"]["precision"])
-    context = {"scoring": cfg["scoring"], "image_size": data.image_size, "categories": stored["categories"]}
-    model = instantiate(cfg["method"], backbone=backbone, **context, _convert_="all")
+    model = make_method(cfg, backbone, data, stored["categories"])
     try:
         model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
     except RuntimeError as error:
@@ -149,8 +156,12 @@ def precision(cfg: dict[str, Any], model: AnomalyModule, device: torch.device) -
     """What was computed in which type: it moves metrics by about 0.001, and differs between machines."""
     if cfg["hardware"]["precision"] == "bf16":
         return "bf16"
-    low = model.backbone is not None and model.backbone.low_precision(device)
-    return "float32, frozen backbone in bf16" if low else "float32"
+    low = {
+        "frozen backbone": model.backbone is not None and model.backbone.low_precision(device),
+        "the method's networks": model.autocasts and cfg["hardware"]["precision"] == "auto" and has_bf16(device),
+    }
+    parts = " and ".join(part for part, is_low in low.items() if is_low)
+    return f"float32, {parts} in bf16" if parts else "float32"
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:

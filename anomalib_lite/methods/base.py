@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anomalib_lite.backbones import Backbone, FeatureStore
+from anomalib_lite.backbones import Backbone, FeatureStore, has_bf16
 from anomalib_lite.errors import UserError
 from anomalib_lite.scoring import image_scores, smooth
 
@@ -36,9 +36,11 @@ class AnomalyModule(L.LightningModule):
         scoring: the `scoring` group of the configuration.
         image_size: (H, W) of the input, to which maps are brought unless scoring.map_size is another size.
         categories: names of the classes; more than one is the unified setting.
+        precision: hardware.precision, for `autocast`.
     """
 
     frozen_features = False
+    autocasts = False  # whether the method's own networks run under `self.autocast()`: results say so
 
     def __init__(
         self,
@@ -48,6 +50,7 @@ class AnomalyModule(L.LightningModule):
         scoring: dict[str, Any] | None = None,
         image_size: Sequence[int] = (256, 256),
         categories: Sequence[str] = ("",),
+        precision: str | int = "auto",
     ):
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer batches to evaluate than devices
@@ -58,6 +61,7 @@ class AnomalyModule(L.LightningModule):
         defaults = {"pixel_smooth": None, "image_smooth": "same", "image_score": "max", "map_size": None}
         self.scoring = defaults | (scoring or {})
         self.image_size, self.categories = tuple(image_size), list(categories)
+        self.precision = str(precision)
         self.store = FeatureStore()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -74,6 +78,11 @@ class AnomalyModule(L.LightningModule):
             return [level.to(self.device) for level in self.store.get(batch["path"])]
         assert self.backbone is not None
         return self.backbone(batch["image"])
+
+    def autocast(self) -> torch.autocast:
+        """bf16 where hardware.precision allows it and the device has it natively, for what is safe in it."""
+        low = self.precision == "bf16" or (self.precision == "auto" and has_bf16(self.device))
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=low)
 
     def normal_batches(self):
         """The training images once, in order and unaugmented, on this device; for closed forms."""
