@@ -23,7 +23,7 @@ def run(task: Callable[[Any], Any], config_name: str) -> None:
     """Compose the configuration from the command line and run `task(cfg)`; an error is one line, exit code 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing its own report
     _wait_quietly()
-    _import_from_here()
+    import_from_here()
     import hydra
 
     @functools.wraps(task)
@@ -40,7 +40,7 @@ def run_plain(task: Callable[[dict[str, Any]], None], usage: str | None, texts: 
     """The same for a program that takes KEY=VALUE alone: `task(options)` with values read as YAML, or as they are
     typed for the keys in `texts` (paths and names: a folder may be called 01, or no)."""
     _wait_quietly()
-    _import_from_here()
+    import_from_here()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print((usage or "").strip())
         return
@@ -54,6 +54,16 @@ def run_plain(task: Callable[[dict[str, Any]], None], usage: str | None, texts: 
         task(options)
 
 
+class Parser(argparse.ArgumentParser):
+    """Of the programs that take flags: a mistake is a UserError."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
 def make_folder(folder: Path, option: str) -> None:
     """Make the folder that `option` names, or raise UserError."""
     try:
@@ -62,7 +72,7 @@ def make_folder(folder: Path, option: str) -> None:
         raise UserError(f"{folder}: {error.strerror}; choose another {option}=DIR") from error
 
 
-def _import_from_here() -> None:
+def import_from_here() -> None:
     """A user's own method file is importable from the console scripts too."""
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))

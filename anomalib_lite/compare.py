@@ -16,12 +16,10 @@ seed alone are averaged; those that differ in any other key of their configurati
 Exit codes: 0; 2 for an error that is yours to mend.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: small matrices, for which threads only wait
 
@@ -32,15 +30,10 @@ from rich.text import Text
 
 from anomalib_lite import cli
 from anomalib_lite.comparison import formats, grouping, runset
-from anomalib_lite.comparison.cells import COSTS, Cell, Table
+from anomalib_lite.comparison.cells import COSTS, Cell, Column, Table
 from anomalib_lite.errors import UserError
 
 MOST_TESTS = 20  # pairs that the terminal shows; the other formats hold them all
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
 
 
 def main() -> None:
@@ -52,7 +45,7 @@ def main() -> None:
 
 
 def compare(arguments: Sequence[str]) -> None:
-    parser = Parser(add_help=False, allow_abbrev=False)
+    parser = cli.Parser()
     parser.add_argument("DIR", nargs="+", type=Path)
     parser.add_argument("--metric", default="image_auroc")
     for name in ("html", "csv", "latex", "markdown", "plots"):
@@ -116,7 +109,7 @@ def show(console: Console, table: Table, metric: str, number: str = "") -> None:
         column: [formats.percent(cells.get(column)) for rows in body.values() for _, cells in rows]
         for column in columns
     }
-    blocks: list[list[str | None]] = [[]]
+    blocks: list[list[Column]] = [[]]
     room = console.width - width - 10
     for column in columns:  # as many categories beside each other as there is room for
         needed = max(len(text) for text in [*shown[column], formats.heading(column)[:16], " " * 9]) + 3
@@ -148,11 +141,7 @@ def show(console: Console, table: Table, metric: str, number: str = "") -> None:
 
 
 def _show_more(console: Console, table: Table, metric: str) -> None:
-    """Head and tail, paired tests, costs."""
-    grouped = table.groups(metric)
-    if grouped:
-        cells = [(row.label, [formats.percent(found.get(name)) for name in ("head", "tail")]) for row, found in grouped]
-        _grid(console, table, ["head", "tail"], cells)
+    """Paired tests, costs."""
     tests, _ = table.tests(metric)
     if tests:
         grid = Grid(box=box.SIMPLE_HEAD, show_edge=False)

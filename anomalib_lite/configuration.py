@@ -63,6 +63,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data.check": (lambda x: x in ("fast", "thorough"), "fast or thorough"),
     "data.normalize": (lambda x: x in ("imagenet", "none"), "imagenet or none"),
     "data.drop_last": (_flag, "true or false"),
+    "data.balanced": (_optional(_flag), "true or false"),
     "backbone.name": (_optional(lambda x: isinstance(x, str)), "the name of a timm model, or null"),
     "backbone.layers": (
         lambda x: isinstance(x, list) and all(_integer(0)(n) for n in x) and x == sorted(set(x)),
@@ -86,6 +87,9 @@ def make_absolute(cfg: dict[str, Any]) -> None:
     """Paths that a stored run is used with later, from wherever."""
     if cfg["data"]["root"] is not None:
         cfg["data"]["root"] = str(Path(cfg["data"]["root"]).expanduser().absolute())
+    for split in (cfg["split"], cfg["data"]["split"]):
+        if isinstance(split, dict) and isinstance(split.get("path"), str):
+            split["path"] = str(Path(split["path"]).expanduser().absolute())
     if (cfg["backbone"].get("weights") or "none") not in ("auto", "none"):
         cfg["backbone"]["weights"] = str(Path(cfg["backbone"]["weights"]).expanduser().absolute())
 
@@ -113,6 +117,7 @@ def check(cfg: dict[str, Any]) -> None:
     if cfg["trainer"]["max_epochs"] is None and cfg["trainer"]["max_steps"] is None:
         raise UserError("trainer.max_epochs and trainer.max_steps are both null: give a budget")
     check_scoring(cfg["scoring"])
+    check_split(cfg["split"])
 
 
 def read_run(run: Path) -> tuple[Path, dict[str, Any], dict[str, str]]:
@@ -170,6 +175,26 @@ def objective(name: str | None, result: dict[str, Any]) -> float | None:
     if key not in metrics:
         raise UserError(f"objective={name}: no such metric; there are {', '.join(f'validation.{k}' for k in metrics)}")
     return metrics[key]
+
+
+SPLIT: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "imbalance": (
+        lambda x: isinstance(x, int | float) and not isinstance(x, bool) and 1 <= x < float("inf"),
+        "a number from 1, such as 100",
+    ),
+    "order": (_names, "size, name, reverse, reverse_name, or a list of all categories, head first"),
+    "seed": (_integer(0), "a whole number from 0"),
+    "path": (lambda x: isinstance(x, str) and bool(x), "the file of the split, as in split=file split.path=FILE"),
+    "head": (_optional(_integer(1)), "a number of classes from 1, or null for half of them"),
+    "anomalous": (_flag, "true or false"),
+}
+
+
+def check_split(split: Any) -> None:
+    """Raise UserError for a value of the `split` group that means nothing; names are judged with the data at hand."""
+    for key, (test, wanted) in SPLIT.items():
+        if isinstance(split, dict) and key in split and not test(split[key]):
+            raise UserError(f"split.{key}={json.dumps(split[key])}: give {wanted}")
 
 
 def check_scoring(scoring: dict) -> None:

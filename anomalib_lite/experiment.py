@@ -1,5 +1,7 @@
 """One run, from its resolved configuration to its results: build, fit, test, write."""
 
+import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from anomalib_lite.figures import write_figures
 from anomalib_lite.hardware import device_name, lightning_options, peak_memory_mb
 from anomalib_lite.loggers import make_loggers
 from anomalib_lite.methods.base import AnomalyModule
+
+log = logging.getLogger(__name__)
 
 
 def build(cfg: dict[str, Any], stored: bool = False) -> tuple[AnomalyDataModule, AnomalyModule, list[str]]:
@@ -71,12 +75,20 @@ def execute(
     stored = read_checkpoint(checkpoint) if checkpoint.is_file() else {}
     data, model, notes = build(cfg, bool(stored))
     if stored and stored["fingerprint"] != data.fingerprint:
-        raise UserError(f"data.root={data.root}: not the files that {checkpoint} was trained and tested on; train anew")
+        listed = f" (split.path={cfg['split']['path']} may have changed)" if cfg["split"].get("path") else ""
+        raise UserError(
+            f"data.root={data.root}: not the files that {checkpoint} was trained and tested on{listed}; train anew"
+        )
     training, evaluating = Training(cfg, checkpoint, data), evaluation.Evaluation(ragged=model.map_size == "original")
     filling = FillFeatures(cfg["hardware"]["feature_memory_gb"])
     epochs = cfg["trainer"]["max_epochs"]
     if type(model).training_step is AnomalyModule.training_step:
         epochs = training.max_epochs = 0  # a closed form has no batches to count
+        if data.balanced:
+            notes.append("data.balanced=true changes nothing: this method sees every training image once")
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for line in data.kept.told(names["split"]):
+            log.info(line)
     trainer = L.Trainer(
         **hardware,
         max_epochs=-1 if epochs is None else epochs,
@@ -120,7 +132,6 @@ def execute(
     result = {
         **describe(cfg, names, data, model),
         **measure(cfg, data, evaluating.arrays),
-        "groups": None,
         "timing": timing,
         "efficiency": cost,
         "cache": filling.report,
@@ -192,7 +203,9 @@ def describe(
         "dataset": data.name,
         "categories": data.categories,
         "setting": "single" if len(data.categories) == 1 else "unified",
-        "split": {"name": names["split"]} | {k: v for k, v in cfg["split"].items() if not k.startswith("_")},
+        "split": {"name": names["split"]}
+        | {k: v for k, v in cfg["split"].items() if not k.startswith("_")}
+        | data.kept.describe(),
         "backbone": None if backbone is None else {"name": backbone.name, "layers": backbone.layers},
         "weights": None if backbone is None else Path(cfg["backbone"]["weights"]).name,
         "seed": cfg["seed"],
@@ -226,6 +239,11 @@ def measure(cfg: dict[str, Any], data: AnomalyDataModule, arrays: dict[int, dict
         return per_category, mean, missing + partial
 
     per_category, mean, notes = metrics(evaluation.TEST, data.test_samples, data.has_masks)
+    groups = {
+        name: evaluation.mean_metrics({category: per_category[category] for category in members})[0]
+        for name, members in (("head", data.kept.head), ("tail", data.kept.tail))
+        if members
+    }
     validation = None
     if data.val_samples:
         validation = metrics(evaluation.HELD_OUT, data.val_samples, dict.fromkeys(names, True))[1]
@@ -237,6 +255,7 @@ def measure(cfg: dict[str, Any], data: AnomalyDataModule, arrays: dict[int, dict
     return {
         "metrics": mean,
         "per_category": per_category,
+        "groups": groups or None,
         "per_defect": per_defect,
         "validation": validation,
         "thresholds": limits,

@@ -131,12 +131,12 @@ def metrics_table(result: dict[str, Any]) -> Table:
     for key in result["metrics"]:
         table.add_column(heading(key), justify="right", no_wrap=True)
     rows = list(result["per_category"].items())
-    if len(rows) > 1:
-        rows.append(("mean", result["metrics"]))
-    for name, metrics in rows:
-        if name == "mean":
-            table.add_section()
-        table.add_row(name, *("–" if value is None else f"{100 * value:.1f}" for value in metrics.values()))
+    means = [(f"{name} mean", metrics) for name, metrics in (result["groups"] or {}).items()]
+    means += [("mean", result["metrics"])] * (len(rows) > 1)
+    for part in (rows, means):
+        for name, metrics in part:
+            table.add_row(name, *("–" if value is None else f"{100 * value:.1f}" for value in metrics.values()))
+        table.add_section()
     return table
 
 

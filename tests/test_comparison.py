@@ -1,6 +1,8 @@
 """Statistics against SciPy, scikit-learn and plain loops; tables of runs whose numbers are known."""
 
+import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from scipy.stats import wilcoxon
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from anomalib_lite.comparison import statistics
+from anomalib_lite.comparison.cells import Over
 from tests.written import Writer, compare, real_run, tables
 
 
@@ -120,8 +123,8 @@ def test_seeds_are_averaged_and_other_keys_are_not(write):
             assert cells[category].sd == pytest.approx(np.std(values[category], ddof=1))
             assert cells[category].seeds == 3
         by_seed = np.mean([values["bottle"], values["cable"]], 0)
-        assert cells[None].mean == pytest.approx(by_seed.mean())
-        assert cells[None].sd == pytest.approx(by_seed.std(ddof=1))
+        assert cells[Over.MEAN].mean == pytest.approx(by_seed.mean())
+        assert cells[Over.MEAN].sd == pytest.approx(by_seed.std(ddof=1))
 
 
 def test_labels(write):
@@ -158,7 +161,7 @@ def test_missing_categories_and_null_metrics(write):
     write("c", ("cable",))
     (table,) = tables(write)
     cells = {row.label: table.cells(row, "image_auroc") for row in table.rows}
-    assert {label: None in of for label, of in cells.items()} == {"a": True, "b": False, "c": False}
+    assert {label: Over.MEAN in of for label, of in cells.items()} == {"a": True, "b": False, "c": False}
     assert table.missing("image_auroc") == [
         "without image_auroc of cable, so no mean: b",
         "without image_auroc of bottle, so no mean: c",
@@ -206,7 +209,7 @@ def test_what_does_not_compare_is_apart_and_named(write):
     assert [[row.label for row in table.rows] for table in found] == [["a"], ["b"], ["c"], ["d"], ["e"]]
     assert "protocol.data.map_size differs ([64, 64], there [32, 32])" in found[1].notes[0]
     assert "data.fingerprint differs; here: " in found[2].notes[0]
-    assert "split.name differs" in found[3].notes[0]
+    assert "split.profile differs" in found[3].notes[0]
     assert not any("does not compare" in note for note in found[4].notes)
     outcome = compare(write.root)
     assert outcome.code == 0
@@ -215,13 +218,46 @@ def test_what_does_not_compare_is_apart_and_named(write):
 
 
 def test_unified_and_single_are_row_groups(write):
-    write("a", ("bottle", "cable"), groups={"head": {"image_auroc": 0.75}, "tail": {"image_auroc": 0.5}})
+    write("a", ("bottle", "cable"))
     write("a", ("bottle",))
     write("a", ("cable",))
     (table,) = tables(write)
     assert list(table.settings) == ["single", "unified"]
-    ((row, cells),) = table.groups("image_auroc")
-    assert (row.setting, cells["head"].mean, cells["tail"].mean) == ("unified", 0.75, 0.5)
+
+
+def test_head_and_tail_means_with_intervals(write):
+    names = ("bottle", "cable", "screw")
+    long_tail = {"name": "exp100", "profile": "exp", "imbalance": 100, "order": "size", "seed": 0}
+    long_tail |= {"head": ["cable", "screw"], "tail": ["bottle"]}
+    for method in ("a", "b"):
+        for seed in (0, 1):
+            write(method, names, seed, split=long_tail)
+    write("c", names, split=long_tail | {"name": "exp"})  # the same split, written split=exp split.imbalance=100
+    write("a", names, split=long_tail | {"imbalance": 20})
+    first, second = tables(write)
+    assert (first.title, second.title) == ("folder, split exp100", "folder, split exp20")
+    assert [row.label for row in first.rows] == ["a", "b", "c"]
+    assert first.columns == [*names, Over.HEAD, Over.TAIL, Over.MEAN]
+    for row in first.rows:
+        for metric in ("image_auroc", "pixel_ap"):
+            cells, members = first.cells(row, metric), ((Over.HEAD, ["cable", "screw"]), (Over.TAIL, ["bottle"]))
+            for over, of in members:
+                by_seed = [np.mean([row.runs[c][s].value(c, metric) for c in of]) for s in row.runs["bottle"]]
+                assert cells[over].mean == pytest.approx(np.mean(by_seed))
+                assert cells[over].sd == (pytest.approx(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None)
+    row = first.rows[0]
+    draws = np.mean([first.draws(row, c, "image_auroc") for c in ("cable", "screw")], axis=0)
+    assert first.cells(row, "image_auroc")[Over.HEAD].interval == pytest.approx(np.quantile(draws, [0.025, 0.975]))
+    out = compare(write.root, "--csv", write.root / "all.csv", "--html", write.root / "page.html")
+    assert re.search(r"screw +head +tail +mean", out.out)
+    assert "head: cable, screw" in out.out
+    rows = list(csv.DictReader((write.root / "all.csv").read_text().splitlines()))
+    assert {(row["category"], row["group"]) for row in rows} == {
+        ("bottle", "tail"),
+        ("cable", "head"),
+        ("screw", "head"),
+    }
+    assert '<button type="button">tail</button>' in (write.root / "page.html").read_text()
 
 
 def test_intervals_come_from_the_scores_of_the_result(write, tmp_path):

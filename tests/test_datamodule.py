@@ -335,7 +335,7 @@ def test_sizes_differ(tmp_path, workers):
         ({"normalize": "x"}, "data.normalize=x is not known"),
         ({"resample": "x"}, "data.resample=x is not known"),
         ({"image_size": -3}, "data.image_size=-3 must be"),
-        ({"split": lambda train: []}, "it left no training images"),
+        ({"split": lambda data: splits.Split([], {"bottle": 11, "wood": 8})}, "it left no training images of 'bottle'"),
     ],
 )
 def test_options_are_checked(root, options, message):

@@ -1,18 +1,31 @@
 """A table of methods and categories from runs that compare: its cells, tests, groups and costs."""
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from anomalib_lite.comparison import statistics
-from anomalib_lite.comparison.runset import Run, inner, some
+from anomalib_lite.comparison.runset import Run, some
 
 FEWEST_CATEGORIES = 6  # for a paired test
 LARGE = 3000  # runs times categories
-MEAN = None  # the column of the mean over categories
+
+
+class Over(Enum):
+    """Columns of means over categories: all of them, or those of a long tail's head or tail."""
+
+    MEAN = "mean"
+    HEAD = "head"
+    TAIL = "tail"
+
+
+Column = str | Over
 
 
 @dataclass
@@ -55,7 +68,7 @@ class Table:
     notes: list[str]
     problems: list[str]
     _drawn: dict[Any, np.ndarray] = field(default_factory=dict)
-    _cells: dict[tuple[int, str], dict[str | None, Cell]] = field(default_factory=dict)
+    _cells: dict[tuple[int, str], dict[Column, Cell]] = field(default_factory=dict)
     _tests: dict[str, tuple[list[tuple[str, str, float, float, int]], str]] = field(default_factory=dict)
 
     @property
@@ -68,40 +81,41 @@ class Table:
         """The rows of each setting: single first."""
         return {name: [r for r in self.rows if r.setting == name] for name in sorted({r.setting for r in self.rows})}
 
+    @cached_property
+    def members(self) -> dict[Over, list[str]]:
+        """The categories of each mean that the table has."""
+        if len(self.categories) < 2:
+            return {}
+        splits = [run.result.get("split") for row in self.rows for run in row.all_runs()]
+        split: Any = next((s for s in splits if isinstance(s, dict) and isinstance(s.get("head"), list)), {})
+        parts = {Over.HEAD: split.get("head"), Over.TAIL: split.get("tail"), Over.MEAN: self.categories}
+        return {over: names for over, names in parts.items() if names and set(names) <= set(self.categories)}
+
     @property
-    def columns(self) -> list[str | None]:
-        return [*self.categories, MEAN] if len(self.categories) > 1 else [*self.categories]
+    def columns(self) -> list[Column]:
+        return [*self.categories, *self.members]
 
     @property
     def large(self) -> bool:
         """So many runs and categories that bootstrapping AP and F1-max would take minutes."""
         return sum(len(seeds) for row in self.rows for seeds in row.runs.values()) > LARGE
 
-    def cells(self, row: Row, metric: str) -> dict[str | None, Cell]:
-        """The row's cells by category, and by MEAN where it has all categories."""
+    def cells(self, row: Row, metric: str) -> dict[Column, Cell]:
+        """The row's cells by category, and the means of which it has all categories."""
         if (id(row), metric) not in self._cells:
             self._cells[id(row), metric] = self._computed(row, metric)
         return self._cells[id(row), metric]
 
-    def _computed(self, row: Row, metric: str) -> dict[str | None, Cell]:
-        cells: dict[str | None, Cell] = {}
-        by_seed, draws = [], []
-        for category in self.categories:
-            values = row.values(category, metric)
-            if values:
-                mean, sd = statistics.mean_sd(list(values.values()))
-                drawn = self.draws(row, category, metric)
-                between = None if drawn is None else statistics.interval(drawn)
-                cells[category] = Cell(mean, sd, len(values), between)
-                by_seed.append(values)
-                draws.append(drawn)
-        if len(self.categories) > 1 and len(by_seed) == len(self.categories):
-            mean = float(np.mean([cell.mean for cell in cells.values()]))
-            same = all(values.keys() == by_seed[0].keys() for values in by_seed)
-            sd = statistics.mean_sd([np.mean([v[s] for v in by_seed]) for s in by_seed[0]])[1] if same else None  # type: ignore[misc]
-            known = [drawn for drawn in draws if drawn is not None]
-            between = statistics.interval(np.mean(known, axis=0)) if len(known) == len(draws) else None
-            cells[MEAN] = Cell(mean, sd, min(len(values) for values in by_seed), between)
+    def _computed(self, row: Row, metric: str) -> dict[Column, Cell]:
+        by_seed = {category: row.values(category, metric) for category in self.categories}
+        by_seed = {category: values for category, values in by_seed.items() if values}
+        draws = {category: self.draws(row, category, metric) for category in by_seed}
+        cells: dict[Column, Cell] = {}
+        for category in by_seed:
+            cells[category] = _mean_cell([by_seed[category]], [draws[category]])
+        for over, names in self.members.items():
+            if all(name in by_seed for name in names):
+                cells[over] = _mean_cell([by_seed[name] for name in names], [draws[name] for name in names])
         return cells
 
     def draws(self, row: Row, category: str, metric: str) -> np.ndarray | None:
@@ -126,7 +140,7 @@ class Table:
             return None
         return statistics.DRAWS[metric](self._drawn[key], labels, scores)
 
-    def body(self, metric: str, digits: int = 1) -> dict[str, list[tuple[Row, dict[str | None, Cell]]]]:
+    def body(self, metric: str, digits: int = 1) -> dict[str, list[tuple[Row, dict[Column, Cell]]]]:
         """All cells by setting; the best of a column, and what equals it when rounded, is marked."""
         body = {name: [(row, self.cells(row, metric)) for row in rows] for name, rows in self.settings.items()}
         for rows in body.values():
@@ -178,24 +192,19 @@ class Table:
         told = f"Wilcoxon's signed-rank test over categories, p corrected by Holm for {len(tests)} pairs"
         return sorted(tests, key=lambda test: test[3]), told
 
-    def groups(self, metric: str) -> list[tuple[Row, dict[str, Cell]]]:
-        """Head and tail means of the rows that have them, over seeds."""
-        found = []
-        for row in self.rows:
-            cells = {}
-            for name in ("head", "tail"):
-                parts = [inner(run.result, "groups", name) for run in row.all_runs()]
-                values = [(inner(part, "metrics") or part).get(metric) for part in parts]
-                numbers = [value for value in values if isinstance(value, int | float)]
-                if numbers:
-                    cells[name] = Cell(*statistics.mean_sd(numbers), len(numbers))
-            if cells:
-                found.append((row, cells))
-        return found
-
     def costs(self) -> list[tuple[Row, dict[str, float | None]]]:
         """Per row the means over runs of what `COSTS` names."""
         return [(row, {name: _mean(row, *where) for name, where in COSTS.items()}) for row in self.rows]
+
+
+def _mean_cell(by_seed: Sequence[dict[int, float]], draws: Sequence[np.ndarray | None]) -> Cell:
+    """The mean over categories and seeds; the deviation is that of the seeds' means."""
+    mean = float(np.mean([np.mean(list(values.values())) for values in by_seed]))
+    same = all(values.keys() == by_seed[0].keys() for values in by_seed)
+    sd = statistics.mean_sd([float(np.mean([v[s] for v in by_seed])) for s in by_seed[0]])[1] if same else None
+    known = [drawn for drawn in draws if drawn is not None]
+    between = statistics.interval(np.mean(known, axis=0)) if len(known) == len(draws) else None
+    return Cell(mean, sd, min(len(values) for values in by_seed), between)
 
 
 #: heading: part of result.json, key, factor

@@ -5,7 +5,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 
-from anomalib_lite.comparison.cells import COSTS, MEAN, Cell, Row, Table
+from anomalib_lite.comparison.cells import COSTS, Cell, Column, Over, Row, Table
 from anomalib_lite.comparison.runset import Run
 from anomalib_lite.comparison.statistics import DRAWS
 
@@ -20,13 +20,13 @@ def name_of(metric: str) -> str:
     return f"{level} {HEADINGS.get(name, name)}" if name in HEADINGS else metric
 
 
-def heading(column: str | None) -> str:
-    return "mean" if column is MEAN else column
+def heading(column: Column) -> str:
+    return column.value if isinstance(column, Over) else column
 
 
-def seeds_of(cells: dict[str | None, Cell]) -> str:
+def seeds_of(cells: dict[Column, Cell]) -> str:
     """The number of seeds: 3, or 1–3 where it differs between categories."""
-    counts = {cell.seeds for column, cell in cells.items() if column is not MEAN} or {0}
+    counts = {cell.seeds for column, cell in cells.items() if not isinstance(column, Over)} or {0}
     return str(max(counts)) if len(counts) == 1 else f"{min(counts)}–{max(counts)}"
 
 
@@ -63,6 +63,7 @@ def how(metric: str, best: str = "in bold", intervals: bool = True) -> str:
 def notes(table: Table, metric: str) -> list[str]:
     """All that is to be said under a table."""
     told = [*table.notes, *table.missing(metric), table.tests(metric)[1]]
+    told += [f"{over.value}: {', '.join(names)}" for over, names in table.members.items() if over is not Over.MEAN]
     if table.large and metric in DRAWS and metric != "image_auroc":
         told.append("no intervals of this metric for so many runs")
     return told
@@ -74,7 +75,7 @@ def to_csv(tables: Sequence[Table], runs: Sequence[Run]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     head = ["table", "run", "dataset", "split", "setting", "method", "label", "variant", "backbone", "weights", "seed"]
-    writer.writerow([*head, "category", *metrics, *COSTS, "fingerprint"])
+    writer.writerow([*head, "category", "group", *metrics, *COSTS, "fingerprint"])
     rows: dict[int, tuple[int, Row]] = {}
     for number, table in enumerate(tables, 1):
         rows |= {id(run): (number, row) for row in table.rows for run in row.all_runs()}
@@ -86,14 +87,16 @@ def to_csv(tables: Sequence[Table], runs: Sequence[Run]) -> str:
         first = [number, run.folder, r["dataset"], (r.get("split") or {}).get("name"), r["setting"], r["method"]]
         first += [row.label, r.get("variant"), (r.get("backbone") or {}).get("name"), r.get("weights"), r["seed"]]
         costs = [run.cost(*where) for where in COSTS.values()]
+        split = r.get("split") or {}
         for category in r["categories"]:
             values = [run.value(category, metric) for metric in metrics]
-            writer.writerow([*first, category, *values, *costs, r["data"]["fingerprint"]])
+            group = next((name for name in ("head", "tail") if category in (split.get(name) or [])), None)
+            writer.writerow([*first, category, group, *values, *costs, r["data"]["fingerprint"]])
     return text.getvalue()
 
 
 def to_markdown(tables: Sequence[Table], metric: str) -> str:
-    """The tables, their costs, head and tail, tests and notes."""
+    """The tables, their costs, tests and notes."""
     lines = []
     for table in tables:
         names = [_md(heading(column)) for column in table.columns]
@@ -107,11 +110,6 @@ def to_markdown(tables: Sequence[Table], metric: str) -> str:
                 lines.append(_line([_md(row.label), *told, seeds_of(cells)]))
         lines += ["", f"{how(metric)}."]
         lines += ["", *(f"- {_md(note)}" for note in notes(table, metric)), ""]
-        grouped = table.groups(metric)
-        if grouped:
-            lines += [_line(["method", "head", "tail"]), _rule(2)]
-            lines += [_line([_md(r.label), *(percent(c.get(name)) for name in ("head", "tail"))]) for r, c in grouped]
-            lines.append("")
         tests = table.tests(metric)[0]
         if tests:
             lines += [_line(["method", "against", "difference", "corrected p", "categories"]), _rule(4)]

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from anomalib_lite.comparison.cells import Row, Table
@@ -18,7 +19,7 @@ def tables(runs: Sequence[Run], problems: list[str]) -> list[Table]:
     prints: dict[str, list[str]] = {}
     for run in runs:
         result = run.result
-        same = flat({"split": result.get("split"), "protocol": {"data": result["protocol"]["data"]}})
+        same = flat({"split": _split(result), "protocol": {"data": result["protocol"]["data"]}})
         data = json.dumps([result["dataset"], same, sorted(result["categories"])], sort_keys=True)
         known = prints.setdefault(data, [])
         if result["data"]["fingerprint"] not in known:
@@ -30,8 +31,8 @@ def tables(runs: Sequence[Run], problems: list[str]) -> list[Table]:
     for number, entries in enumerate(parts.values(), 1):
         same, members = entries[0][0], [run for _, run in entries]
         result = members[0].result
-        split = (result.get("split") or {}).get("name", "full")
-        title = f"{result['dataset']}, split {split}" if split != "full" else str(result["dataset"])
+        split = _split(result)["profile"]
+        title = f"{result['dataset']}, split {_called(result)}" if split != "full" else str(result["dataset"])
         notes = []
         if result["dataset"] in first:
             other, theirs = first[result["dataset"]]
@@ -44,6 +45,26 @@ def tables(runs: Sequence[Run], problems: list[str]) -> list[Table]:
         first.setdefault(result["dataset"], (number, same))
         made.append(_table(title, members, notes, problems))
     return made
+
+
+def _split(result: dict[str, Any]) -> dict[str, Any]:
+    """What makes a split another one. Its files are in the fingerprint, and its name may be one of several."""
+    split = result.get("split") or {}
+    profile = split.get("profile", split.get("name", "full"))
+    told = ("name", "profile", "path", "format", "tail", "counts", "full_counts")
+    return {"profile": profile} | {k: v for k, v in split.items() if k not in told and profile != "full"}
+
+
+def _called(result: dict[str, Any]) -> str:
+    """exp20 (order reverse, seed 1)."""
+    split = result["split"]
+    if "imbalance" not in split:
+        path = split.get("path")
+        return f"{split.get('name')}" + (f" {'/'.join(Path(path).parts[-3:])}" if isinstance(path, str) else "")
+    order = split.get("order")
+    apart = [f"order {', '.join(order) if isinstance(order, list) else order}"] * (order != "size")
+    apart += [f"split.seed {split.get('seed')}"] * (split.get("seed", 0) != 0)
+    return f"{split.get('profile')}{split['imbalance']}" + f" ({'; '.join(apart)})" * bool(apart)
 
 
 def _table(title: str, runs: list[Run], notes: list[str], problems: list[str]) -> Table:

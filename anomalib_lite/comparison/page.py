@@ -116,11 +116,6 @@ def _metric(table: Table, name: str, metric: str, shown: bool) -> str:
         said_tests = f"<details><summary>Paired tests</summary>{said_tests}</details>"
     else:
         said_tests = ""
-    grouped = table.groups(metric)
-    if grouped:
-        parts = "".join(f"<tr>{_name(r.label)}{_cell(c.get('head'))}{_cell(c.get('tail'))}</tr>" for r, c in grouped)
-        names = [("method", True), ("head", False), ("tail", False)]
-        said_tests += f"<h3>Head and tail</h3>{_table(f'{name}-groups-{metric}', names, [f'<tbody>{parts}</tbody>'])}"
     return (
         f'<div data-metric="{escape(metric)}"{" class=plain" * plain}{" hidden" * (not shown)}>'
         f"{_table(f'{name}-{metric}', heads, bodies)}"

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from anomalib_lite.data import check as checks
+from anomalib_lite.data import splits
 from anomalib_lite.data.loading import (
     CORRUPTED,
     HOLD_OUT,
@@ -43,7 +44,9 @@ class AnomalyDataModule(L.LightningDataModule):
         workers: Loader processes a device, or "auto".
         val_fraction: Share of training images, per category, to hold out; every second one is corrupted.
         seed: Of shuffling, augmentation, holding out and corrupting.
-        split: Training samples -> those that the run may use; None is all.
+        split: DataSet -> Split, the training images that the run may use (see `splits`); None is all.
+        balanced: Training batches draw every class equally often; see `loading.TrainBatches`. An epoch keeps its
+            number of images, rounded up to a multiple of the classes.
         transform: albumentations transforms of every image; None is `Resize(image_size, resample)`.
         augment: More of them, after those, for training images only.
         normalize: "imagenet" or "none" ([0, 1]).
@@ -70,13 +73,14 @@ class AnomalyDataModule(L.LightningDataModule):
         workers: int | str = 0,
         val_fraction: float = 0.0,
         seed: int = 0,
-        split: Callable[[list[Sample]], list[Sample]] | None = None,
+        split: Callable[[DataSet], splits.Split] | None = None,
         transform: Sequence | None = None,
         augment: Sequence | None = None,
         normalize: str = "imagenet",
         resample: str = "bilinear",
         check: str = "fast",
         drop_last: bool = False,
+        balanced: bool = False,
         map_size: int | Sequence[int] | str | None = None,
     ):
         super().__init__()
@@ -96,6 +100,7 @@ class AnomalyDataModule(L.LightningDataModule):
             check,
             drop_last,
         )
+        self.balanced = balanced
         self._validate()
         transform = [Resize(self.image_size, resample)] if transform is None else transform
         self.eval_pipeline = build(transform, normalize=normalize)
@@ -125,14 +130,16 @@ class AnomalyDataModule(L.LightningDataModule):
         if self._ready:
             return
         data = self.reader(self.root, self.category)
-        self.notes = data.notes + checks.check(data, thorough=self.check == "thorough")
+        self.categories = list(dict.fromkeys(s.category for s in data.train))
+        self.kept = (self.split or splits.full)(data)
+        if none := [name for name, number in self.kept.counts.items() if not number]:
+            raise UserError(f"split: it left no training images of '{none[0]}'; choose another split")
+        data = replace(data, train=self.kept.train)
+        self.notes = data.notes + self.kept.notes + checks.check(data, thorough=self.check == "thorough")
         self.root = data.root
         self.fingerprint = fingerprint(data)
-        self.categories = list(dict.fromkeys(s.category for s in data.train))
         self.test_samples = data.test
-        self.train_samples, self.val_samples = self._hold_out(self.split(data.train) if self.split else data.train)
-        if not self.train_samples:
-            raise UserError("split: it left no training images; choose another split")
+        self.train_samples, self.val_samples = self._hold_out(data.train)
         self.train_counts = {c: sum(s.category == c for s in self.train_samples) for c in self.categories}
         self.test_counts = {c: self._count_test(c) for c in self.categories}
         self.has_masks = {c: self._has_masks(c) for c in self.categories}
@@ -152,7 +159,7 @@ class AnomalyDataModule(L.LightningDataModule):
             return samples, []
         held: list[Sample] = []
         for category in self.categories:
-            mine = [s for s in samples if s.category == category]
+            mine = [s for s in samples if s.category == category and not s.label]  # a split may admit defective ones
             share = min(max(1, round(self.val_fraction * len(mine))), len(mine) - 1)
             if share < 2:
                 # image metrics need a normal and a corrupted image
@@ -171,9 +178,9 @@ class AnomalyDataModule(L.LightningDataModule):
         rank, world = self._rank_and_world()
         if self.batch_size % world:
             raise UserError(f"data.batch_size={self.batch_size} must divide by the {world} devices that share it")
-        batches = TrainBatches(
-            len(self.train_samples), self.batch_size, self.seed, rank, world, self.drop_last, self._take_resume
-        )
+        classes = [s.category for s in self.train_samples] if self.balanced else None
+        how = (self.batch_size, self.seed, rank, world, self.drop_last, self._take_resume, classes)
+        batches = TrainBatches(len(self.train_samples), *how)
         dataset = self._images(self.train_samples, self.train_pipeline, self.images_needed)
         return self._loader(dataset, persistent=True, batch_sampler=batches)
 

@@ -22,6 +22,9 @@ MapSize = tuple[int, int] | str | None  # of maps that are compared with masks: 
 AUGMENT, SHUFFLE, HOLD_OUT, CORRUPT = range(4)  # streams of random numbers, each seeded by (seed, stream, ...)
 
 
+BALANCE = 101  # a stream as well: the draws of balanced training
+
+
 class LoadError(UserError):
     """A UserError that leaves a worker process as it was: torch rebuilds it from a traceback, whose last line it is."""
 
@@ -139,6 +142,11 @@ class TrainBatches(Sampler):
     Global batches are the same for any number of ranks. The last one is short, filled up from the epoch's beginning as
     far as it takes to give every rank as many, or left out with `drop_last` unless it is the only one.
     `take_resume` gives (epoch, first batch) for the next iteration, or None.
+
+    With `classes`, the class of each sample, an epoch draws each of the C classes ceil(length / C) times, so that it
+    has about as many batches as without. It is a chain of rounds that hold every class once; a class goes through
+    seeded permutations of its samples, on from where the last epoch left off. In the place of the epoch then stands
+    how often the sample has been drawn before: each time it is augmented anew.
     """
 
     def __init__(
@@ -150,7 +158,11 @@ class TrainBatches(Sampler):
         world: int = 1,
         drop_last: bool = False,
         take_resume: Callable[[], tuple[int, int] | None] = lambda: None,
+        classes: Sequence[str] | None = None,
     ):
+        self.members = None if classes is None else _members(classes)
+        if self.members:
+            length = len(self.members) * -(-length // len(self.members))
         self.length, self.batch_size, self.seed, self.rank, self.world = length, batch_size, seed, rank, world
         self.drop_last = drop_last and length >= batch_size
         self.take_resume = take_resume
@@ -170,14 +182,41 @@ class TrainBatches(Sampler):
         # A generator, so that the position is taken with the first batch: a loader with workers asks for an iterator
         # twice and uses the second.
         self.epoch, first = self.take_resume() or (self.epoch, 0)
-        order = np.random.default_rng([self.seed, SHUFFLE, self.epoch]).permutation(self.length)
+        order = self._balanced() if self.members else self._permuted()
         for number in range(first, len(self)):
             yield self._share(order, number)
 
+    def _permuted(self) -> np.ndarray:
+        """(epoch, index) of an epoch, [N, 2]."""
+        order = np.random.default_rng([self.seed, SHUFFLE, self.epoch]).permutation(self.length)
+        return np.stack([np.full(self.length, self.epoch), order], 1)
+
+    def _balanced(self) -> np.ndarray:
+        """(times drawn before, index) of an epoch in which all classes are drawn equally often, [N, 2]."""
+        assert self.members
+        rounds = self.length // len(self.members)
+        drawn = []
+        for name, indices in self.members.items():
+            places = np.arange(self.epoch * rounds, (self.epoch + 1) * rounds)
+            order = np.empty((rounds, 2), np.int64)
+            for turn in np.unique(places // len(indices)):
+                rng = np.random.default_rng([self.seed, BALANCE, int(turn), *name.encode()])
+                rows = places // len(indices) == turn
+                order[rows, 0], order[rows, 1] = turn, rng.permutation(indices)[places[rows] % len(indices)]
+            drawn.append(order)
+        rng = np.random.default_rng([self.seed, SHUFFLE, self.epoch])
+        within = rng.permuted(np.tile(np.arange(len(drawn)), (rounds, 1)), axis=1)  # a round a row: every class once
+        return np.stack(drawn)[within, np.arange(rounds)[:, None]].reshape(-1, 2)
+
     def _share(self, order: np.ndarray, number: int) -> list[tuple[int, int]]:
         batch = order[number * self.batch_size : (number + 1) * self.batch_size]
-        batch = np.concatenate([batch, np.resize(order, -len(batch) % self.world)])
-        return [(self.epoch, int(index)) for index in batch[self.rank :: self.world]]
+        batch = np.concatenate([batch, np.resize(order, (-len(batch) % self.world, 2))])
+        return [(int(epoch), int(index)) for epoch, index in batch[self.rank :: self.world]]
+
+
+def _members(classes: Sequence[str]) -> dict[str, np.ndarray]:
+    """Positions of each class's samples."""
+    return {name: np.flatnonzero(np.array(classes, object) == name) for name in dict.fromkeys(classes)}
 
 
 def one_thread(worker: int) -> None:

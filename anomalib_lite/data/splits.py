@@ -1,8 +1,171 @@
-"""Which of the training images a run may use."""
+"""Which of the training images a run may use: all, a long tail of classes, or those of a published file.
 
-from anomalib_lite.data.samples import Sample
+A split is a function DataSet -> Split. The test set stays whole, and one category alone is always full.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anomalib_lite.data import split_files
+from anomalib_lite.data.samples import DataSet, Sample
+from anomalib_lite.errors import UserError
+
+PROFILES, ORDERS = ("exp", "step"), ("size", "reverse", "name", "reverse_name")
+DRAW = 100  # stream of random numbers, beside those of `loading`
+Counts = dict[str, int]  # images per class
 
 
-def full(train: list[Sample], seed: int = 0) -> list[Sample]:
-    """All of them. Any split takes the reader's training samples (and a seed of its own) and returns a part of them."""
-    return train
+@dataclass(frozen=True)
+class Split:
+    """What is left of the training images. `head` and `tail` name the classes in order, empty without a long tail.
+
+    `full` holds each class's number of training images before the split.
+    """
+
+    train: list[Sample]
+    full: Counts
+    profile: str = "full"
+    head: list[str] = field(default_factory=list)
+    tail: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def counts(self) -> Counts:
+        return count(self.train, self.full)
+
+    def told(self, name: str) -> list[str]:
+        """What is to be said before training starts; nothing of a full set."""
+        if self.profile == "full":
+            return self.notes
+        parts = (("head", self.head), ("tail", self.tail)) if self.head else (("", list(self.full)),)
+        told = "; ".join(f"{part} {', '.join(f'{c} {self.counts[c]}' for c in names)}".strip() for part, names in parts)
+        return [f"split {name}: {len(self.train)} of {sum(self.full.values())} training images; {told}", *self.notes]
+
+    def describe(self) -> dict[str, Any]:
+        """What a result tells of it."""
+        kinds = {"profile": self.profile, "head": self.head, "tail": self.tail}
+        return kinds | {"counts": self.counts, "full_counts": self.full}
+
+
+def full(data: DataSet) -> Split:
+    """All of them."""
+    return Split(data.train, count(data.train))
+
+
+def long_tail(
+    data: DataSet, profile: str, imbalance: float, order: str | Sequence[str] = "size", seed: int = 0
+) -> Split:
+    """As many images of each class as `kept_counts` says, drawn by a seeded shuffle of its sorted files.
+
+    The draw depends on `seed` and the class's name alone, so that a smaller imbalance keeps a superset of a larger one.
+    """
+    whole = count(data.train)
+    counts = kept_counts(whole, profile, imbalance, order)
+    if len(counts) == 1:
+        return full(data)
+    kept: set[Path] = set()
+    for category, number in counts.items():
+        files = sorted((s.path for s in data.train if s.category == category), key=Path.as_posix)
+        shuffled = np.random.default_rng([seed, DRAW, *category.encode()]).permutation(len(files))
+        kept |= {files[i] for i in shuffled[:number]}
+    notes = _alone(counts, dict.fromkeys(counts, ""))
+    return Split([s for s in data.train if s.path in kept], whole, profile, *halves(list(counts)), notes)
+
+
+def from_file(
+    data: DataSet,
+    path: str | Path | None,
+    format: str = "auto",
+    order: str | Sequence[str] = "size",
+    head: int | None = None,
+    anomalous: bool = False,
+) -> Split:
+    """The training images that a file lists, or leaves over (`format` prune); see `split_files` for the formats.
+
+    Args:
+        order: of the classes, by their number of images in this split. head: how many of them are the head.
+        anomalous: admit defective images among the entries; otherwise they are a UserError.
+    """
+    if not path:
+        raise UserError("split.path is not set: give the file of the split, as in split=file split.path=FILE")
+    file = Path(path).expanduser()
+    entries, found = split_files.read(file, format)
+    train, lines = split_files.select(data, file, entries, prune=found == "prune", anomalous=anomalous)
+    whole = count(data.train)
+    counts = count(train, whole)
+    names = ordered(counts, order)
+    if head is not None and not 0 < head < len(names) and len(names) > 1:
+        raise UserError(f"split.head={head}: give a number of classes from 1 to {len(names) - 1}, or null for half")
+    notes = _alone(counts, {category: f" ({where})" for category, where in lines.items()})
+    if defects := sum(s.label for s in train):
+        notes.append(f"{file.name}: {defects} of {len(train)} training images are defective (split.anomalous=true)")
+    if len(names) == 1:
+        return Split(train, whole, "file", notes=notes)
+    top, rest = halves(names, head)
+    if counts[top[-1]] == counts[rest[0]] and order == "size":
+        both = f"'{top[-1]}' (head) and '{rest[0]}' (tail)"
+        notes.append(f"{both} have {counts[rest[0]]} training images each; split.head=N: how many classes are the head")
+    return Split(train, whole, "file", top, rest, notes)
+
+
+def kept_counts(full: Counts, profile: str, imbalance: float, order: str | Sequence[str] = "size") -> Counts:
+    """Images per class of a long tail, in the classes' order (LDAM, arXiv 1906.07413; LTAD).
+
+    With position i of C classes, N the largest full count: exp keeps N · imbalance^(-i / (C - 1)) images, step all of
+    the head's and N / imbalance of the tail's; rounded down, at least 1, at most what there is.
+    """
+    if profile not in PROFILES:
+        raise UserError(f"split.profile={profile}: choose {' or '.join(PROFILES)}")
+    if isinstance(imbalance, bool) or not isinstance(imbalance, int | float) or not 1 <= imbalance < float("inf"):
+        raise UserError(f"split.imbalance={imbalance}: give a number from 1, such as 100")
+    names = ordered(full, order)
+    if len(names) == 1:
+        return dict(full)
+    most, head = max(full.values()), halves(names)[0]
+    kept = {}
+    for i, name in enumerate(names):
+        left = most * imbalance ** (-i / (len(names) - 1)) if profile == "exp" else most / imbalance
+        rounded = max(1, int(left + 1e-9))  # an exact power may come out a rounding error below a whole number
+        kept[name] = full[name] if profile == "step" and name in head else min(full[name], rounded)
+    return kept
+
+
+def ordered(counts: Counts, order: str | Sequence[str]) -> list[str]:
+    """The classes by `size` (largest first, ties by name), by `name`, either in `reverse`, or as a list has them."""
+    by_size = sorted(counts, key=lambda name: (-counts[name], name))
+    ways = {"size": by_size, "reverse": by_size[::-1], "name": sorted(counts), "reverse_name": sorted(counts)[::-1]}
+    if isinstance(order, str):
+        if order not in ways:
+            raise UserError(f"split.order={order}: choose {', '.join(ways)}, or give a list of all categories")
+        return ways[order]
+    names = [str(name) for name in order]
+    wrong = (
+        [f"'{name}' is no category of this run" for name in names if name not in counts]
+        + [f"'{name}' is there {names.count(name)} times" for name in dict.fromkeys(names) if names.count(name) > 1]
+        + [f"'{name}' is missing" for name in counts if name not in names]
+    )
+    if wrong:
+        raise UserError(f"split.order: {wrong[0]}; name each of these once: {', '.join(by_size)}")
+    return names
+
+
+def halves(names: list[str], head: int | None = None) -> tuple[list[str], list[str]]:
+    """Head and tail: the first half of the classes, rounded up (or `head` of them), and the rest."""
+    head = -(-len(names) // 2) if head is None else head
+    return names[:head], names[head:]
+
+
+def count(samples: list[Sample], names: Sequence[str] | Counts = ()) -> Counts:
+    """Images per class; classes in the order of `names`, then of the samples."""
+    counts = dict.fromkeys(names, 0)
+    for sample in samples:
+        counts[sample.category] = counts.get(sample.category, 0) + 1
+    return counts
+
+
+def _alone(counts: Counts, where: dict[str, str]) -> list[str]:
+    return [f"{name}: a single training image{where[name]}" for name, number in counts.items() if number == 1]
