@@ -32,7 +32,7 @@ def main() -> None:
         print((__doc__ or "").strip())
         return
     cli.import_from_here()
-    with cli.reported(folder="--write"):
+    with cli.reported(outside=True, folder="--write"):
         show(sys.argv[1:])
 
 

@@ -76,12 +76,13 @@ def select(
     `anomalous` admits it), and a class that is left without normal images.
     """
     index = _index(data)
+    position = {name: i for i, name in enumerate(dict.fromkeys(s.category for s in data.train))}
     tested = {s.path for s in data.test}
     named: dict[Path, tuple[Sample, int]] = {}
     lines: dict[str, str] = {}
     for entry in entries:
         where = f"{file} line {entry.line}" if entry.line else str(file)
-        sample = _match(data, index, entry, where)
+        sample = _match(data, index, position, entry, where)
         if sample is None:
             continue
         if sample.path in named:
@@ -103,7 +104,7 @@ def select(
         train = [s for s in data.train if s.path not in named]
     else:
         train = [named[s.path][0] for s in data.train + data.test if s.path in named]
-    for category in dict.fromkeys(s.category for s in data.train):
+    for category in position:
         if not any(s.category == category and not s.label for s in train):
             if prune:
                 raise UserError(f"{lines[category]}: leaves out the last training image of '{category}'; keep one")
@@ -112,7 +113,6 @@ def select(
             raise UserError(
                 f"{last}: no normal training image of '{category}'; add some, or set data.category=[{there}]"
             )
-    position = {name: i for i, name in enumerate(dict.fromkeys(s.category for s in data.train))}
     return sorted(train, key=lambda s: position[s.category]), {c: lines.get(c, str(file)) for c in position}
 
 
@@ -190,13 +190,14 @@ def _index(data: DataSet) -> dict[str, Sample]:
     return {key: found[0] for key, found in others.items() if len(found) == 1} | index
 
 
-def _match(data: DataSet, index: dict[str, Sample], entry: Entry, where: str) -> Sample | None:
-    """The entry's sample; None if its class is not one of the data set's."""
+def _match(
+    data: DataSet, index: dict[str, Sample], categories: dict[str, int], entry: Entry, where: str
+) -> Sample | None:
+    """The entry's sample; None if its class is not one of these categories."""
     parts = [part for part in entry.path.replace("\\", "/").split("/") if part not in ("", ".")]
     if ".." in parts:
         raise UserError(f"{where}: {entry.path} leads out of the data root {data.root}; remove the entry")
-    categories = dict.fromkeys(s.category for s in data.train)
-    wanted = categories if entry.category is None else [entry.category]
+    wanted = list(categories) if entry.category is None else [entry.category]
     starts = [i for i, part in enumerate(parts) if part in wanted]
     for i in starts:
         if sample := index.get("/".join(parts[i:])):
