@@ -201,6 +201,8 @@ def check_scoring(scoring: dict) -> None:
     """Raise UserError for a value of the `scoring` group that means nothing."""
     for key in ("pixel_smooth", "image_smooth"):
         how = scoring[key]
+        if key == "image_smooth" and isinstance(how, dict) and set(how) == {"pool"} and _integer(1)(how["pool"]):
+            continue
         number = how.get("box", how.get("sigma")) if isinstance(how, dict) else how
         known = not isinstance(how, dict) or set(how) <= {"box", "times", "sigma", "size"}
         odd = not isinstance(how, dict) or all(how.get(k) is None or how[k] % 2 == 1 for k in ("box", "size"))
@@ -208,7 +210,7 @@ def check_scoring(scoring: dict) -> None:
         if not (how is None or (key == "image_smooth" and how == "same") or (known and odd and positive)):
             raise UserError(
                 f"scoring.{key}={how}: give a sigma above 0, {{sigma: 4, size: 5}}, {{box: 11, times: 3}} "
-                "(odd sizes) or null"
+                f"(odd sizes){', {pool: 16}' if key == 'image_smooth' else ''} or null"
             )
     size = scoring.get("map_size")  # a run of an earlier version has none
     if not (size is None or size == "original" or _size(size)):

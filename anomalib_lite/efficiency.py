@@ -26,18 +26,23 @@ def efficiency(model: AnomalyModule, data: AnomalyDataModule, batch_size: int) -
     batch = move_data_to_device(next(iter(data.new_dataloader(files, 0, batch_size, 0))), model.device)
     single = {key: value[:1] for key, value in batch.items() if key != "damaged"}
     store, model.store = model.store, type(model.store)()  # nothing from memory: what a new image costs
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trainable:  # the counter can't follow those that a module is called with, as a learned query
+        parameter.requires_grad_(False)
     try:
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:
             model.score(single)
         cost = {
             "parameters": sum(p.numel() for p in model.parameters()),
-            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "trainable": sum(p.numel() for p in trainable),
             "flops_per_image": counter.get_total_flops(),
         }
         latency, whole = (_seconds(partial(model.score, x), model.device, n) for x, n in ((single, 9), (batch, 3)))
         return cost, {"latency_ms": 1000 * latency, "images_per_s": batch_size / whole, "batch_size": batch_size}
     finally:
         model.store = store
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 @torch.inference_mode()

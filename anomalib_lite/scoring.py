@@ -9,7 +9,8 @@ from torch import Tensor
 
 def smooth(maps: Tensor, how) -> Tensor:
     """Smooth maps [B, H, W]. `how` is None, the sigma of a Gaussian, or a dict of its kind:
-    {"sigma": 4, "size": 5} (a Gaussian cut to 5 taps) or {"box": 11, "times": 3} (a box filter, applied repeatedly).
+    {"sigma": 4, "size": 5} (a Gaussian cut to 5 taps), {"box": 11, "times": 3} (a box filter, applied repeatedly), or
+    {"pool": 16} (means of all 16×16 windows within the map, which shrinks to [B, H - 15, W - 15]: for image scores).
 
     Borders are mirrored with the edge repeated and the Gaussian reaches four sigma, as scipy.ndimage.gaussian_filter
     has them by default.
@@ -17,6 +18,9 @@ def smooth(maps: Tensor, how) -> Tensor:
     if how is None:
         return maps
     how = how if isinstance(how, dict) else {"sigma": how}
+    if "pool" in how:
+        height, width = (min(how["pool"], n) for n in maps.shape[-2:])
+        return F.avg_pool2d(maps[:, None], (height, width), stride=1)[:, 0]
     if "box" in how:
         taps = torch.full((how["box"],), 1 / how["box"], dtype=torch.float64)
     else:
