@@ -1,0 +1,215 @@
+"""Parts of token transformers that methods share: positions, neighbour masks, attention, UniAD's transformer."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Grid = tuple[int, int]  # (H, W); tokens are its cells row by row, L = H·W
+
+
+def jitter(tokens: Tensor, scale: float) -> Tensor:
+    """UniAD's feature jitter of tokens [B, L, C]: x + ε · ‖x‖₂ / C · scale with ε ~ N(0, I), on every token."""
+    norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
+    return tokens + torch.randn_like(tokens) * (norms * (scale / tokens.shape[-1]))
+
+
+def sine_positions(grid: Grid, dim: int) -> Tensor:
+    """Fixed 2-D sine and cosine encoding [L, dim], frequencies 1e4^(−4i/dim): the first half of the channels holds the
+    row, the second the column; `dim` is a multiple of 4."""
+    frequencies = 1e4 ** (-4 * torch.arange(dim // 4, dtype=torch.float64) / dim)
+    rows, columns = (torch.arange(n, dtype=torch.float64)[:, None] * frequencies for n in grid)
+    y, x = (torch.stack((angle.sin(), angle.cos()), -1).flatten(1) for angle in (rows, columns))
+    both = torch.cat((y[:, None].expand(-1, grid[1], -1), x.expand(grid[0], -1, -1)), -1)
+    return both.flatten(0, 1).float()
+
+
+class LearnedPositions(nn.Module):
+    """A learned encoding [L, dim]: one vector a column and one a row, half of the channels each, from U(0, 1)."""
+
+    def __init__(self, grid: Grid, dim: int):
+        super().__init__()
+        self.column = nn.Parameter(torch.rand(grid[1], dim // 2))
+        self.row = nn.Parameter(torch.rand(grid[0], dim // 2))
+
+    def forward(self) -> Tensor:
+        h, w = len(self.row), len(self.column)
+        return torch.cat((self.column.expand(h, -1, -1), self.row[:, None].expand(-1, w, -1)), -1).flatten(0, 1)
+
+
+def near(grid: Grid, window: int) -> Tensor:
+    """Bool [L, L]: whether the key lies in the window × window cells around the query, clipped at the border."""
+    rows, columns = (torch.arange(n) for n in grid)
+    y, x = rows.repeat_interleave(grid[1]), columns.repeat(grid[0])
+    return ((y[:, None] - y).abs() <= window // 2) & ((x[:, None] - x).abs() <= window // 2)
+
+
+def all_within(grid: Grid, window: int) -> bool:
+    """Whether some cell's window holds the whole grid: masked out, it would leave that cell nothing to attend to."""
+    return max(grid) // 2 <= window // 2
+
+
+class LocalWindow(nn.Module):
+    """Attention of every query to the window × window keys around it, exact, where all images share keys and values.
+
+    The grid is cut into tiles; a tile's queries, those of all images together, meet the tile's keys and their border in
+    one dense attention. Against a masked attention over all L keys that is 2 times as fast on a CPU for 32² tokens
+    (window 7) and 6 times for 64² (window 11), forward and backward; see tests/bench_rlr.py.
+    """
+
+    allowed: Tensor
+
+    def __init__(self, grid: Grid, window: int, tile: int = 8):
+        super().__init__()
+        self.grid, self.tile, self.reach = grid, tile, window // 2
+        self.tiles = (-(-grid[0] // tile), -(-grid[1] // tile))
+        rows, columns = (self._axis(size, count) for size, count in zip(grid, self.tiles, strict=True))
+        allowed = rows[:, None, :, None, :, None] & columns[None, :, None, :, None, :]  # [a, b, t, t, n, n]
+        self.register_buffer("allowed", allowed.flatten(4).flatten(2, 3).flatten(0, 1)[:, None], persistent=False)
+
+    def _axis(self, size: int, count: int) -> Tensor:
+        """Bool [tiles, t, n]: which of a tile's n = t + 2·reach keys a query may see, along one axis.
+
+        Queries beyond the grid, with which the last tile is filled up, see everything: a softmax needs something.
+        """
+        start = self.tile * torch.arange(count)[:, None]
+        query, key = start + torch.arange(self.tile), start + torch.arange(-self.reach, self.tile + self.reach)
+        near = (query[:, :, None] - key[:, None]).abs() <= self.reach
+        return near & ((key >= 0) & (key < size))[:, None] | (query >= size)[:, :, None]
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [B, heads, L, e], key and value [1, heads, L, e] -> [B, heads, L, e]."""
+        batch, heads, length, e = query.shape
+        (h, w), (a, b), t, n = self.grid, self.tiles, self.tile, self.tile + 2 * self.reach
+        down, right = a * t - h, b * t - w  # cells with which the last tiles are filled up
+
+        def bordered(x: Tensor) -> Tensor:  # -> [tiles, heads, n·n, e]
+            x = F.pad(x.view(heads, h, w, e), (0, 0, self.reach, self.reach + right, self.reach, self.reach + down))
+            return x.unfold(1, n, t).unfold(2, n, t).permute(1, 2, 0, 4, 5, 3).reshape(a * b, heads, n * n, e)
+
+        cells = F.pad(query.reshape(batch, heads, h, w, e), (0, 0, 0, right, 0, down))
+        cells = cells.view(batch, heads, a, t, b, t, e).permute(2, 4, 1, 0, 3, 5, 6)
+        cells = cells.reshape(a * b, heads, batch * t * t, e)
+        allowed = self.allowed.repeat(1, 1, batch, 1)
+        out = F.scaled_dot_product_attention(cells, bordered(key), bordered(value), allowed)
+        out = out.view(a, b, heads, batch, t, t, e).permute(3, 2, 0, 4, 1, 5, 6)
+        return out.reshape(batch, heads, a * t, b * t, e)[:, :, :h, :w].reshape(batch, heads, length, e)
+
+
+class Attention(nn.Module):
+    """Multi-head attention as nn.MultiheadAttention has it, batch first.
+
+    Keys and values may have a batch of 1, which all images share: they are projected once.
+    """
+
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        for part in (self.query, self.key, self.value, self.out):
+            # as one matrix of three times the outputs, as nn.MultiheadAttention draws them, but for the last
+            nn.init.xavier_uniform_(part.weight, 1 if part is self.out else math.sqrt(0.5))
+            nn.init.zeros_(part.bias)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, where: Tensor | LocalWindow | None = None) -> Tensor:
+        """query [B, L, d], key and value [B or 1, L', d] -> [B, L, d]; `where` is a bool mask [L, L'], True is seen."""
+        q, k, v = (
+            part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part, x in ((self.query, query), (self.key, key), (self.value, value))
+        )
+        if isinstance(where, LocalWindow):
+            out = where(q, k, v)
+        else:
+            k, v = (x.expand(len(q), -1, -1, -1) for x in (k, v))
+            out = F.scaled_dot_product_attention(q, k, v, where, self.dropout if self.training else 0.0)
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer, Xavier uniform, bias zero."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def feed_forward(dim: int, hidden: int, activation: nn.Module, dropout: float = 0.0) -> nn.Sequential:
+    return nn.Sequential(linear(dim, hidden), activation, nn.Dropout(dropout), linear(hidden, dim))
+
+
+class EncoderLayer(nn.Module):
+    """DETR's post-norm encoder layer: positions are added to queries and keys of every layer, not to values."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, dropout: float):
+        super().__init__()
+        self.attention = Attention(dim, heads, dropout)
+        self.ffn = feed_forward(dim, hidden, nn.ReLU(), dropout)
+        self.norm1, self.norm2, self.drop = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        placed = x + positions
+        x = self.norm1(x + self.drop(self.attention(placed, placed, x, mask)))
+        return self.norm2(x + self.drop(self.ffn(x)))
+
+
+class QueryDecoderLayer(nn.Module):
+    """UniAD's layer-wise query decoder: learned queries, one a position, attend to the encoder's output, and what they
+    find to the previous layer's output. Nothing of the input passes by attention."""
+
+    def __init__(self, length: int, dim: int, heads: int, hidden: int, dropout: float):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(length, dim))
+        self.to_memory, self.to_previous = Attention(dim, heads, dropout), Attention(dim, heads, dropout)
+        self.ffn = feed_forward(dim, hidden, nn.ReLU(), dropout)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, previous: Tensor, memory: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        x = self.query.expand(len(memory), -1, -1)
+        x = self.norm1(x + self.drop(self.to_memory(x + positions, memory + positions, memory, mask)))
+        x = self.norm2(x + self.drop(self.to_previous(x + positions, previous + positions, previous, mask)))
+        return self.norm3(x + self.drop(self.ffn(x)))
+
+
+class ReconstructionTransformer(nn.Module):
+    """UniAD's transformer (You et al., NeurIPS 2022): tokens [B, L, C] -> their reconstruction [B, L, C].
+
+    Args:
+        neighbours: no attention sees the neighbours × neighbours cells around the query, itself among them; None: no
+            mask.
+    """
+
+    mask: Tensor | None
+
+    def __init__(
+        self,
+        channels: int,
+        grid: Grid,
+        dim: int = 256,
+        layers: int = 4,
+        heads: int = 8,
+        hidden: int = 1024,
+        dropout: float = 0.1,
+        neighbours: int | None = 7,
+    ):
+        super().__init__()
+        self.inputs, self.outputs = linear(channels, dim), linear(dim, channels)
+        self.positions = LearnedPositions(grid, dim)
+        self.encoder = nn.ModuleList(EncoderLayer(dim, heads, hidden, dropout) for _ in range(layers))
+        length = grid[0] * grid[1]
+        self.decoder = nn.ModuleList(QueryDecoderLayer(length, dim, heads, hidden, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        mask = None if neighbours is None else ~near(grid, neighbours)
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        positions = self.positions()
+        memory = self.inputs(tokens).to(tokens.dtype)  # not bf16, as the sums of all layers
+        for layer in self.encoder:
+            memory = layer(memory, positions, self.mask)
+        x = memory
+        for layer in self.decoder:
+            x = layer(x, memory, positions, self.mask)
+        with torch.autocast(x.device.type, enabled=False):  # the map is a difference of nearly equal numbers
+            return self.outputs(self.norm(x))

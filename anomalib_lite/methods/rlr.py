@@ -1,0 +1,200 @@
+"""RLR: learning feature reconstruction from learnable references (He et al., ECCV 2024, arXiv 2403.11561).
+
+Frozen features of a level are reconstructed by a transformer whose layers see the image only through attention to a
+learnable reference, one vector a position, that all images and classes share. What the reference has no match for is
+not reconstructed. Levels are independent models.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anomalib_lite.errors import UserError
+from anomalib_lite.methods.base import AnomalyModule, Batch
+from anomalib_lite.methods.blocks import (
+    Attention,
+    Grid,
+    LocalWindow,
+    all_within,
+    feed_forward,
+    jitter,
+    linear,
+    near,
+    sine_positions,
+)
+
+WINDOWS = {(16, 16): 5, (32, 32): 7, (64, 64): 11}  # published
+
+
+class Layer(nn.Module):
+    """y = LN(a·A + b·B), without a residual connection from x; the output is LN(y + FFN(y)).
+
+    A = MHA(x, r, r) sees the local window only (locality constraint), B = MHA(x, r, x) all but the local window (masked
+    learnable key attention).
+    """
+
+    def __init__(self, dim: int, heads: int, mix: Sequence[float], learnable_key: bool):
+        super().__init__()
+        self.mix, self.learnable_key = mix, learnable_key
+        self.local, self.masked = (Attention(dim, heads) if weight else None for weight in mix)
+        self.ffn = feed_forward(dim, 4 * dim, nn.GELU())
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, r: Tensor, window: LocalWindow | None, outside: Tensor | None) -> Tensor:
+        """x [B, L, d], r [1, L, d] -> [B, L, d]."""
+        a, b = self.mix
+        y = torch.zeros((), dtype=x.dtype, device=x.device)
+        if self.local is not None:
+            y = y + a * self.local(x, r, r, window).to(x.dtype)
+        if self.masked is not None:
+            y = y + b * self.masked(x, r if self.learnable_key else x, x, outside).to(x.dtype)
+        y = self.norm1(y)
+        return self.norm2(y + self.ffn(y))
+
+
+class Level(nn.Module):
+    """The model of one level: tokens [B, L, C] -> their reconstruction [B, L, C]."""
+
+    positions: Tensor
+    outside: Tensor | None
+
+    def __init__(
+        self,
+        channels: int,
+        grid: Grid,
+        window: int,
+        dim: int,
+        layers: int,
+        heads: int,
+        mix: Sequence[float],
+        locality: bool,
+        masked: bool,
+        learnable_key: bool,
+    ):
+        super().__init__()
+        self.reference = nn.Parameter(torch.randn(grid[0] * grid[1], channels))
+        self.embed, self.embed_reference = linear(channels, dim), linear(channels, dim)
+        self.layers = nn.ModuleList(Layer(dim, heads, mix, learnable_key) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(dim), linear(dim, channels)
+        self.window = LocalWindow(grid, window) if locality else None
+        self.register_buffer("positions", sine_positions(grid, dim), persistent=False)
+        self.register_buffer("outside", ~near(grid, window) if masked else None, persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens) + self.positions  # float32: between the attentions' and the FFN's matrix products
+        r = self.embed_reference(self.reference[None]) + self.positions
+        for layer in self.layers:
+            x = layer(x, r, self.window, self.outside)
+        with torch.autocast(x.device.type, enabled=False):  # the map is a difference of nearly equal numbers
+            return self.head(self.norm(x))
+
+
+def error(found: Tensor, tokens: Tensor) -> Tensor:
+    """Of every token: mean over channels of the squared difference, plus 1 − cosine; [B, L, C] twice -> [B, L]."""
+    return (found - tokens).square().mean(-1) + 1 - F.cosine_similarity(found, tokens, dim=-1)
+
+
+class RLR(AnomalyModule):
+    """Feature reconstruction from learnable references, a level at a time.
+
+    Args:
+        windows: side of the local window of every level, odd; None is the published one for 16², 32² and 64².
+        dims: tokens' width inside every level; None is the published 32 × the level's reduction (512 at 16² of 256²).
+        jitter: scale of the features' noise in training.
+        mix: weights (a, b) of the two attention blocks; a block of weight 0 is left out.
+        locality: whether A sees the local window only; masked: whether B sees all but the local window;
+            learnable_key: whether B's keys are the reference's, and not the image's own.
+        zero_fill: one optimiser step a level, in which the other levels have gradients of zero: what the authors' code
+            does under torch 1.12. Otherwise the levels' losses are summed, and there is one step.
+    """
+
+    frozen_features = True
+    autocasts = True
+
+    def __init__(
+        self,
+        windows: Sequence[int] | None = None,
+        dims: Sequence[int] | None = None,
+        layers: int = 4,
+        heads: int = 8,
+        jitter: float = 4.0,
+        mix: Sequence[float] = (2, 1),
+        locality: bool = True,
+        masked: bool = True,
+        learnable_key: bool = True,
+        zero_fill: bool = False,
+        **context: Any,
+    ):
+        super().__init__(**context)
+        assert self.backbone is not None
+        if len(mix) != 2 or min(mix) < 0 or not any(mix):
+            raise UserError(f"method.mix={list(mix)}: give the two blocks' weights, such as [2,1]; not both 0")
+        self.jitter, self.automatic_optimization = jitter, not zero_fill
+        reductions = self.backbone.reductions
+        grids: list[Grid] = [(-(-self.image_size[0] // r), -(-self.image_size[1] // r)) for r in reductions]
+        dims = per_level("dims", [32 * r for r in reductions] if dims is None else dims, grids)
+        if any(dim < 1 or dim % heads or dim % 4 for dim in dims):
+            raise UserError(f"method.dims={dims}: give multiples of 4 and of method.heads={heads}")
+        self.levels = nn.ModuleList(
+            Level(channels, grid, window, dim, layers, heads, mix, locality, masked, learnable_key)
+            for channels, grid, window, dim in zip(
+                self.backbone.channels, grids, chosen_windows(windows, grids, masked), dims, strict=True
+            )
+        )
+
+    def errors(self, batch: Batch, noise: float) -> Iterator[Tensor]:
+        """The reconstruction's error at every position, a level [B, H, W] each."""
+        for level, features in zip(self.levels, self.features(batch), strict=True):
+            pooled = F.avg_pool2d(features, 3, 1, 1)
+            tokens = pooled.flatten(2).mT.contiguous()
+            with self.autocast():
+                found = level(jitter(tokens, noise) if noise else tokens)
+            yield error(found, tokens).unflatten(1, pooled.shape[2:])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        losses = []
+        for errors in self.errors(batch, self.jitter):
+            losses.append(errors.mean())
+            if not self.automatic_optimization:
+                for parameter in self.levels.parameters():
+                    parameter.grad = torch.zeros_like(parameter)
+                self.manual_backward(losses[-1])
+                self.optimizers().step()  # type: ignore[union-attr]
+        return torch.stack(losses).sum()
+
+    def anomaly_map(self, batch: Batch) -> Tensor:
+        maps = [
+            F.interpolate(each[:, None], self.image_size, mode="bilinear", align_corners=True)[:, 0]
+            for each in self.errors(batch, 0.0)
+        ]
+        return torch.stack(maps).mean(0)
+
+
+def per_level(name: str, values: Sequence[int], grids: list[Grid]) -> list[int]:
+    if len(values) != len(grids):
+        raise UserError(f"method.{name}={list(values)}: give one for each of the backbone's {len(grids)} levels")
+    return list(values)
+
+
+def chosen_windows(windows: Sequence[int] | None, grids: list[Grid], masked: bool) -> list[int]:
+    """The local window of every level: as given, or the published ones."""
+    if windows is None:
+        for h, w in grids:
+            if (h, w) not in WINDOWS:
+                raise UserError(
+                    f"method.windows: there are published ones for 16², 32² and 64² tokens, and a level has {h}×{w}; "
+                    f"give one odd number for each of the {len(grids)} levels, or choose another data.image_size"
+                )
+        return [WINDOWS[grid] for grid in grids]
+    for window, grid in zip(per_level("windows", windows, grids), grids, strict=True):
+        if window < 1 or window % 2 == 0:
+            raise UserError(f"method.windows={list(windows)}: {window} is not an odd number from 1")
+        if masked and all_within(grid, window):
+            raise UserError(
+                f"method.windows={list(windows)}: {window} leaves nothing outside on a grid of {grid[0]}×{grid[1]} "
+                "tokens; give a smaller one"
+            )
+    return list(windows)

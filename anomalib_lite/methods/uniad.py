@@ -1,0 +1,89 @@
+"""UniAD: a unified model for multi-class anomaly detection (You et al., NeurIPS 2022, arXiv 2206.03687).
+
+All levels of a frozen backbone, brought to the coarsest grid, are reconstructed by a transformer that can't copy: no
+token sees its neighbours, the decoder begins with learned queries, and training features are jittered.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anomalib_lite.errors import UserError
+from anomalib_lite.methods.base import AnomalyModule, Batch
+from anomalib_lite.methods.blocks import ReconstructionTransformer, all_within, jitter
+
+
+class UniAD(AnomalyModule):
+    """Reconstruction of features by UniAD's transformer; the error is the score.
+
+    Args:
+        dim, layers (of encoder and decoder each), heads, hidden (of the feed-forward networks), dropout: transformer.
+        neighbours: side of the masked neighbourhood, odd; None is no mask.
+        jitter: scale of the features' noise in training.
+        clip: largest norm of a step's gradient; None is no limit.
+        drop: {at: share of the budget, factor}: from there on the learning rate is `factor` times the first; or None.
+    """
+
+    frozen_features = True
+    autocasts = True
+
+    def __init__(
+        self,
+        dim: int = 256,
+        layers: int = 4,
+        heads: int = 8,
+        hidden: int = 1024,
+        dropout: float = 0.1,
+        neighbours: int | None = 7,
+        jitter: float = 20.0,
+        clip: float | None = 0.1,
+        drop: dict[str, float] | None = None,
+        **context: Any,
+    ):
+        super().__init__(**context)
+        assert self.backbone is not None
+        reduction = self.backbone.reductions[-1]
+        self.grid = (-(-self.image_size[0] // reduction), -(-self.image_size[1] // reduction))
+        if neighbours is not None and (neighbours < 1 or neighbours % 2 == 0 or all_within(self.grid, neighbours)):
+            raise UserError(
+                f"method.neighbours={neighbours}: give null, or an odd number small enough for a grid of "
+                f"{self.grid[0]}×{self.grid[1]} tokens: it must leave every token some to attend to"
+            )
+        self.jitter, self.clip, self.drop = jitter, clip, drop
+        channels = sum(self.backbone.channels)
+        self.net = ReconstructionTransformer(channels, self.grid, dim, layers, heads, hidden, dropout, neighbours)
+
+    def tokens(self, batch: Batch) -> Tensor:
+        """All levels, each brought to the coarsest one's grid, [B, L, ΣC]."""
+        levels = [F.interpolate(x, self.grid, mode="bilinear", align_corners=True) for x in self.features(batch)]
+        return torch.cat(levels, 1).flatten(2).mT.contiguous()
+
+    def reconstructed(self, tokens: Tensor) -> Tensor:
+        with self.autocast():
+            return self.net(tokens)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        tokens = self.tokens(batch)
+        return F.mse_loss(self.reconstructed(jitter(tokens, self.jitter)), tokens)
+
+    def anomaly_map(self, batch: Batch) -> Tensor:
+        tokens = self.tokens(batch)
+        errors = torch.linalg.vector_norm(self.reconstructed(tokens) - tokens, dim=-1).unflatten(1, self.grid)
+        return F.interpolate(errors[:, None], self.image_size, mode="bilinear", align_corners=True)[:, 0]
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        if self.clip is not None:
+            self.clip_gradients(optimizer, self.clip, "norm")
+
+    def configure_optimizers(self) -> Any:
+        optimizer, drop = super().configure_optimizers(), self.drop
+        if drop is None or not isinstance(optimizer, torch.optim.Optimizer):
+            return optimizer
+
+        def rate(step: int) -> float:  # the budget is not known yet when this is first asked, for batch 0
+            return drop["factor"] if step and step >= int(drop["at"] * self.total_steps) else 1.0
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
