@@ -6,8 +6,9 @@ import random
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import numpy as np
@@ -61,11 +62,15 @@ class Bar:
             self.bar = None
 
 
+EXPLODED = 1e6  # times the first batch's loss, or times 1 where that is below 1: no training comes back from there
+
+
 class Training(L.Callback):
     """Counts batches against the budget, seeds every batch, logs scalars, and writes checkpoints.
 
     Every random number of a batch follows from (seed, batch, rank), so that a run resumed at any batch goes on
-    exactly as it would have.
+    exactly as it would have. A loss that is not finite or has exploded ends the run; it is looked at when it is logged
+    and before every checkpoint, which is written only if the weights and the optimizers' states are finite, too.
     """
 
     def __init__(self, cfg: dict[str, Any], checkpoint: Path, data: AnomalyDataModule):
@@ -74,13 +79,19 @@ class Training(L.Callback):
         self.max_steps, self.max_epochs = budget["max_steps"], budget["max_epochs"]
         self.cfg, self.checkpoint, self.data = cfg, checkpoint, data
         self.steps, self.fit_s = 0, 0.0
+        self.first_loss: float | None = None
+        self.kept = 0  # the batch after which the checkpoint was written
+        self.begun = False
+        self.watched: list[str] = []
         self.bar: Bar | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "fit_s": self.fit_s + time.perf_counter() - self.start}
+        fit_s = self.fit_s + time.perf_counter() - self.start
+        return {"steps": self.steps, "fit_s": fit_s, "first_loss": self.first_loss}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.steps, self.fit_s = state_dict["steps"], state_dict["fit_s"]
+        self.first_loss, self.kept = state_dict.get("first_loss"), self.steps
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         from anomalib_lite import __version__
@@ -115,6 +126,9 @@ class Training(L.Callback):
         return total is not None and self.steps >= total
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.begun, module.total_steps = True, self.total(trainer) or 0  # type: ignore[assignment]
+        # a mask of -inf among the buffers is none of training's doing
+        self.watched = [name for name, tensor in module.state_dict().items() if all_finite([tensor])]
         self.bar = Bar("training", self.total(trainer), self.steps, quiet=not trainer.is_global_zero)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -132,18 +146,19 @@ class Training(L.Callback):
             trainer.should_stop = True
         if self.steps % self.log_every == 0 or last or self.steps == 1:
             loss = float(outputs["loss"]) if outputs else float("nan")
-            if outputs and loss != loss:
-                raise UserError(
-                    f"the loss became NaN at batch {self.steps}; lower method.optimizer.lr, or set "
-                    "hardware.precision=32 (the last checkpoint is kept)"
-                )
+            self.first_loss = loss if self.first_loss is None else self.first_loss
+            bad = bool(outputs) and not abs(loss) < EXPLODED * max(1.0, abs(self.first_loss))
+            due = trainer.is_global_zero and not last and time.perf_counter() - self.saved >= self.every
+            bad_anywhere, due = on_any_rank(trainer, [bad, due])  # all stop together, and all save together
+            if bad_anywhere:
+                self.fail(f"the loss is {loss:.4g}" if bad else "the loss of another device is not finite")
             if trainer.is_global_zero:
+                epoch = (self.steps - 1) // int(trainer.num_training_batches)  # Lightning's may lag after a resume
                 for logger in trainer.loggers:
-                    logger.log_metrics({"loss": loss, "epoch": trainer.current_epoch}, step=self.steps)
+                    logger.log_metrics({"loss": loss, "epoch": epoch}, step=self.steps)
             if self.bar:
                 self.bar.step(f"loss {loss:.4g}", count=self.steps - self.bar.done)
-            # all ranks save together, when rank 0's clock says so
-            if not last and trainer.strategy.broadcast(time.perf_counter() - self.saved >= self.every):
+            if due:
                 self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -157,8 +172,22 @@ class Training(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.fit_s, self.start = self.fit_s + time.perf_counter() - self.start, time.perf_counter()
 
+    def fail(self, what: str) -> NoReturn:
+        kept = f"the checkpoint of batch {self.kept} is kept" if self.kept else "there is no checkpoint yet"
+        raise UserError(
+            f"{what} after batch {self.steps}: training diverged; lower method.optimizer.lr, or set "
+            f"hardware.precision=32 ({kept})"
+        )
+
     def save(self, trainer: L.Trainer) -> None:
-        """Write checkpoints/last.ckpt whole or not at all, and before it what was logged up to it."""
+        """Write checkpoints/last.ckpt whole or not at all, and before it what was logged up to it.
+
+        Raises UserError if there are weights that are not finite any more; the checkpoint before stays.
+        """
+        weights = trainer.lightning_module.state_dict()
+        moments = [x for optimizer in trainer.optimizers for state in optimizer.state.values() for x in state.values()]
+        if on_any_rank(trainer, [not all_finite([*(weights[name] for name in self.watched), *moments])])[0]:
+            self.fail("weights are NaN or infinite")
         for logger in trainer.loggers:
             logger.save()
         part = self.checkpoint.with_suffix(".part")
@@ -167,6 +196,7 @@ class Training(L.Callback):
             with part.open("rb") as file:
                 os.fsync(file.fileno())
             part.replace(self.checkpoint)
+        self.kept = self.steps
         self.saved = time.perf_counter()
 
 
@@ -204,6 +234,20 @@ class FillFeatures(L.Callback):
             bar.close()
         data.images_needed = False
         self.report["held"] = True
+
+
+def all_finite(values: Iterable[Any]) -> bool:
+    """Whether no tensor among them holds NaN or infinity; one wait for the device."""
+    checks = [torch.isfinite(x).all() for x in values if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    return bool(torch.stack([check.to(checks[0].device) for check in checks]).all()) if checks else True
+
+
+def on_any_rank(trainer: L.Trainer, flags: list[bool]) -> list[bool]:
+    """Each flag: whether it is raised on any rank."""
+    if trainer.world_size == 1:
+        return flags
+    counts = torch.tensor([float(flag) for flag in flags], device=trainer.strategy.root_device)
+    return (trainer.strategy.reduce(counts, reduce_op="sum") > 0).tolist()
 
 
 def quiet() -> None:

@@ -207,7 +207,8 @@ def check_scoring(scoring: dict) -> None:
         known = not isinstance(how, dict) or set(how) <= {"box", "times", "sigma", "size"}
         odd = not isinstance(how, dict) or all(how.get(k) is None or how[k] % 2 == 1 for k in ("box", "size"))
         positive = isinstance(number, int | float) and not isinstance(number, bool) and number > 0
-        if not (how is None or (key == "image_smooth" and how == "same") or (known and odd and positive)):
+        own = how == "auto" or (key == "image_smooth" and how == "same")
+        if not (how is None or own or (known and odd and positive)):
             raise UserError(
                 f"scoring.{key}={how}: give a sigma above 0, {{sigma: 4, size: 5}}, {{box: 11, times: 3}} "
                 f"(odd sizes){', {pool: 16}' if key == 'image_smooth' else ''} or null"
@@ -216,7 +217,7 @@ def check_scoring(scoring: dict) -> None:
     if not (size is None or size == "original" or _size(size)):
         raise UserError(f"scoring.map_size={size}: give a whole number from 16, [height, width], original, or null")
     how = scoring["image_score"]
-    if how not in ("max", "mean") and not (isinstance(how, float) and 0 < how <= 1):
+    if how not in ("auto", "max", "mean") and not (isinstance(how, float) and 0 < how <= 1):
         raise UserError(
             f"scoring.image_score={how}: give max, mean, or a share such as 0.01 for the mean of the top 1 %"
         )

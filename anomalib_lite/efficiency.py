@@ -29,6 +29,7 @@ def efficiency(model: AnomalyModule, data: AnomalyDataModule, batch_size: int) -
     trainable = [p for p in model.parameters() if p.requires_grad]
     for parameter in trainable:  # the counter can't follow those that a module is called with, as a learned query
         parameter.requires_grad_(False)
+    model.eval()  # Lightning gives it back in the mode of training
     try:
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:
             model.score(single)

@@ -17,7 +17,7 @@ from anomalib_lite.backbones import Backbone, has_bf16
 from anomalib_lite.callbacks import FillFeatures, Training, quiet
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.efficiency import efficiency
-from anomalib_lite.errors import UserError
+from anomalib_lite.errors import UserError, enough_memory
 from anomalib_lite.figures import write_figures
 from anomalib_lite.hardware import device_name, lightning_options, peak_memory_mb
 from anomalib_lite.loggers import make_loggers
@@ -50,7 +50,10 @@ def make_method(
 ) -> AnomalyModule:
     """The method, with what the base of all methods is told beside the `method` group."""
     context = {"image_size": data.image_size, "categories": categories, "precision": cfg["hardware"]["precision"]}
-    return instantiate(cfg["method"], backbone=backbone, scoring=cfg["scoring"], **context, _convert_="all")
+    model = instantiate(cfg["method"], backbone=backbone, scoring=cfg["scoring"], **context, _convert_="all")
+    if open_keys := [key for key, value in model.scoring.items() if value == "auto"]:
+        raise UserError(f"scoring.{open_keys[0]}=auto: this method has none of its own; give a value")
+    return model
 
 
 def execute(
@@ -104,18 +107,20 @@ def execute(
     )
     fit = fit and not stored.get("finished", False)  # a run that was interrupted while testing is trained already
     if fit:
-        trainer.fit(model, datamodule=data, ckpt_path=checkpoint if stored else None, weights_only=True)
+        with enough_memory(lambda: "data.batch_size" if training.begun else "data.eval_batch_size", cfg):
+            trainer.fit(model, datamodule=data, ckpt_path=checkpoint if stored else None, weights_only=True)
         training.save(trainer)
     tested = time.perf_counter()
     data.trainer = trainer
     loaders = [data.test_dataloader(), data.normal_dataloader(sharded=True), data.val_dataloader()]
-    trainer.test(
-        model,
-        [loader for loader in loaders if isinstance(loader, DataLoader)],  # also one without a batch for this rank
-        ckpt_path=None if fit else checkpoint,
-        weights_only=True,
-        verbose=False,
-    )
+    with enough_memory(lambda: "data.eval_batch_size", cfg):
+        trainer.test(
+            model,
+            [loader for loader in loaders if isinstance(loader, DataLoader)],  # also one without a batch for this rank
+            ckpt_path=None if fit else checkpoint,
+            weights_only=True,
+            verbose=False,
+        )
     evaluating.gather()
     if not trainer.is_global_zero:
         return None
@@ -194,7 +199,7 @@ def describe(
     """What was run, on which data, under which protocol."""
     default = [{"resize": list(data.image_size), "filter": cfg["data"]["resample"], "as": "PIL, antialiased"}]
     apart = ("quantile", "fpr_limits", "map_size")
-    scoring = {key: value for key, value in cfg["scoring"].items() if key not in apart}
+    scoring = {key: value for key, value in model.scoring.items() if key not in apart}
     backbone = model.backbone
     return {
         "schema": results.SCHEMA,

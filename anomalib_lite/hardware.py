@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
+from anomalib_lite.batch_norm import synchronise
 from anomalib_lite.errors import UserError
 
 
 class DDP(DDPStrategy):
-    """Lightning's, for methods without trainable weights too: there is nothing to exchange then."""
+    """Lightning's, with batch norm over all devices, for methods without trainable weights too: there is nothing to
+    exchange then."""
 
     def configure_ddp(self) -> None:
         if any(p.requires_grad for p in self.model.parameters()):  # type: ignore[union-attr]
+            self.model = synchronise(self.model, self.root_device)  # type: ignore[arg-type]
             super().configure_ddp()
 
 

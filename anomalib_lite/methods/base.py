@@ -62,6 +62,7 @@ class AnomalyModule(L.LightningModule):
         self.scoring = defaults | (scoring or {})
         self.image_size, self.categories = tuple(image_size), list(categories)
         self.precision = str(precision)
+        self.total_steps = 0  # the budget in batches, known when training starts
         self.store = FeatureStore()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -91,15 +92,19 @@ class AnomalyModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.parameters() if p.requires_grad]
-        if self.optimizer is None or not parameters:
-            return None
-        try:
-            optimizer = self.optimizer(parameters)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"method.optimizer: {error}; check its values") from error
-        if self.scheduler is None:
+        optimizer = self.make_optimizer(parameters) if parameters else None
+        if optimizer is None or self.scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+
+    def make_optimizer(self, parameters: list[Any], **options: Any) -> torch.optim.Optimizer | None:
+        """The configured optimizer of parameters or groups of them, with options that override the configured ones."""
+        if self.optimizer is None:
+            return None
+        try:
+            return self.optimizer(parameters, **options)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"method.optimizer: {error}; check its values") from error
 
     @property
     def map_size(self) -> tuple[int, ...] | str:

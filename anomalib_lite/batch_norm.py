@@ -1,0 +1,126 @@
+"""Batch norm over the batches of all devices together, and one that blows up no constant channels."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+from torch import Tensor, nn
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of all ranks' tensors, with its gradient."""
+    return x if world_size() == 1 else _SumOverRanks.apply(x)
+
+
+def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """x [B, C, …] less its mean, the mean [C], the biased variance [C] and the number of values a channel, over the
+    batches of all ranks, which are of one size; at least in float32, with gradient."""
+    axes, shape = [i for i in range(x.dim()) if i != 1], [1, -1] + [1] * (x.dim() - 2)
+    values, ranks = x.to(torch.promote_types(x.dtype, torch.float32)), world_size()
+    mean = sum_over_ranks(values.mean(axes)) / ranks
+    centred = values - mean.view(shape)
+    var = sum_over_ranks(centred.square().mean(axes)) / ranks
+    return centred, mean, var, ranks * x.numel() // x.shape[1]
+
+
+class CPUSyncBatchNorm(nn.BatchNorm2d):
+    """What nn.SyncBatchNorm, which runs on GPUs alone, is for CPU ranks; each rank has as many samples [B, C, …]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        centred, mean, var, count = batch_statistics(x)
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        if self.running_mean is not None and self.running_var is not None:
+            with torch.no_grad():
+                assert self.num_batches_tracked is not None
+                self.num_batches_tracked.add_(1)
+                share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean, share)
+                self.running_var.lerp_(var * count / max(count - 1, 1), share)
+        y = centred * (var + self.eps).rsqrt().view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(x.dtype)
+
+
+class CPUSyncBatchNormAct(CPUSyncBatchNorm):
+    """timm's batch norm with an activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))  # type: ignore[operator]
+
+
+class StableNorm(nn.Module):
+    """Batch norm that, while training, divides by the batch's deviation only where its variance exceeds a floor,
+    min(min_var, pretrained variance), and otherwise by the floor's root: channels that are constant in normal images
+    are not blown up. In evaluation mode it is the batch norm `norm` that it is made from."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    floor: Tensor
+
+    def __init__(self, norm: nn.BatchNorm2d, min_var: float, eps: float):
+        super().__init__()
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        self.weight, self.bias = norm.weight, norm.bias
+        self.register_buffer("running_mean", norm.running_mean.clone())
+        self.register_buffer("running_var", norm.running_var.clone())
+        self.register_buffer("floor", norm.running_var.clamp(max=min_var))
+        self.eps, self.momentum = eps, norm.momentum or 0.1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        centred, mean, var, count = batch_statistics(x)
+        unbiased = var.detach() * count / max(count - 1, 1)
+        alive = unbiased > self.floor
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(torch.where(alive, unbiased, self.floor), self.momentum)
+        scale = self.weight * (torch.where(alive, var, self.floor) + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def stabilise(module: nn.Module, min_var: float, eps: float) -> None:
+    """Put a StableNorm in the place of every batch norm; timm's may have an activation in it."""
+    for name, child in module.named_children():
+        if isinstance(child, BatchNormAct2d):
+            setattr(module, name, nn.Sequential(StableNorm(child, min_var, eps), child.drop, child.act))
+        elif isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, StableNorm(child, min_var, eps))
+        else:
+            stabilise(child, min_var, eps)
+
+
+def synchronise(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` with every batch norm one over all devices; its state's names stay."""
+    if device.type != "cpu":
+        return convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) is BatchNormAct2d:
+            module.__class__ = CPUSyncBatchNormAct  # type: ignore[assignment]
+        elif type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            module.__class__ = CPUSyncBatchNorm
+    return model

@@ -1,0 +1,210 @@
+"""ReContrast: domain-specific anomaly detection via contrastive reconstruction (Guo et al., NeurIPS 2023, arXiv
+2306.02602).
+
+A trainable encoder E_t and its frozen copy E_f feed one bottleneck and decoder. From E_t's half the decoder
+reconstructs E_f's features, and from E_f's half E_t's: where the six reconstructions fail is the anomaly.
+"""
+
+import copy
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anomalib_lite.backbones import Backbone
+from anomalib_lite.batch_norm import stabilise, sum_over_ranks, world_size
+from anomalib_lite.errors import UserError
+from anomalib_lite.methods.base import AnomalyModule, Batch
+from anomalib_lite.methods.rd4ad import Bottleneck, Decoder, blocks_of, check_levels, initialise
+
+log = logging.getLogger(__name__)
+
+Pair = tuple[Tensor, Tensor]  # target without gradient, reconstruction; [B, C, H, W] each
+
+
+class ReContrast(AnomalyModule):
+    """One class, or unified (one model for several), or the one-class variant with stabilised training.
+
+    Args:
+        variant: "one_class", "unified", "stable"; "auto" is one of the first two, by the number of categories.
+        variants: for each, `activation` of the decoder ("relu", "gelu"); `warm_up`, the share of the budget over which
+            α rises; `optimizer`, options on top of the configured ones; `lr_drop`, null or {at: share, factor};
+            `scoring`, what `auto` means in that group; `average`, the mean of the six maps instead of their sum;
+            `stable`, null or {min_var, eps, reset_every, pause}.
+        encoder_bn: E_t's batch norm while training: "eval" keeps the pretrained statistics, "train" uses the batch's.
+            The stable variant always uses the batch's.
+        encoder_lr: E_t's learning rate; the optimizer's is that of bottleneck, decoder and heads.
+        mining: [first, last] α of hard mining; None mines nothing.
+        compile: run the networks through torch.compile (minutes at the start).
+    """
+
+    autocasts = True
+
+    def __init__(
+        self,
+        variants: dict[str, dict[str, Any]],
+        variant: str = "auto",
+        encoder_bn: str = "eval",
+        encoder_lr: float = 1e-5,
+        mining: list[float] | None = (-3.0, 1.0),  # type: ignore[assignment]
+        compile: bool = False,
+        **context: Any,
+    ):
+        super().__init__(**context)
+        if variant not in ("auto", *variants):
+            raise UserError(f"method.variant={variant}: choose auto, {', '.join(variants)}")
+        if encoder_bn not in ("eval", "train"):
+            raise UserError(f"method.encoder_bn={encoder_bn}: choose eval or train")
+        self.chosen = variant
+        self.variant = variant if variant != "auto" else "unified" if len(self.categories) > 1 else "one_class"
+        self.own = own = variants[self.variant]
+        self.scoring |= {key: value for key, value in own["scoring"].items() if self.scoring[key] == "auto"}
+        self.encoder_lr, self.mining, self.compiled = encoder_lr, mining, compile
+        self.encoder_trains = encoder_bn == "train" or own["stable"] is not None
+
+        frozen = check_levels(self.backbone, self.image_size)  # E_f
+        self.encoder = copy.deepcopy(frozen).unfreeze()  # E_t
+        freeze_unused(self.encoder, frozen.reductions[-1])
+        if own["stable"]:
+            stabilise(self.encoder, own["stable"]["min_var"], own["stable"]["eps"])
+        ratio, counts = blocks_of(frozen)
+        activation = {"relu": nn.ReLU, "gelu": nn.GELU}[own["activation"]]
+        self.bottleneck = Bottleneck(frozen.channels, counts[0], ratio)
+        self.decoder = Decoder(frozen.channels, counts, ratio, activation)
+        self.heads = nn.ModuleList(nn.ModuleList(nn.Conv2d(c, c, 1) for c in frozen.channels) for _ in range(2))
+        initialise(self.heads)
+        self.to(memory_format=torch.channels_last)
+        self.train()
+
+    def train(self, mode: bool = True) -> "ReContrast":
+        super().train(mode)
+        self.encoder.train(mode and self.encoder_trains)
+        return self
+
+    def pairs(self, images: Tensor) -> list[Pair]:
+        """Images [B, 3, H, W] -> for each level E_f's features and their reconstruction, then the same of E_t's."""
+        images = images.contiguous(memory_format=torch.channels_last)
+        assert self.backbone is not None
+        with self.autocast():
+            with torch.no_grad():
+                frozen = self.backbone.net(images)
+            trained = self.encoder.net(images)
+            both = [torch.cat(levels) for levels in zip(trained, frozen, strict=True)]  # one pass over 2B
+            halves = [level.chunk(2) for level in self.decoder(self.bottleneck(both))]
+            of_frozen = [head(half[0]) for head, half in zip(self.heads[0], halves, strict=True)]  # type: ignore
+            of_trained = [head(half[1]) for head, half in zip(self.heads[1], halves, strict=True)]  # type: ignore
+        return [
+            *zip(frozen, of_frozen, strict=True),
+            *zip([level.detach() for level in trained], of_trained, strict=True),
+        ]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """½ of the sum over pairs 1–3 and ½ of that over pairs 4–6."""
+        alpha = self.alpha(self.trainer.global_step)
+        return sum(cosine_loss(*pair, alpha) for pair in self.pairs(batch["image"])) / 2  # type: ignore[return-value]
+
+    def alpha(self, step: int) -> float | None:
+        """α before batch `step`, counted from 0: linear over the warm-up, then constant."""
+        if self.mining is None:
+            return None
+        first, last = self.mining
+        warm_up = self.own["warm_up"] * self.total_steps
+        return min(first + (last - first) * step / warm_up, last) if warm_up else last
+
+    def anomaly_map(self, batch: Batch) -> Tensor:
+        """Channel-wise cosine distances of the six pairs at the input's size, summed (unified: averaged)."""
+        images = batch["image"]
+        maps = [distance(*pair) for pair in self.pairs(images)]
+        levels = torch.zeros(images.shape[:1] + images.shape[2:], device=images.device, dtype=maps[0].dtype)
+        for first, second in zip(maps[:3], maps[3:], strict=True):  # interpolation is linear: once for both
+            both = (first + second)[:, None]
+            levels += F.interpolate(both, images.shape[2:], mode="bilinear", align_corners=True)[:, 0]
+        return levels / 6 if self.own["average"] else levels
+
+    # --- optimisation ---
+
+    def configure_optimizers(self) -> Any:
+        rest = [p for part in (self.bottleneck, self.decoder, self.heads) for p in part.parameters()]
+        encoder = [p for p in self.encoder.parameters() if p.requires_grad]
+        groups = [{"params": rest}, {"params": encoder, "lr": self.encoder_lr}]
+        optimizer = self.make_optimizer(groups, **self.own["optimizer"])
+        drop = self.own["lr_drop"]
+        if optimizer is None or drop is None:
+            return optimizer
+        # the budget is known when the first batch has been trained on
+        rate = lambda step: drop["factor"] if step and step >= int(drop["at"] * self.total_steps) else 1.0  # noqa: E731
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        if self.chosen == "auto":
+            log.info("method.variant=auto: %s, for %d categories", self.variant, len(self.categories))
+        if self.compiled:
+            for part in (self.backbone, self.encoder, self.bottleneck, self.decoder):
+                part.compile()  # type: ignore[union-attr]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The stable variant forgets the decoder's moments now and then, and rests E_t until they are there again."""
+        stable, step = self.own["stable"], self.trainer.global_step
+        if stable is None or step < stable["reset_every"]:
+            return
+        since = step % stable["reset_every"]
+        decoder, encoder = optimizer.param_groups
+        if since == 0:
+            for parameter in decoder["params"]:
+                optimizer.state.pop(parameter, None)
+        if since < stable["pause"]:
+            for parameter in encoder["params"]:
+                parameter.grad = None  # not stepped: neither moments nor weight decay
+
+
+def freeze_unused(encoder: Backbone, reduction: int) -> None:
+    """Weights beyond the last level, which some of timm's models keep, get no gradient: several devices object."""
+    outputs = encoder.net(torch.zeros(1, 3, 2 * reduction, 2 * reduction))
+    sum(level.sum() for level in outputs).backward()
+    for parameter in encoder.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+
+
+def products(target: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """⟨t, r⟩, ‖t‖² and ‖r‖² over channels, [B, H, W] each, at least in float32."""
+    kind = torch.promote_types(target.dtype, torch.float32)
+    t, r = target.to(kind), reconstruction.to(kind)
+    return (t * r).sum(1), (t * t).sum(1), (r * r).sum(1)
+
+
+def cosine(dot: Tensor, target2: Tensor, reconstruction2: Tensor) -> Tensor:
+    return dot / (target2.sqrt() * reconstruction2.sqrt()).clamp_min(1e-8)
+
+
+def distance(target: Tensor, reconstruction: Tensor) -> Tensor:
+    """1 − cos over channels, [B, H, W]."""
+    return 1 - cosine(*products(target, reconstruction))
+
+
+def cosine_loss(target: Tensor, reconstruction: Tensor, alpha: float | None) -> Tensor:
+    """Mean over images of 1 − cos(vec target, vec reconstruction).
+
+    Hard mining: no gradient reaches the reconstruction where its distance m over channels is below μ + α·σ, μ and σ
+    taken over the batch and space. Both cosines are made of the same three sums over channels, so cutting these from
+    the graph at a position is cutting the reconstruction there.
+    """
+    dot, target2, reconstruction2 = products(target, reconstruction)
+    if alpha is not None:
+        with torch.no_grad():
+            hardness = 1 - cosine(dot, target2, reconstruction2)
+            mean, deviation = mean_and_deviation(hardness)
+            hard = hardness >= mean + alpha * deviation
+        dot = torch.where(hard, dot, dot.detach())
+        reconstruction2 = torch.where(hard, reconstruction2, reconstruction2.detach())
+    return (1 - cosine(*(x.sum((1, 2)) for x in (dot, target2, reconstruction2)))).mean()
+
+
+def mean_and_deviation(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all ranks' values, which are as many on each; the deviation is unbiased."""
+    count = x.numel() * world_size()
+    mean = sum_over_ranks(x.sum()) / count
+    return mean, (sum_over_ranks((x - mean).square().sum()) / (count - 1)).sqrt()
