@@ -7,8 +7,10 @@ import sys
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
+from anomalib_lite import ranks
 from anomalib_lite.batch_norm import synchronise
 from anomalib_lite.errors import UserError
 
@@ -36,28 +38,34 @@ def lightning_options(hardware: dict[str, Any], multirun: bool) -> dict[str, Any
     if accelerator == "auto":
         accelerator = "gpu" if gpus else "cpu"
     devices = hardware["devices"]
-    if devices == "auto":
+    slurm = ranks.under_slurm(hardware)  # elsewhere, such as in evaluate, this process works alone
+    if slurm:
+        devices = ranks.slurm_tasks(hardware)
+    elif devices == "auto":
         devices = gpus if accelerator == "gpu" else 1
     if accelerator == "gpu" and devices > gpus:
         raise UserError(f"hardware.devices={devices}: only {gpus} GPUs are visible here")
     several = devices * hardware["nodes"] > 1
     if several and multirun:
-        raise UserError(
-            f"hardware.devices={devices} in a sweep with hydra/launcher=basic: the ranks of one job run into the next; "
-            "leave it out, hydra/launcher=processes gives every job a process of its own"
-        )
+        raise UserError(ranks.several_in_one_process(devices, "basic"))
     # not shared out to the ranks: with another number of threads a network's output may differ in its last bit
     threads = hardware["threads"] or os.cpu_count() or 1
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # or Lightning sets a number of its own
     precision = "bf16-mixed" if hardware["precision"] == "bf16" else "32-true"
     strategy: Any = DDP(process_group_backend="gloo" if accelerator == "cpu" else None) if several else "auto"
+    environment: dict[str, Any] = {}
+    if slurm:
+        environment["plugins"] = [SLURMEnvironment(auto_requeue=False)]  # submitit queues a job again
+    elif "SLURM_NTASKS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        environment["plugins"] = [LightningEnvironment()]  # or Lightning takes an allocation's shell for the ranks
     return {
         "accelerator": accelerator,
         "devices": devices,
         "num_nodes": hardware["nodes"],
         "strategy": strategy,
         "precision": precision,
+        **environment,
     }
 
 

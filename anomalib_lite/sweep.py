@@ -24,28 +24,36 @@ from omegaconf import OmegaConf, open_dict, read_write
 
 from anomalib_lite import configuration, sweep_view
 from anomalib_lite.errors import UserError
-from anomalib_lite.results import read_result, write_text
-from anomalib_lite.sweep_job import Job, arguments_of, entry_of, finish, key_of, returned, visible_gpus
+from anomalib_lite.results import write_text
+from anomalib_lite.sweep_job import Job, arguments_of, before_now, entry_of, finish, key_of, returned, visible_gpus
 from anomalib_lite.workers import Server
 
 log = logging.getLogger(__name__)
+#: a launcher's options that are whole numbers, and from where
+WHOLE = {
+    "jobs": 1, "threads": 1, "gpus_per_job": 0, "cpus_per_job": 1, "timeout_min": 1, "nodes": 1, "tasks_per_node": 1,
+    "gpus_per_node": 0, "cpus_per_task": 1, "mem_gb": 1, "signal_delay_s": 1, "max_num_timeout": 0,
+}  # fmt: skip
 PATIENCE = 30.0  # seconds that the jobs of a launcher that was killed may take to end
 
 
 class Sweep:
     """What lives as long as the sweeper: one sweep may be launched in several batches."""
 
-    def __init__(self, options: dict[str, int | None], config: Any, loader: Any):
-        for name, low in (("jobs", 1), ("gpus_per_job", 0), ("threads", 1)):
-            if (value := options[name]) is not None and value < low:
+    launcher = "processes"
+
+    def __init__(self, options: dict[str, Any], config: Any, loader: Any):
+        for name in WHOLE.keys() & options.keys():
+            value, low = options[name], WHOLE[name]
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
                 raise UserError(f"hydra.launcher.{name}={value}: give a whole number from {low}, or null")
         self.options, self.config, self.loader = options, config, loader
         self.folder = Path(str(config.hydra.sweep.dir)).absolute()
         self.index = self.folder / "sweep.json"
-        self.gpus = visible_gpus()
+        self.gpus = self.visible_gpus()
         self.jobs: dict[str, Job] = {}
         self.lock: int | None = None
-        self.server: Server | None = None
+        self.server: Any = None  # starts the jobs: see serving()
 
     def launch(self, job_overrides: list[list[str]], first: int) -> list[JobReturn]:
         """Run a batch of jobs; exits with 1 when one has failed, after all have ended."""
@@ -64,14 +72,19 @@ class Sweep:
                     job.state = "interrupted" if job.state == "running" else job.state
                 sweep_view.say_interrupted(self.folder, jobs)
                 raise
-        sweeper = self.config.hydra.sweeper
-        if str(sweeper._target_).endswith(".BasicSweeper") and not sweeper.max_batch_size:
-            self.end_server()  # there is no further batch
+        if not self.batches():
+            self.end_server()
         sweep_view.show(self.folder, list(self.jobs.values()))  # of earlier batches too
         if any(job.state == "failed" for job in jobs):
             self.end_server()
             sys.exit(1)
         return [returned(self.jobs[key]) for key in keys]
+
+    def batches(self) -> bool:
+        """Whether the sweeper may launch further ones."""
+        sweeper = self.config.hydra.sweeper
+        kind = str(sweeper._target_).rpartition(".")[2]
+        return bool(sweeper.max_batch_size) if kind == "BasicSweeper" else kind != "RandomSweeper"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -144,20 +157,43 @@ class Sweep:
         if not entry and subfolder in taken.values():
             raise UserError(f"hydra.sweep.subdir: two jobs share the folder {subfolder}; name all that differs in it")
         configuration.check(plain)
+        self.check_objective(plain)
         job = Job(number, overrides, self.folder / subfolder, cfg, plain, *self.devices(plain["hardware"]))
-        stored = job.folder / "checkpoints" / "config.json"
-        if stored.is_file():
-            configuration.check_unchanged(json.loads(stored.read_text())["config"], plain, job.folder)
-            job.resume = True
-            if (job.folder / "result.json").is_file():
-                with contextlib.suppress(UserError):  # the job says that it is damaged
-                    job.result, job.state = read_result(job.folder), "done before"
+        before_now(job)
         return job
+
+    def check_objective(self, plain: dict[str, Any]) -> None:
+        """An optimising sweeper needs something to be told."""
+        kind = str(self.config.hydra.sweeper._target_).rpartition(".")[2]
+        if kind == "BasicSweeper" or (kind == "RandomSweeper" and plain["objective"] is None):
+            return
+        if str(self.config.hydra.sweeper.get("direction", "maximize")).rpartition(".")[2] != "maximize":
+            raise UserError("hydra.sweeper.direction: of every objective more is better; give maximize")
+        if plain["objective"] is None or plain["data"]["val_fraction"] == 0:
+            raise UserError(
+                f"hydra/sweeper: objective={plain['objective'] or 'null'} is measured on held-out training images, and "
+                f"data.val_fraction={plain['data']['val_fraction']}; give objective=validation.image_auroc "
+                "data.val_fraction=0.2"
+            )
+
+    def one_node(self, hardware: dict[str, Any]) -> None:
+        if hardware.get("ranks") == "slurm":
+            raise UserError(
+                f"hardware=slurm with hydra/launcher={self.launcher}: SLURM starts these ranks; choose "
+                "hydra/launcher=submitit_slurm, or hardware=ddp"
+            )
+        if hardware["nodes"] > 1:
+            raise UserError(
+                f"hardware.nodes={hardware['nodes']}: hydra/launcher={self.launcher} runs a job on one machine alone; "
+                "choose hydra/launcher=submitit_slurm hardware=slurm"
+            )
+
+    def visible_gpus(self) -> list[str]:
+        return visible_gpus()
 
     def devices(self, hardware: dict[str, Any]) -> tuple[int, bool]:
         """How many GPUs a job takes, and whether it runs on several devices."""
-        if hardware["nodes"] > 1:
-            raise UserError(f"hardware.nodes={hardware['nodes']}: hydra/launcher=processes has this machine alone")
+        self.one_node(hardware)
         wanted, given = hardware["devices"], self.options["gpus_per_job"]
         if hardware["accelerator"] == "cpu" or not self.gpus:
             if given and hardware["accelerator"] != "cpu":
@@ -177,8 +213,7 @@ class Sweep:
 
     def work(self, jobs: list[Job]) -> None:
         waiting = [job for job in jobs if job.state == "waiting"]
-        share = max((job.gpus for job in waiting), default=0)
-        limit = self.options["jobs"] or (len(self.gpus) // share if share else 1)
+        limit = self.limit(waiting)
         free, held = list(self.gpus), dict[int, list[str]]()
         running: dict[int, Job] = {}
         with sweep_view.View(self.folder, jobs, limit) as view:
@@ -202,7 +237,17 @@ class Sweep:
                     view.ended(job)
                 view.update()
 
-    def serving(self) -> Server:
+    def limit(self, jobs: list[Job]) -> int:
+        """How many run at a time."""
+        share = max((job.gpus for job in jobs), default=0)
+        return self.options["jobs"] or (len(self.gpus) // share if share else 1)
+
+    def threads(self, limit: int) -> int | None:
+        """CPU threads of a job."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.options["threads"] or (max(1, cores // limit) if limit > 1 else None)
+
+    def serving(self) -> Any:
         if self.server is None:
             assert self.lock is not None
             self.server = Server(self.folder / "server.log", self.lock)
@@ -217,14 +262,11 @@ class Sweep:
         if log_file.is_file() and not log_file.stat().st_size:
             log_file.unlink()
 
-    def start(self, server: Server, job: Job, limit: int, gpus: list[str]) -> None:
+    def start(self, server: Any, job: Job, limit: int, gpus: list[str]) -> None:
         job.folder.mkdir(parents=True, exist_ok=True)
         job.state, job.started = "running", time.monotonic()
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = self.options["threads"] or (max(1, cores // limit) if limit > 1 else None)
-        arguments = arguments_of(job, list(self.config.hydra.overrides.hydra), self.folder, threads)
-        environment = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-        server.start(job.number, arguments, job.output, environment, fork=not job.several)
+        arguments = arguments_of(job, list(self.config.hydra.overrides.hydra), self.folder, self.threads(limit))
+        server.start(job, arguments, {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """A job of a sweep: what it is known by, the command line that runs it alone, and what became of it."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from anomalib_lite import configuration
 from anomalib_lite.errors import UserError
 from anomalib_lite.results import read_result
 
+log = logging.getLogger(__name__)
 #: of Hydra's own options, those that are the sweep's and not its jobs'
 SWEEPS_OWN = re.compile(r"[~+]*hydra[./](mode|run\.dir|sweep|sweeper|launcher|job\.(num|id))\b")
 
@@ -87,6 +89,39 @@ def flags() -> list[str]:
 
 def quoted(path: Path) -> str:
     return '"' + str(path).replace('"', '\\"') + '"'
+
+
+def before_now(job: Job) -> None:
+    """What an earlier launch has left of the job: it is done, goes on, or begins anew where the files are damaged."""
+    stored = job.folder / "checkpoints" / "config.json"
+    if not stored.is_file():
+        return
+    try:
+        begun = json.loads(stored.read_text())["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s: damaged (%s); job %d begins anew", stored, error, job.number)
+        for place in (stored.parent, job.folder / "result.json"):
+            put_aside(place)
+        return
+    configuration.check_unchanged(begun, job.plain, job.folder)
+    job.resume = True
+    if (job.folder / "result.json").is_file():
+        try:
+            result = read_result(job.folder)
+            for key in ("metrics", "validation", "method", "dataset", "categories"):  # what a sweep shows
+                result[key]
+            job.result, job.state = result, "done before"
+        except (UserError, KeyError) as error:
+            why = error if isinstance(error, UserError) else f"{job.folder / 'result.json'}: no {error} in it"
+            log.warning("%s; job %d is evaluated again", why, job.number)
+            put_aside(job.folder / "result.json")
+
+
+def put_aside(place: Path) -> None:
+    if place.exists():
+        aside = place.with_name(f"{place.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        place.replace(aside)
 
 
 def finish(job: Job, code: int) -> None:

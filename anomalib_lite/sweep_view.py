@@ -104,14 +104,20 @@ def show(folder: Path, jobs: list[Job]) -> None:
     short = [name.rpartition(".")[2] for name in (*fixed, *names)]
     for full, name in zip((*fixed, *names), short, strict=True):
         table.add_column(name if short.count(name) == 1 else full, overflow="fold")
-    for heading in (*SHOWN, "state", "seconds"):
-        table.add_column(heading.replace("_", " "), justify="left" if heading == "state" else "right")
+    objectives = {job.plain["objective"] for job in jobs if job.objective is not None}
+    chosen_by = objectives.pop() if len(objectives) == 1 else None  # beside the test's numbers, which choose nothing
+    for heading in (*SHOWN, *filter(None, [chosen_by and chosen_by.replace(".", " ")]), "state", "seconds"):
+        table.add_column(
+            heading.replace("_", " "), justify="left" if heading == "state" else "right", no_wrap=heading == "state"
+        )
     for job in jobs:
         metrics = (job.result or {}).get("metrics", {})
         common = {"method": (job.result or {}).get("method", ""), "data.category": ""}
         if job.result:
             common["data.category"] = f"{job.result['dataset']} {','.join(job.result['categories'])}"
         numbers = ["–" if metrics.get(key) is None else f"{100 * metrics[key]:.1f}" for key in SHOWN]
+        if chosen_by:
+            numbers.append("–" if job.objective is None else f"{100 * job.objective:.1f}")
         seconds = "" if job.seconds is None else f"{job.seconds:.1f}"
         row = [str(job.folder.relative_to(folder)), *(common[name] for name in fixed), *values(job, names)]
         table.add_row(*map(Text, [*row, *numbers, job.state, seconds]))

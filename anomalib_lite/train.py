@@ -5,7 +5,6 @@ Nothing heavy is imported before the configuration has been accepted: --help and
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,13 @@ def train(cfg: Any) -> float | None:
     from hydra.types import RunMode
     from omegaconf import OmegaConf
 
-    from anomalib_lite import configuration
+    from anomalib_lite import configuration, ranks
 
     hydra = HydraConfig.get()
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     configuration.check(plain)
+    one_process = hydra.mode == RunMode.MULTIRUN  # our own launchers give every job a process and mode=RUN
+    ranks.check(plain["hardware"], str(hydra.runtime.choices.get("hydra/launcher")) if one_process else None)
     configuration.make_absolute(plain)
     names = {choice: str(hydra.runtime.choices[choice]) for choice in ("method", "split")}
     run = open_run(cfg, plain, names)
@@ -41,7 +42,6 @@ def train(cfg: Any) -> float | None:
     from anomalib_lite.loggers import finish
 
     checkpoint = run / "checkpoints" / "last.ckpt"
-    one_process = hydra.mode == RunMode.MULTIRUN and hydra.runtime.choices.get("hydra/launcher") == "basic"
     try:
         result = execute(plain, run, names, checkpoint, multirun=one_process)
     except BaseException as error:
@@ -51,7 +51,7 @@ def train(cfg: Any) -> float | None:
             raise KeyboardInterrupt(
                 f"interrupted; the same command with resume=true hydra.run.dir={run} goes on from {place}"
             ) from None  # Lightning exits with 1
-        if isinstance(error, Exception) and os.environ.get("LOCAL_RANK", "0") == "0" and not checkpoint.is_file():
+        if isinstance(error, Exception) and ranks.is_first(plain["hardware"]) and not checkpoint.is_file():
             stored_config(run).unlink(missing_ok=True)  # there is no run yet: a corrected one may use the folder
         raise
     finish(0)
@@ -72,11 +72,11 @@ def open_run(cfg: Any, plain: dict[str, Any], names: dict[str, str]) -> Path | N
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from anomalib_lite import configuration, results
+    from anomalib_lite import configuration, ranks, results
 
     hydra = HydraConfig.get()
     run = Path(hydra.runtime.output_dir)
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if not ranks.is_first(plain["hardware"]):
         return run
     stored = stored_config(run)
     if stored.is_file() and not cfg.resume:

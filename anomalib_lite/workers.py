@@ -60,11 +60,12 @@ class Server:
         self.began: dict[int, float] = {}  # when a job's process was there: the first one waits for the imports
         self._closed = False
 
-    def start(self, job: int, arguments: list[str], output: Path, environment: dict[str, str], fork: bool) -> None:
-        """Run `python -m anomalib_lite.train ARGUMENTS`, in a fork of the server or as a new command."""
-        self._jobs[job] = None
-        request = {"job": job, "arguments": arguments, "output": str(output), "environment": environment, "fork": fork}
-        self._send(request)
+    def start(self, job: Any, arguments: list[str], environment: dict[str, str]) -> None:
+        """Run `python -m anomalib_lite.train ARGUMENTS`, in a fork of the server or, over several devices, as a new
+        command: Lightning's ranks repeat it."""
+        self._jobs[job.number] = None
+        request = {"job": job.number, "arguments": arguments, "output": str(job.output), "environment": environment}
+        self._send(request | {"fork": not job.several})
 
     def _send(self, request: dict[str, Any]) -> None:
         data = json.dumps(request).encode() + b"\n"

@@ -4,156 +4,30 @@ import fcntl
 import itertools
 import json
 import os
+import random
 import re
 import signal
-import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from omegaconf import OmegaConf
 
 from anomalib_lite import sweep
-from tests import runs
-from tests.runs import Outcome
-from tests.trees import make_mvtec
-
-METHODS = '''
-import os
-import time
-import torch
-from anomalib_lite.methods.base import AnomalyModule
-
-
-class Mean(AnomalyModule):
-    """The mean image, learnt; a drop of noise makes it depend on the seed."""
-
-    def __init__(self, pause=0.0, **context):
-        super().__init__(**context)
-        self.pause = pause
-        self.mean = torch.nn.Parameter(torch.zeros(3, *self.image_size))
-
-    def training_step(self, batch, batch_idx):
-        time.sleep(self.pause)
-        images = batch["image"]
-        return (images + 0.1 * torch.randn_like(images) - self.mean).square().mean()
-
-    def anomaly_map(self, batch):
-        return (batch["image"] - self.mean).abs().mean(1)
-
-
-class Empty(AnomalyModule):
-    def anomaly_map(self, batch):
-        return batch["image"].mean(1)
-
-
-class Crash(Mean):
-    """Ends as `how` says."""
-
-    def __init__(self, how="no", **context):
-        super().__init__(**context)
-        self.how = how
-
-    def on_train_start(self):
-        if self.how == "exception":
-            raise RuntimeError("as asked")
-        if self.how == "exit":
-            raise SystemExit(5)
-        if self.how == "segfault":
-            os.kill(os.getpid(), 11)
-'''
-YAML = """# @package _global_
-defaults:
-  - override /backbone: none
-method:
-  _target_: sweep_methods.{}
-  {}
-  optimizer: {{_target_: torch.optim.SGD, _partial_: true, lr: 1.0}}
-data:
-  batch_size: 4
-trainer:
-  max_epochs: 3
-"""
-SMALL = ("--config-dir=my_conf", "hardware=cpu", "logger=csv", "data=folder", "data.root=data", "data.image_size=32")
-FREE = {"timing", "environment", "overrides", "cache"}
+from anomalib_lite.sweep_job import Job, before_now
+from tests.sweeps import Started, assert_refused, in_process, make_home, result_of, state_of
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A user's folder: methods, their configurations, data."""
-    folder = tmp_path_factory.mktemp("home with a space")
-    (folder / "my_conf" / "method").mkdir(parents=True)
-    (folder / "sweep_methods.py").write_text(METHODS)
-    for name, options in (("Mean", "pause: 0.0"), ("Empty", ""), ("Crash", 'how: "no"')):
-        (folder / "my_conf" / "method" / f"{name.lower()}.yaml").write_text(YAML.format(name, options))
-    make_mvtec(folder / "data")
-    make_mvtec(folder / "data", "cup")
-    return folder
+    return make_home(tmp_path_factory.mktemp("home with a space"))
 
 
 @pytest.fixture(autouse=True)
 def _at_home(home, monkeypatch):
     monkeypatch.chdir(home)
-
-
-def in_process(*arguments: str | Path) -> Outcome:
-    """For what is refused before any job begins, and for single runs."""
-    return runs.train(*SMALL, *arguments, small=False)
-
-
-class Started:
-    """A sweep from the command line, which can be watched and killed."""
-
-    def __init__(self, home: Path, *arguments: str):
-        self.mark = f"SWEEP_TEST={uuid.uuid4()}"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "anomalib_lite.train", "-m", *SMALL, *arguments],
-            cwd=home,
-            env=os.environ | dict([self.mark.split("=")]),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored below a shell's `command &`
-        )
-
-    def alive(self) -> list[int]:
-        """Its processes: the launcher first, then the server, then jobs."""
-        found = []
-        for folder in Path("/proc").iterdir():
-            if folder.name.isdigit():
-                try:
-                    if self.mark.encode() in (folder / "environ").read_bytes():
-                        found.append(int(folder.name))
-                except OSError:
-                    continue
-        return sorted(found)
-
-    def until(self, reached: Callable[[], bool], patience: float = 60) -> None:
-        end = time.monotonic() + patience
-        while not reached():
-            assert time.monotonic() < end
-            time.sleep(0.005)
-
-    def end(self) -> Outcome:
-        out, err = self.process.communicate(timeout=100)
-        self.until(lambda: not self.alive(), 20)
-        return Outcome(self.process.returncode, out, err)
-
-
-def result_of(run: Path) -> dict[str, Any]:
-    return json.loads((run / "result.json").read_text())
-
-
-def state_of(run: Path) -> tuple[Any, ...]:
-    weights = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    result = {key: value for key, value in result_of(run).items() if key not in FREE}
-    files = [(run / name).read_bytes() for name in ("scores.csv", "metrics.csv")]
-    return {name: tensor.tolist() for name, tensor in weights.items()}, result, files
 
 
 # --- what comes out ---
@@ -183,39 +57,60 @@ def test_a_sweep_equals_single_runs(home, tmp_path):
         assert "mean on folder" in (job / "output.log").read_text()
         assert (job / "train.log").is_file()
     before = [(tmp_path / "a sweep" / str(n) / "result.json").stat().st_mtime_ns for n in range(4)]
-    swapped = Started(home, *folder, *reversed(arguments), "method=mean").end()
+    swapped = in_process("-m", *folder, *reversed(arguments), "method=mean")
     assert swapped.code == 0, swapped.err
     assert swapped.out.count("done before") == 5
     assert before == [(tmp_path / "a sweep" / str(n) / "result.json").stat().st_mtime_ns for n in range(4)]
 
 
 def test_failures_stay_in_their_jobs(home, tmp_path):
-    root = tmp_path / "data"
-    make_mvtec(root)
+    """And are tried again, as are results that were damaged meanwhile."""
     folder = f"hydra.sweep.dir={tmp_path / 'sweep'}"
-    arguments = (
-        f"data.root={root}",
-        "method=crash",
-        "method.how=exception,exit,segfault,no",
-        "data.category=bottle,bad",
-    )
+    arguments = ("data.category=bottle", "method=crash", "method.how=exception,exit,segfault,no,missing")
     first = Started(home, *arguments, folder, "hydra.launcher.jobs=2").end()
     assert first.code == 1
     lines = first.err.splitlines()
-    assert len(lines) == 8
-    for number, why in ((0, "RuntimeError: as asked"), (2, "exit code 5|."), (4, "killed by SIGSEGV"), (7, ".*bad.*")):
-        job = next(line for line in lines if line.startswith(f"error: job {number} ("))
-        assert re.search(rf"\): ({why}).*; see {tmp_path}/sweep/{number}/output.log$", job)
-    assert lines[-1].startswith("error: 7 of 8 jobs failed; the same command retries them")
+    assert len(lines) == 5
+    reasons = ("RuntimeError: as asked", "exit code 5|.", "killed by SIGSEGV", None, "mended: no such file")
+    for number, why in enumerate(reasons):
+        if why:
+            job = next(line for line in lines if line.startswith(f"error: job {number} ("))
+            assert re.search(rf"\): ({why}).*; see {tmp_path}/sweep/{number}/output.log$", job)
+    assert lines[-1].startswith("error: 4 of 5 jobs failed; the same command retries them")
     assert "Traceback" not in first.err
-    assert len(re.findall(r" failed  ", first.out)) == 7
-    done = (tmp_path / "sweep" / "6" / "result.json").stat().st_mtime_ns
-    make_mvtec(root, "bad")  # mended
-    second = Started(home, *arguments, folder).end()
+    assert len(re.findall(r" failed  ", first.out)) == 4
+    done = state_of(tmp_path / "sweep" / "3")
+    (tmp_path / "sweep" / "3" / "result.json").write_text("{")
+    Path("mended").touch()
+    second = in_process("-m", *arguments, folder, "hydra.launcher.jobs=2")
     assert second.code == 1
-    assert "error: 6 of 8 jobs failed" in second.err
-    assert result_of(tmp_path / "sweep" / "7")["categories"] == ["bad"]
-    assert done == (tmp_path / "sweep" / "6" / "result.json").stat().st_mtime_ns
+    assert "error: 3 of 5 jobs failed" in second.err
+    assert f"{tmp_path}/sweep/3/result.json: not readable as a result" in second.out
+    assert state_of(tmp_path / "sweep" / "3") == done
+    assert result_of(tmp_path / "sweep" / "4")["method"] == "crash"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("result.json", "[1]", "result.json: not a result of this version"),
+        ("result.json", '{"schema": 1, "metrics": {}}', "result.json: no 'validation' in it; job 0 is evaluated again"),
+        ("checkpoints/config.json", "{", "config.json: damaged .*; job 0 begins anew"),
+    ],
+)
+def test_damaged_files_of_a_job(name, content, told, tmp_path, caplog):
+    """Named, put aside, and the job is not held for done."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "config.json").write_text('{"config": {}}')
+    (tmp_path / "checkpoints" / "last.ckpt").write_text("weights")
+    (tmp_path / name).write_text(content)
+    job = Job(0, [], tmp_path, None, {}, 0, False)
+    before_now(job)
+    assert re.search(told, caplog.text)
+    assert (job.state, job.result) == ("waiting", None)
+    assert job.resume == (name == "result.json")
+    assert not (tmp_path / name).exists()
+    assert (tmp_path / "checkpoints" / "last.ckpt").exists() == job.resume
 
 
 @pytest.mark.slow
@@ -300,6 +195,42 @@ def test_killed_again_and_again(home, undisturbed, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_killed_at_ten_random_moments(home, undisturbed, tmp_path):
+    """Whatever is there then: the launcher, the fork server, a job. Started again it ends as if undisturbed."""
+    number = random.Random(4)
+    sweeps, kills = 0, list[tuple[str, float]]()
+    victims = ["launcher", "server", "job"] * 3 + ["job"]
+    number.shuffle(victims)
+    while len(kills) < len(victims):
+        folder = tmp_path / str(sweeps)
+        begun = Started(home, *STUDY, PAUSE, f"hydra.sweep.dir={folder}")
+        role = victims[len(kills)]
+        there = {"launcher": 1, "server": 2, "job": 3}[role]  # processes, when the victim is among them
+        while len(begun.alive()) < there and begun.process.poll() is None:
+            time.sleep(0.005)
+        moment = number.uniform(0, 3)
+        time.sleep(moment)
+        alive = begun.alive()
+        if len(alive) >= there:
+            os.kill(
+                {"launcher": alive[0], "server": alive[min(1, len(alive) - 1)], "job": alive[-1]}[role], signal.SIGKILL
+            )
+            kills.append((role, round(moment, 2)))
+        code = begun.end().code  # which waits until none of its processes is left
+        if code == 0:  # it was done before
+            assert [state_of(folder / job) for job in "012"] == undisturbed
+            sweeps += 1
+        else:
+            assert code == (-signal.SIGKILL if role == "launcher" else 1)
+    folder = tmp_path / str(sweeps)
+    done = Started(home, *STUDY, PAUSE, f"hydra.sweep.dir={folder}").end()
+    assert done.code == 0, done.err
+    assert [state_of(folder / job) for job in "012"] == undisturbed
+    print(f"{len(kills)} kills over {sweeps + 1} sweeps: {kills}")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_beside_another(home, undisturbed, tmp_path, number):
     """Two sweeps at once; one of them is ended, which the other doesn't notice."""
@@ -320,13 +251,6 @@ def test_interrupted_beside_another(home, undisturbed, tmp_path, number):
 # --- what is refused ---
 
 
-def assert_refused(message: str, *arguments: str) -> None:
-    outcome = in_process("-m", *arguments)
-    assert outcome.code == 2
-    assert re.match(rf"error: .*{message}", outcome.err), outcome.err
-    assert outcome.err.count("\n") == 1
-
-
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
@@ -334,7 +258,7 @@ def assert_refused(message: str, *arguments: str) -> None:
         ("hydra.launcher.jobs=0", "hydra.launcher.jobs=0: give a whole number from 1"),
         ("hydra.launcher.jobs=many", "jobs.*many"),
         ("hydra.launcher.threads=0", "hydra.launcher.threads=0: give a whole number from 1"),
-        ("hardware.nodes=2", "hardware.nodes=2: hydra/launcher=processes has this machine alone"),
+        ("hardware.nodes=2", "hardware.nodes=2: hydra/launcher=processes runs a job on one machine alone; choose"),
         ("objective=metrics.image_auroc", "objective=metrics.image_auroc: .*the test set chooses nothing"),
         ("data.batch_size=0", "data.batch_size=0: give"),
         ("hydra.sweep.subdir=same", "hydra.sweep.subdir: two jobs share the folder same"),

@@ -1,0 +1,68 @@
+"""Which rank of a run this process is, and whether its ranks can find each other. Imports nothing heavy."""
+
+import os
+from typing import Any
+
+from anomalib_lite.errors import UserError
+
+
+def is_first(hardware: dict[str, Any]) -> bool:
+    """Whether this process is the run's rank 0, or will start the others."""
+    names = ("SLURM_PROCID",) if under_slurm(hardware) else ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK")
+    return all(os.environ.get(name, "0") == "0" for name in names)
+
+
+def under_slurm(hardware: dict[str, Any]) -> bool:
+    return hardware.get("ranks") == "slurm" and "SLURM_NTASKS" in os.environ
+
+
+def slurm_tasks(hardware: dict[str, Any]) -> int:
+    """How many tasks SLURM has started on each node.
+
+    Raises:
+        UserError: other numbers than the run's, under which it would wait for ranks that never come.
+    """
+    tasks = int(os.environ["SLURM_NTASKS"])
+    nodes = int(os.environ.get("SLURM_NNODES") or os.environ.get("SLURM_JOB_NUM_NODES") or 1)
+    if hardware["nodes"] != nodes:
+        raise UserError(f"hardware.nodes={hardware['nodes']}: SLURM has started {nodes}; give hardware.nodes={nodes}")
+    wanted = tasks // nodes if hardware["devices"] == "auto" else hardware["devices"]
+    if wanted * nodes != tasks:
+        raise UserError(
+            f"hardware.devices={hardware['devices']}: SLURM has started {tasks} tasks on {nodes} nodes, and a task is "
+            f"a device's rank; give sbatch --ntasks-per-node={wanted}, or the same hardware.devices"
+        )
+    return wanted
+
+
+def check(hardware: dict[str, Any], launcher: str | None) -> None:
+    """Refuse ranks that would run into each other or wait for ever. `launcher`: of a sweep in this process."""
+    devices, nodes = hardware["devices"], hardware["nodes"]
+    several = nodes > 1 or devices not in ("auto", 1)
+    if launcher and (several or hardware.get("ranks") == "slurm"):
+        raise UserError(several_in_one_process(devices, launcher))
+    started = int(os.environ.get("SLURM_NTASKS", 1))
+    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    if hardware.get("ranks") == "slurm":
+        if "SLURM_NTASKS" not in os.environ or "SLURM_PROCID" not in os.environ:
+            raise UserError(
+                "hardware=slurm: SLURM has not started this process; start it with srun, sweep with "
+                "-m hydra/launcher=submitit_slurm, or choose another hardware"
+            )
+        slurm_tasks(hardware)
+    elif started > 1 and "SLURM_STEP_ID" in os.environ and not interactive and "RANK" not in os.environ:
+        raise UserError(
+            f"hardware: srun has started {started} of these processes, which would all do the same; add hardware=slurm"
+        )
+    elif nodes > 1 and not os.environ.keys() & {"MASTER_ADDR", "TORCHELASTIC_RUN_ID"}:
+        raise UserError(
+            f"hardware.nodes={nodes}: nothing says where the other machines are; use torchrun, or start the same "
+            "command on each with MASTER_ADDR, MASTER_PORT and NODE_RANK set, or hardware=slurm"
+        )
+
+
+def several_in_one_process(devices: Any, launcher: str) -> str:
+    return (
+        f"hardware.devices={devices} in a sweep with hydra/launcher={launcher}: the ranks of one job run into the "
+        "next; leave it out, hydra/launcher=processes gives every job a process of its own"
+    )
