@@ -123,7 +123,7 @@ class Training(L.Callback):
 
     def finished(self, trainer: L.Trainer) -> bool:
         total = self.total(trainer) if self.max_epochs != 0 else 0
-        return total is not None and self.steps >= total
+        return (total is not None and self.steps >= total) or getattr(trainer.lightning_module, "stopped_early", False)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.begun, module.total_steps = True, self.total(trainer) or 0  # type: ignore[assignment]

@@ -49,7 +49,12 @@ def make_method(
     cfg: dict[str, Any], backbone: Backbone | None, data: AnomalyDataModule, categories: list[str]
 ) -> AnomalyModule:
     """The method, with what the base of all methods is told beside the `method` group."""
-    context = {"image_size": data.image_size, "categories": categories, "precision": cfg["hardware"]["precision"]}
+    context = {
+        "image_size": data.image_size,
+        "test_size": data.test_size,
+        "categories": categories,
+        "precision": cfg["hardware"]["precision"],
+    }
     model = instantiate(cfg["method"], backbone=backbone, scoring=cfg["scoring"], **context, _convert_="all")
     if open_keys := [key for key, value in model.scoring.items() if value == "auto"]:
         raise UserError(f"scoring.{open_keys[0]}=auto: this method has none of its own; give a value")
@@ -154,7 +159,7 @@ def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyMod
     if device == "gpu" and not torch.cuda.is_available():
         raise UserError("device=gpu: no GPU is visible here; choose device=cpu or device=auto")
     options = lightning_options(cfg["hardware"] | {"accelerator": device, "devices": 1, "nodes": 1}, multirun=False)
-    data = instantiate(cfg["data"])
+    data = instantiate(cfg["data"], category=stored["categories"])
     backbone = None
     if cfg["backbone"]["name"] is not None:  # the checkpoint holds the backbone's weights too
         backbone = instantiate(cfg["backbone"], weights="none", precision=cfg["hardware"]["precision"])
@@ -197,7 +202,8 @@ def describe(
     cfg: dict[str, Any], names: dict[str, str], data: AnomalyDataModule, model: AnomalyModule
 ) -> dict[str, Any]:
     """What was run, on which data, under which protocol."""
-    default = [{"resize": list(data.image_size), "filter": cfg["data"]["resample"], "as": "PIL, antialiased"}]
+    default = [{"resize": list(data.test_size), "filter": cfg["data"]["resample"], "as": "PIL, antialiased"}]
+    default = [] if data.test_size == "original" else default
     apart = ("quantile", "fpr_limits", "map_size")
     scoring = {key: value for key, value in model.scoring.items() if key not in apart}
     backbone = model.backbone

@@ -1,11 +1,18 @@
 """Corruption of a normal image by a few random shapes filled with something else (recipe of the self-supervised
-autoencoder, Bauer et al., arXiv 2206.11723, as recalled from re-implementations). It makes validation anomalies from
-held-out training images. The synthetic data set's defects are drawn by other code, so that no method trains on them.
+autoencoder, Bauer et al., arXiv 2206.11723, as recalled from re-implementations). It makes that method's training
+images (`data.corrupt`), and validation anomalies from held-out training images of all methods. The synthetic data
+set's defects are drawn by other code, so that no method trains on them.
 """
+
+from functools import lru_cache
+from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.random import Generator
+
+from anomalib_lite.data.samples import load_rgb
+from anomalib_lite.errors import UserError
 
 SHAPES = {"stain": 0.6, "perlin": 0.2, "rectangle": 0.1, "line": 0.1}
 CONTENTS = {"elastic": 0.4, "texture": 0.3, "elsewhere": 0.2, "colour": 0.05, "blur": 0.05}
@@ -13,6 +20,8 @@ AREA = (0.005, 0.2)  # changed pixels as a share of the image
 MAX_SHAPES = 3
 MAX_BETA = 0.8  # weight of the clean image inside a shape is β ~ U(0, MAX_BETA)
 STAIN_AXES, STAIN_POINTS = (0.01, 0.12), 20  # semi-axes as shares of the shorter side; points of the jittered contour
+TRIES = 100  # before all contents are allowed
+Box = tuple[slice, slice]  # the rows and columns of an image that a shape covers
 
 
 def corrupt(
@@ -20,36 +29,61 @@ def corrupt(
     rng: Generator,
     *,
     p_clean: float = 0.0,
-    shapes: dict[str, float] = SHAPES,
-    contents: dict[str, float] = CONTENTS,
+    shapes: dict[str, float] | None = None,
+    contents: dict[str, float] | None = None,
     area: tuple[float, float] = AREA,
     max_shapes: int = MAX_SHAPES,
     max_beta: float = MAX_BETA,
+    textures: str | Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The corrupted image uint8 [H, W, 3] and the mask bool [H, W] of the pixels that changed; `image` stays as it is.
 
-    `shapes` and `contents` give each kind its probability. The mask's share of the image lies within `area`, so it is
-    never empty, unless the image is left clean, which happens with probability `p_clean`.
+    `shapes` and `contents` give each kind its probability (None: SHAPES, CONTENTS). The mask's share of the image lies
+    within `area`, so it is never empty, unless the image is left clean, which happens with probability `p_clean`.
+    `textures` is a folder of images to take foreign textures from; None draws them.
     """
     if p_clean and rng.random() < p_clean:
         return image.copy(), np.zeros(image.shape[:2], bool)
+    chosen = _known("shapes", shapes or SHAPES, SHAPES)
+    fillings = _known("contents", contents or CONTENTS, CONTENTS)
+    tries = 0
     while True:  # a shape may be too small or too large, and a flat patch looks the same when deformed: draw again
         result = image.copy()
         for _ in range(rng.integers(1, max_shapes + 1)):
-            inside = _SHAPES[_pick(shapes, rng)](image.shape[0], image.shape[1], rng)
+            inside = _SHAPES[_pick(chosen, rng)](image.shape[0], image.shape[1], rng)
             if not area[0] / max_shapes < inside.mean() < area[1]:
                 continue  # saves the content, which takes longest
-            weight = inside[..., None] * (1 - rng.uniform(0, max_beta))
-            content = _CONTENTS[_pick(contents, rng)](image, rng)
-            result = np.rint(result + weight * (content - result.astype(np.float32))).astype(np.uint8)
+            kind, box = _pick(fillings if tries < TRIES else CONTENTS, rng), _box(inside)
+            weight = inside[box][..., None] * np.float32(1 - rng.uniform(0, max_beta))
+            if kind == "texture" and textures is not None:
+                content = _from_folder(image, rng, box, str(textures))
+            else:
+                content = _CONTENTS[kind](image, rng, box)
+            patch = result[box].astype(np.float32)
+            result[box] = np.rint(patch + weight * (content - patch)).astype(np.uint8)
         mask = (result != image).any(-1)
         if area[0] <= mask.mean() <= area[1]:
             return result, mask
+        tries += 1
+
+
+def _known(option: str, weights: dict[str, float], known: dict[str, float]) -> dict[str, float]:
+    for name, weight in weights.items():
+        if name not in known or not isinstance(weight, int | float) or weight < 0:
+            raise UserError(f"data.corrupt.{option}={weights}: give probabilities of {', '.join(known)}")
+    if not any(weights.values()):
+        raise UserError(f"data.corrupt.{option}={weights}: give at least one of them a probability above 0")
+    return weights
 
 
 def _pick(weights: dict[str, float], rng: Generator) -> str:
     p = np.array(list(weights.values()), np.float64)
     return list(weights)[rng.choice(len(p), p=p / p.sum())]
+
+
+def _box(inside: np.ndarray) -> Box:
+    x, y, width, height = cv2.boundingRect((inside > 0).astype(np.uint8))
+    return slice(y, y + height), slice(x, x + width)
 
 
 # Shapes: (height, width, rng) -> float32 [H, W] in [0, 1].
@@ -90,13 +124,13 @@ def _perlin_shape(height: int, width: int, rng: Generator) -> np.ndarray:
     return (_perlin(height, width, rng) > 0.5).astype(np.float32)
 
 
-def _perlin(height: int, width: int, rng: Generator) -> np.ndarray:
-    """Perlin's gradient noise [H, W], about -1..1, with 2 to 32 cells along each side."""
+def _perlin(height: int, width: int, rng: Generator, box: Box = (slice(None), slice(None))) -> np.ndarray:
+    """Perlin's gradient noise, about -1..1, with 2 to 32 cells along each side of [H, W]: the part in `box`."""
     cells = 2 ** rng.integers(1, 6, 2)
-    y, x = (np.arange(n, dtype=np.float32) * c / n for n, c in zip((height, width), cells, strict=True))
-    i, j = y.astype(int), x.astype(int)
-    v, u = (y - i)[:, None], (x - j)[None]
     angle = rng.uniform(0, 2 * np.pi, cells + 1).astype(np.float32)
+    y, x = (np.arange(n, dtype=np.float32)[s] * c / n for n, c, s in zip((height, width), cells, box, strict=True))
+    i, j = y.astype(int), x.astype(int)
+    v, u = (y - i).astype(np.float32)[:, None], (x - j).astype(np.float32)[None]
     gy, gx = np.sin(angle), np.cos(angle)
 
     def corner(a: int, b: int) -> np.ndarray:
@@ -104,46 +138,80 @@ def _perlin(height: int, width: int, rng: Generator) -> np.ndarray:
         return gy[at] * (v - a) + gx[at] * (u - b)
 
     fade_v, fade_u = (t**3 * (t * (6 * t - 15) + 10) for t in (v, u))
-    top = corner(0, 0) * (1 - fade_u) + corner(0, 1) * fade_u
-    bottom = corner(1, 0) * (1 - fade_u) + corner(1, 1) * fade_u
-    return np.sqrt(2) * (top * (1 - fade_v) + bottom * fade_v)
+    top, bottom = (corner(a, 0) + fade_u * (corner(a, 1) - corner(a, 0)) for a in (0, 1))
+    return np.float32(np.sqrt(2)) * (top + fade_v * (bottom - top))
 
 
-# Contents: (image, rng) -> [H, W, 3] in 0..255, the whole image; the shape cuts out its part.
+# Contents: (image, rng, box) -> [h, w, 3] in 0..255, what the shape's box is filled with.
 
 
-def _elastic(image: np.ndarray, rng: Generator) -> np.ndarray:
+def _grid(box: Box) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of each pixel of the box, float32 [h, w]."""
+    return np.meshgrid(*(np.arange(s.start, s.stop, dtype=np.float32) for s in box), indexing="ij")  # type: ignore
+
+
+def _elastic(image: np.ndarray, rng: Generator, box: Box) -> np.ndarray:
     height, width = image.shape[:2]
-    reach = rng.uniform(0.02, 0.08) * min(height, width)
-    y, x = np.indices((height, width), np.float32)
-    x, y = (axis + np.float32(reach) * _perlin(height, width, rng).astype(np.float32) for axis in (x, y))
+    reach = np.float32(rng.uniform(0.02, 0.08) * min(height, width))
+    y, x = (axis + reach * _perlin(height, width, rng, box) for axis in _grid(box))
     return cv2.remap(image, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
 
 
-def _texture(image: np.ndarray, rng: Generator) -> np.ndarray:
+def _texture(image: np.ndarray, rng: Generator, box: Box) -> np.ndarray:
     """A foreign texture: stripes, clouds or speckles between two colours."""
     height, width = image.shape[:2]
     kind, one, two = rng.integers(3), *rng.uniform(0, 255, (2, 3)).astype(np.float32)
+    y, x = _grid(box)
     if kind == 0:
-        y, x = np.indices((height, width), np.float32)
-        wave = rng.uniform(4, 40, 2) * rng.choice([-1, 1], 2) * 2 * np.pi / (width, height)
+        wave = (rng.uniform(4, 40, 2) * rng.choice([-1, 1], 2) * 2 * np.pi / (width, height)).astype(np.float32)
         mix = 0.5 + 0.5 * np.sin(wave[0] * x + wave[1] * y)
     else:
-        mix = 0.5 + 0.5 * _perlin(height, width, rng) if kind == 1 else rng.random((height, width), np.float32)
-    return one + mix[..., None].astype(np.float32) * (two - one)
+        mix = 0.5 + 0.5 * _perlin(height, width, rng, box) if kind == 1 else rng.random(x.shape, np.float32)
+    return one + mix[..., None] * (two - one)
 
 
-def _elsewhere(image: np.ndarray, rng: Generator) -> np.ndarray:
+def _from_folder(image: np.ndarray, rng: Generator, box: Box, folder: str) -> np.ndarray:
+    """A part of the box's size out of one of the folder's images, which is enlarged if it is smaller than `image`."""
+    files = _texture_files(folder)
+    texture = load_rgb(files[rng.integers(len(files))])
+    scale = max(n / m for n, m in zip(image.shape[:2], texture.shape[:2], strict=True))
+    if scale > 1:
+        size = [max(n, round(scale * m)) for n, m in zip(image.shape[:2], texture.shape[:2], strict=True)]
+        texture = cv2.resize(texture, size[::-1], interpolation=cv2.INTER_LINEAR)
+    sides = [s.stop - s.start for s in box]
+    top, left = (int(rng.integers(n - side + 1)) for n, side in zip(texture.shape[:2], sides, strict=True))
+    return texture[top : top + sides[0], left : left + sides[1]]
+
+
+@lru_cache(maxsize=4)
+def _texture_files(folder: str) -> list[Path]:
+    suffixes = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+    path = Path(folder).expanduser()
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith("."))
+    if not files:
+        raise UserError(f"data.corrupt.textures={folder}: no folder with images; give one such as DTD's, or null")
+    return files
+
+
+def _elsewhere(image: np.ndarray, rng: Generator, box: Box) -> np.ndarray:
+    """The patch that lies a random shift away, around the image's borders."""
     shift = [int(rng.integers(n // 8, n - n // 8)) for n in image.shape[:2]]
-    return np.roll(image, shift, (0, 1))
+    rows, columns = ((np.arange(s.start, s.stop) - d) % n for s, d, n in zip(box, shift, image.shape, strict=False))
+    return image[np.ix_(rows, columns)]
 
 
-def _colour(image: np.ndarray, rng: Generator) -> np.ndarray:
-    return np.clip(image * rng.uniform(0.6, 1.4, 3) + rng.uniform(-60, 60, 3), 0, 255)
+def _colour(image: np.ndarray, rng: Generator, box: Box) -> np.ndarray:
+    gain, offset = (rng.uniform(low, high, 3).astype(np.float32) for low, high in ((0.6, 1.4), (-60, 60)))
+    return np.clip(image[box] * gain + offset, 0, 255)
 
 
-def _blur(image: np.ndarray, rng: Generator) -> np.ndarray:
-    return cv2.GaussianBlur(image, (0, 0), rng.uniform(0.008, 0.03) * min(image.shape[:2]))
+def _blur(image: np.ndarray, rng: Generator, box: Box) -> np.ndarray:
+    sigma = rng.uniform(0.008, 0.03) * min(image.shape[:2])
+    margin = int(4 * sigma) + 1  # as far as the filter reaches
+    (top, rows), (left, columns) = ((max(s.start - margin, 0), s) for s in box)
+    around = image[top : rows.stop + margin, left : columns.stop + margin]
+    blurred = cv2.GaussianBlur(around, (0, 0), sigma)
+    return blurred[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
 
 
 _SHAPES = {"stain": _stain, "perlin": _perlin_shape, "rectangle": _rectangle, "line": _line}

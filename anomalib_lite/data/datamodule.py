@@ -26,8 +26,13 @@ from anomalib_lite.data.loading import (
     one_thread,
 )
 from anomalib_lite.data.samples import DataSet, Sample
-from anomalib_lite.data.transforms import Pipeline, Resize, build, pair
+from anomalib_lite.data.transforms import Crop, Pipeline, Resize, build, pair
 from anomalib_lite.errors import UserError
+
+TEXTURES = {  # what `treatment="auto"` knows, by the data set's name
+    "mvtec": {"carpet", "grid", "leather", "tile", "wood"},
+    "synthetic": {"fabric", "wood"},
+}
 
 
 class AnomalyDataModule(L.LightningDataModule):
@@ -38,7 +43,7 @@ class AnomalyDataModule(L.LightningDataModule):
         root: The data set's folder; after `setup` as an absolute path.
         category: A name, a list of names, or "all".
         name: What results call the data set.
-        image_size: A side or [height, width], for the default transform.
+        image_size: A side or [height, width], for the default transform; of a texture, the training crops' size.
         batch_size: Training images a step, over all devices together.
         eval_batch_size: Images a batch and device elsewhere.
         workers: Loader processes a device, or "auto".
@@ -53,6 +58,12 @@ class AnomalyDataModule(L.LightningDataModule):
         resample: Filter of the default transform.
         check: "fast" (headers and file ends) or "thorough" (decode everything).
         drop_last: Leave out an epoch's last incomplete batch.
+        corrupt: (uint8 image, rng) -> (image, mask), such as `corruptions.corrupt` with its parameters: training
+            batches then carry the corrupted `image`, `clean` and `corruption_mask`; None leaves them as they are.
+        treatment: "object": images are resized to `image_size`. "texture": training sees random crops of that size,
+            test and prediction the whole image, both at `texture_size`. "auto": by TEXTURES.
+        texture_size: A side, [height, width], or "original", where nothing is resized and images are evaluated one by
+            one, with maps of their own sizes.
         map_size: At which evaluated masks come as `truth` too: (H, W), or "original" for each image's own size, which
             then comes as `size`; see `loading.ImageSet`. Not with a `transform`, which may move pixels.
 
@@ -81,6 +92,9 @@ class AnomalyDataModule(L.LightningDataModule):
         check: str = "fast",
         drop_last: bool = False,
         balanced: bool = False,
+        corrupt: Callable[..., tuple[np.ndarray, np.ndarray]] | None = None,
+        treatment: str = "object",
+        texture_size: int | Sequence[int] | str = "original",
         map_size: int | Sequence[int] | str | None = None,
     ):
         super().__init__()
@@ -101,11 +115,12 @@ class AnomalyDataModule(L.LightningDataModule):
             drop_last,
         )
         self.balanced = balanced
+        self.corrupt, self.treatment, self.texture_size = corrupt, treatment, texture_size
+        self.transform, self.augment, self.normalize, self.resample = transform, augment or (), normalize, resample
+        self.notes: list[str] = []
         self._validate()
-        transform = [Resize(self.image_size, resample)] if transform is None else transform
-        self.eval_pipeline = build(transform, normalize=normalize)
-        self.train_pipeline = build(transform, augment or (), normalize)
-        self.augment = list(augment or ())
+        names = [category] if isinstance(category, str | int) else list(category)
+        self._build_pipelines([] if category == "all" else [str(name) for name in names])
         self.images_needed = True
         self._ready = False
         self._resume: tuple[int, int] | None = None
@@ -121,9 +136,38 @@ class AnomalyDataModule(L.LightningDataModule):
             raise UserError(f"data.val_fraction={self.val_fraction} must be at least 0 and below 1")
         if self.check not in ("fast", "thorough"):
             raise UserError(f"data.check={self.check} is not known: choose fast or thorough")
-        for option, value in (("data.reader", self.reader), ("split", self.split)):
-            if not (callable(value) or (option == "split" and value is None)):
+        if self.treatment not in ("auto", "object", "texture"):
+            raise UserError(f"data.treatment={self.treatment} is not known: choose auto, object or texture")
+        if self.treatment == "texture" and self.transform is not None:
+            raise UserError(
+                "data.treatment=texture: goes without data.transform; give data.texture_size and data.augment"
+            )
+        for option, value in (("data.reader", self.reader), ("split", self.split), ("data.corrupt", self.corrupt)):
+            if not (callable(value) or (option != "data.reader" and value is None)):
                 raise UserError(f"{option}={value} must be a _target_ with _partial_: true; see the files of conf/data")
+
+    def _build_pipelines(self, categories: list[str]) -> None:
+        """The transforms, once it is known whether the categories are textures."""
+        known = [name in TEXTURES.get(self.name or "", ()) for name in categories]
+        auto = self.treatment == "auto" and self.transform is None and any(known)
+        if auto and not all(known):
+            names = ", ".join(name for name, is_one in zip(categories, known, strict=True) if is_one)
+            self.notes.append(f"data.treatment=auto: {names} treated as objects, as the other categories are")
+        self.texture = self.treatment == "texture" or (auto and all(known))
+        #: (H, W) of images in test, or "original": each has its own
+        self.test_size: tuple[int, int] | str = self.image_size
+        transform, crop = self.transform, []
+        if self.texture:
+            self.test_size = self.texture_size if self.texture_size == "original" else pair(self.texture_size)  # type: ignore
+            crop = [Crop(self.image_size)]
+        if transform is None:
+            transform = [] if isinstance(self.test_size, str) else [Resize(self.test_size, self.resample)]
+        if self.test_size == "original":
+            self.eval_batch_size, self.map_size = 1, self.map_size or "original"
+        self.eval_pipeline = build(transform, normalize=self.normalize)
+        self.train_pipeline = build(transform, [*crop, *self.augment] if crop else self.augment, self.normalize)
+        #: whether training sees images as test does, so that their frozen features may be computed once
+        self.varies = bool(crop or self.augment or self.corrupt)
 
     def setup(self, stage: str | None = None) -> None:
         """Read, check, split and hold out, once; `stage` does not matter."""
@@ -138,6 +182,7 @@ class AnomalyDataModule(L.LightningDataModule):
         self.notes = data.notes + self.kept.notes + checks.check(data, thorough=self.check == "thorough")
         self.root = data.root
         self.fingerprint = fingerprint(data)
+        self._build_pipelines(self.categories)
         self.test_samples = data.test
         self.train_samples, self.val_samples = self._hold_out(data.train)
         self.train_counts = {c: sum(s.category == c for s in self.train_samples) for c in self.categories}
@@ -181,7 +226,14 @@ class AnomalyDataModule(L.LightningDataModule):
         classes = [s.category for s in self.train_samples] if self.balanced else None
         how = (self.batch_size, self.seed, rank, world, self.drop_last, self._take_resume, classes)
         batches = TrainBatches(len(self.train_samples), *how)
-        dataset = self._images(self.train_samples, self.train_pipeline, self.images_needed)
+        dataset = ImageSet(
+            self.train_samples,
+            self.categories,
+            self.train_pipeline,
+            self.seed,
+            self.images_needed,
+            corrupt=self.corrupt,
+        )
         return self._loader(dataset, persistent=True, batch_sampler=batches)
 
     def normal_dataloader(self, sharded: bool = False) -> DataLoader:
@@ -192,7 +244,9 @@ class AnomalyDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader | list:
         if not self.val_samples:
             return []
-        return self._in_order(self._evaluated(self.val_samples), sharded=True, persistent=True)
+        dataset = self._evaluated(self.val_samples)
+        dataset.pairs = self.corrupt is not None
+        return self._in_order(dataset, sharded=True, persistent=True)
 
     def test_dataloader(self) -> DataLoader:
         return self._in_order(self._evaluated(self.test_samples), sharded=True)
@@ -200,6 +254,7 @@ class AnomalyDataModule(L.LightningDataModule):
     def new_dataloader(self, files: Sequence[Path], category: int, batch_size: int, workers: int) -> DataLoader:
         """Images that belong to no data set, in order; `damaged` of a batch lists what could not be read of it."""
         images = NewImages(files, category, self.eval_pipeline)
+        batch_size = 1 if self.test_size == "original" else batch_size
         return DataLoader(images, batch_size, num_workers=workers, collate_fn=collate_readable)
 
     def resume_at(self, epoch: int, batch: int) -> None:

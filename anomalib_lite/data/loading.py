@@ -4,7 +4,6 @@ Everything random depends on the seed and on a sample's place only, never on wor
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from anomalib_lite.errors import UserError
 
 CORRUPTED = "corrupted"  # the `defect` of a held-out training image that gets an artificial one
 MapSize = tuple[int, int] | str | None  # of maps that are compared with masks: (H, W), "original", None: the input's
-AUGMENT, SHUFFLE, HOLD_OUT, CORRUPT = range(4)  # streams of random numbers, each seeded by (seed, stream, ...)
+# streams of random numbers, each seeded by (seed, stream, ...)
+AUGMENT, SHUFFLE, HOLD_OUT, CORRUPT, CORRUPT_TRAINING = range(5)
 
 
 BALANCE = 101  # a stream as well: the draws of balanced training
@@ -36,6 +36,9 @@ class ImageSet(Dataset):
     """Samples by position, or by (epoch, position) where the augmentation should differ from epoch to epoch.
 
     With a `map_size` an item has `truth` too, the mask at that size, and with "original" its image's `size` (H, W).
+    With `corrupt`, (uint8 image, rng) -> (image, mask), `image` is corrupted anew in every epoch, `clean` is as it was
+    and `corruption_mask` says where they differ; `pairs` gives these two without that, for held-out images, of which
+    those marked as CORRUPTED are, always in the same way.
     """
 
     def __init__(
@@ -46,12 +49,15 @@ class ImageSet(Dataset):
         seed: int,
         images: bool = True,
         map_size: MapSize = None,
+        corrupt: Callable[..., tuple[np.ndarray, np.ndarray]] | None = None,
+        pairs: bool = False,
     ):
         self.samples = samples
         self.categories = {name: i for i, name in enumerate(categories)}
         self.pipeline = pipeline
         self.seed = seed
         self.images, self.map_size = images, map_size
+        self.corrupt, self.pairs = corrupt, pairs or corrupt is not None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -73,25 +79,33 @@ class ImageSet(Dataset):
     def _load(self, sample: Sample, epoch: int, index: int) -> dict[str, Any]:
         image = load_rgb(sample.path)
         mask = np.zeros(image.shape[:2], bool) if sample.mask is None else load_mask(sample.mask)
-        corrupt = None
-        if sample.defect == CORRUPTED:
-            from anomalib_lite.data.corruptions import corrupt as corrupt_image  # only runs that validate need it
+        clean, truth = self.pipeline.transform(image, mask, (self.seed, AUGMENT, epoch, index))
+        shown, changed = clean, np.zeros(clean.shape[:2], bool)
+        held_out = sample.defect == CORRUPTED
+        if held_out:
+            from anomalib_lite.data.corruptions import corrupt  # only runs that validate need it
 
-            corrupt = partial(corrupt_image, rng=np.random.default_rng([self.seed, CORRUPT, index]))
-        item: dict[str, Any] = {}
-        item["image"], item["mask"] = self.pipeline(image, mask, (self.seed, AUGMENT, epoch, index), corrupt)
+            shown, changed = corrupt(clean, np.random.default_rng([self.seed, CORRUPT, index]))
+            truth = changed
+        elif self.corrupt is not None:
+            shown, changed = self.corrupt(clean, np.random.default_rng([self.seed, CORRUPT_TRAINING, epoch, index]))
+        item: dict[str, Any] = {"image": self.pipeline.tensor(shown), "mask": torch.from_numpy(truth)}
+        if self.pairs:
+            item["clean"] = self.pipeline.tensor(clean)
+            item["corruption_mask"] = torch.from_numpy(changed)
         if self.map_size == "original":
             item["size"] = mask.shape
         if self.map_size is not None:
             size = mask.shape if isinstance(self.map_size, str) else self.map_size
-            item["truth"] = torch.from_numpy(resize_mask(mask if corrupt is None else item["mask"].numpy(), size))
+            item["truth"] = torch.from_numpy(resize_mask(truth if held_out else mask, size))
         return item
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch: image float32 [B, 3, H, W], mask bool [B, H, W], label, category, index int64 [B], path list.
 
-    Where items have them: `size` int64 [B, 2], and `truth`, a list of bool [H_i, W_i].
+    Where items have them: `size` int64 [B, 2], `truth`, a list of bool [H_i, W_i], `clean` float32 [B, 3, H, W] and
+    `corruption_mask` bool [B, H, W].
     """
     numbers = [key for key in ("label", "category", "index", "size") if key in items[0]]
     batch: dict[str, Any] = {key: torch.tensor([item[key] for item in items]) for key in numbers}
@@ -102,8 +116,9 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
                 raise LoadError(
                     f"{item['path']}: another size than the rest of its batch; add a Resize to data.transform"
                 )
-        batch["image"] = torch.stack([item["image"] for item in items])
-        batch["mask"] = torch.stack([item["mask"] for item in items])
+        for key in ("image", "mask", "clean", "corruption_mask"):
+            if key in items[0]:
+                batch[key] = torch.stack([item[key] for item in items])
     if "truth" in items[0]:
         batch["truth"] = [item["truth"] for item in items]
     return batch

@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before the import: it would ask the network for its newest version
 
@@ -49,6 +50,27 @@ class Resize(A.DualTransform):
         return ("size", "resample")
 
 
+class Crop(A.RandomCrop):
+    """A random part of `size` (height, width): what a texture is trained on."""
+
+    def __init__(self, size: int | Sequence[int], p: float = 1.0):
+        self.size = pair(size)
+        super().__init__(*self.size, p=p)
+
+    def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
+        height, width = params["shape"][:2]
+        if height < self.size[0] or width < self.size[1]:
+            crop = "×".join(map(str, self.size))
+            raise UserError(
+                f"data.image_size: the crops of {crop} that a texture is trained on don't fit into an image of "
+                f"{height}×{width}; give a smaller one, a larger data.texture_size, or data.treatment=object"
+            )
+        return super().get_params_dependent_on_data(params, data)
+
+    def get_transform_init_args_names(self) -> tuple[str, ...]:
+        return ("size",)
+
+
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A bool mask at (height, width), by PIL's nearest, as `Resize` brings it there."""
     return mask if mask.shape == size else _resized(mask.astype(np.uint8), size, Image.Resampling.NEAREST) > 0
@@ -83,6 +105,11 @@ class Pipeline:
         self.mean = torch.tensor(mean).view(3, 1, 1)
         self.std = torch.tensor(std).view(3, 1, 1)
 
+    def description(self) -> dict[str, Any]:
+        """All that decides what becomes of an image, as plain Python; NotImplementedError if a transform hides it."""
+        normalize = {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
+        return {"transforms": A.to_dict(self.compose)["transform"], "normalize": normalize}
+
     def __call__(
         self, image: np.ndarray, mask: np.ndarray, seed: Sequence[int] = (0,), corrupt: Corrupt | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -91,6 +118,13 @@ class Pipeline:
         Equal seeds (a few non-negative integers) give equal augmentations. `corrupt` sees the uint8 image [h, w, 3]
         after all transforms, so that no crop cuts its defect off, and its mask replaces the given one.
         """
+        image, mask = self.transform(image, mask, seed)
+        if corrupt is not None:
+            image, mask = corrupt(image)
+        return self.tensor(image), torch.from_numpy(np.ascontiguousarray(mask))
+
+    def transform(self, image: np.ndarray, mask: np.ndarray, seed: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The albumentations part: uint8 [h, w, 3] and bool [h, w]."""
         # Not Compose.set_random_seed: it gives every transform a generator of the same seed, so that two flips with
         # p=0.5 always agree. One shared generator makes them independent.
         rng = np.random.default_rng(list(seed))
@@ -102,10 +136,12 @@ class Pipeline:
                 f"data.transform and data.augment must leave a uint8 image [H, W, 3], not {image.dtype} {image.shape}; "
                 "leave normalisation to data.normalize"
             )
-        if corrupt is not None:
-            image, mask = corrupt(image)
+        return image, mask
+
+    def tensor(self, image: np.ndarray) -> Tensor:
+        """Image uint8 [H, W, 3] to float32 [3, H, W], normalised."""
         tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float().div_(255)
-        return tensor.sub_(self.mean).div_(self.std), torch.from_numpy(np.ascontiguousarray(mask))
+        return tensor.sub_(self.mean).div_(self.std)
 
 
 def build(transforms: Sequence, augment: Sequence = (), normalize: str = "imagenet") -> Pipeline:

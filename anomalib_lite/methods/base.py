@@ -23,11 +23,14 @@ class AnomalyModule(L.LightningModule):
 
     - `on_fit_start()` for what is computed in closed form: `for batch in self.normal_batches(): ...`;
     - `configure_optimizers()`, where `optimizer` and `scheduler` from the configuration are not enough;
+    - `pictures(batch)` -> {title: [B, 1 or 3, H, W] in [0, 1]} for the figures, such as reconstructions;
+    - `stopped_early = True`, which ends training with the current batch, before its budget is spent;
     - `frozen_features = True`, where training and test see only a frozen backbone's outputs for unaugmented images:
       `self.features(batch)` gives them, and computes each once in a run.
 
     A batch is a dict: `image` float32 [B, 3, H, W], `mask` bool [B, H, W], `label` int64 [B], `category` int64 [B],
     `path` list of str, `index` int64 [B]. With features held in memory, training batches come without `image`.
+    With `data.corrupt` training batches have `clean`, of which `image` is a corrupted version, and `corruption_mask`.
     With scoring.map_size=original, evaluated batches have `size` int64 [B, 2], the images' own (H, W).
 
     Args:
@@ -35,11 +38,14 @@ class AnomalyModule(L.LightningModule):
         optimizer: parameters -> optimizer. scheduler: optimizer -> scheduler, stepped once a batch.
         scoring: the `scoring` group of the configuration.
         image_size: (H, W) of the input, to which maps are brought unless scoring.map_size is another size.
+        test_size: (H, W) of images in test where it is another, or "original": each has its own; None: as image_size.
         categories: names of the classes; more than one is the unified setting.
         precision: hardware.precision, for `autocast`.
     """
 
     frozen_features = False
+    stopped_early = False
+    pictures: Callable[[Batch], dict[str, Tensor]] | None = None
     autocasts = False  # whether the method's own networks run under `self.autocast()`: results say so
 
     def __init__(
@@ -49,6 +55,7 @@ class AnomalyModule(L.LightningModule):
         scheduler: Callable[..., Any] | None = None,
         scoring: dict[str, Any] | None = None,
         image_size: Sequence[int] = (256, 256),
+        test_size: Sequence[int] | str | None = None,
         categories: Sequence[str] = ("",),
         precision: str | int = "auto",
     ):
@@ -61,6 +68,7 @@ class AnomalyModule(L.LightningModule):
         defaults = {"pixel_smooth": None, "image_smooth": "same", "image_score": "max", "map_size": None}
         self.scoring = defaults | (scoring or {})
         self.image_size, self.categories = tuple(image_size), list(categories)
+        self.test_size = test_size if isinstance(test_size, str) else tuple(test_size or image_size)
         self.precision = str(precision)
         self.total_steps = 0  # the budget in batches, known when training starts
         self.store = FeatureStore()
@@ -109,7 +117,7 @@ class AnomalyModule(L.LightningModule):
     @property
     def map_size(self) -> tuple[int, ...] | str:
         """(H, W) of the maps, or "original": of each image its own."""
-        size = self.scoring["map_size"] or self.image_size
+        size = self.scoring["map_size"] or self.test_size
         return size if isinstance(size, str) else (size, size) if isinstance(size, int) else tuple(size)
 
     def score(self, batch: Batch) -> dict[str, Any]:

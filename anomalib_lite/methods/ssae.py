@@ -1,0 +1,205 @@
+"""Self-supervised autoencoder (Bauer, Nakajima, Müller, arXiv 2206.11723; Mathematics 12(24), 3988).
+
+An autoencoder is trained to give back the clean image of a partly corrupted one, so that it acts as a projection onto
+the normal manifold; the score is the squared error of one forward pass. The corruption is `data.corrupt`'s. Details
+follow re-implementations, since the paper's own were not at hand; what is ours is marked.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anomalib_lite.errors import UserError
+from anomalib_lite.methods.base import AnomalyModule, Batch
+
+DILATIONS = (1, 2, 4, 8, 16, 32)
+SKIPS = ("none", "concat", "ccm")
+CHANGED = 1.5 / 255  # |x̂ − x| > 1/255, between two 8-bit levels: 1/255 itself rounds either way in float32
+
+
+def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, dilation: int = 1) -> nn.Sequential:
+    """Convolution that keeps the size (or halves it), batch norm, LeakyReLU."""
+    padding = dilation * (kernel // 2)
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.LeakyReLU(0.01, inplace=True),
+    )
+
+
+class DilatedStack(nn.Sequential):
+    """Six residual blocks of growing dilation, [B, C, h, w] -> the same: each output sees 127 × 127 positions."""
+
+    def __init__(self, channels: int):
+        super().__init__(*(conv(channels, channels, dilation=rate) for rate in DILATIONS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = x + block(x)
+        return x
+
+
+class ConvexCombination(nn.Module):
+    """β ⊙ x_s + (1 − β) ⊙ x_d of the skip and the decoder, [B, C, h, w] each; β in (0, 1) is of that shape too.
+
+    β comes from [x_s, x_d, (x_s − x_d)²] by two 1×1 convolutions (the kernel size is ours).
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.beta = nn.Sequential(conv(3 * channels, channels, kernel=1), nn.Conv2d(channels, channels, 1))
+
+    def forward(self, skip: Tensor, decoder: Tensor) -> Tensor:
+        beta = torch.sigmoid(self.beta(torch.cat([skip, decoder, (skip - decoder).square()], 1)))
+        return decoder + beta * (skip - decoder)
+
+
+class Joint(nn.Module):
+    """Where a decoder stage meets the skip of its resolution: `none`, `concat`, or `ccm`."""
+
+    def __init__(self, skip: str, channels: int):
+        super().__init__()
+        self.merge = ConvexCombination(channels) if skip == "ccm" else None
+        self.concat = skip == "concat"
+        self.conv = conv(2 * channels if self.concat else channels, channels)
+
+    def forward(self, skip: Tensor, decoder: Tensor) -> Tensor:
+        if self.merge is not None:
+            decoder = self.merge(skip, decoder)
+        return self.conv(torch.cat([skip, decoder], 1) if self.concat else decoder)
+
+
+class Autoencoder(nn.Module):
+    """[B, 3, H, W] -> [B, 3, H, W], for any size: fully convolutional; sides are padded to multiples of 8 inside.
+
+    Three stages halve the resolution to 1/2, 1/4 and 1/8, with `width`, 2 · `width` and 4 · `width` channels.
+    """
+
+    def __init__(self, width: int = 64, skip: str = "ccm"):
+        super().__init__()
+        w1, w2, w3 = width, 2 * width, 4 * width
+        self.down1 = nn.Sequential(conv(3, w1, stride=2), conv(w1, w1))
+        self.down2 = nn.Sequential(conv(w1, w2, stride=2), conv(w2, w2))
+        self.down3 = nn.Sequential(conv(w2, w3, stride=2), conv(w3, w3))
+        self.bottleneck = DilatedStack(w3)
+        self.up2, self.join2 = conv(w3, w2), Joint(skip, w2)
+        self.up1, self.join1 = conv(w2, w1), Joint(skip, w1)
+        self.out = nn.Sequential(nn.Conv2d(w1, 12, 3, 1, 1), nn.PixelShuffle(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        x = F.pad(x, (0, -width % 8, 0, -height % 8), mode="replicate").contiguous(memory_format=torch.channels_last)
+        x1 = self.down1(x)
+        x2 = self.down2(x1)
+        y = self.bottleneck(self.down3(x2))
+        y = self.join2(x2, self.up2(F.interpolate(y, scale_factor=2)))
+        y = self.join1(x1, self.up1(F.interpolate(y, scale_factor=2)))
+        with torch.autocast(y.device.type, enabled=False):  # bf16 would round the output to steps of up to 1/256
+            return self.out(y.float())[..., :height, :width]
+
+
+def losses(output: Tensor, clean: Tensor, image: Tensor, weight: float) -> Tensor:
+    """The loss of each image, [B]: mean squared error outside and inside of what was corrupted, by 1 − λ and λ.
+
+    `output` f(x̂), `clean` x and `image` x̂ are [B, 3, H, W] in [0, 1]; `weight` is λ. M is where any channel of x̂ − x
+    exceeds 1/255. A term whose mask is empty is 0.
+    """
+    inside = ((image - clean).abs() > CHANGED).any(1, keepdim=True).to(clean)
+    error = (output - clean).square()
+
+    def mean(mask: Tensor) -> Tensor:
+        return (mask * error).sum((1, 2, 3)) / (3 * mask.sum((1, 2, 3))).clamp_min(1)
+
+    return (1 - weight) * mean(1 - inside) + weight * mean(inside)
+
+
+class SSAE(AnomalyModule):
+    """The autoencoder, for images in [0, 1] (data.normalize=none) that `data.corrupt` corrupts.
+
+    Args:
+        width: channels of the first stage; 64 in the full size.
+        skip: how the decoder uses the encoder at 1/2 and 1/4: "ccm" (convex combination), "concat" or "none".
+        corrupted_weight: λ, the share of the corrupted part in the loss.
+        patience: training ends early when the loss over held-out training images (data.val_fraction, half of them
+            corrupted) has not reached a new minimum for so many looks, one each `look_every` batches. None: never.
+        compile: train the network with torch.compile.
+    """
+
+    autocasts = True
+    best: Tensor
+    waited: Tensor
+
+    def __init__(
+        self,
+        width: int = 64,
+        skip: str = "ccm",
+        corrupted_weight: float = 0.9,
+        patience: int | None = None,
+        look_every: int = 200,
+        compile: bool = False,
+        **context: Any,
+    ):
+        super().__init__(**context)
+        if skip not in SKIPS:
+            raise UserError(f"method.skip={skip}: choose {', '.join(SKIPS)}")
+        if not 0 <= corrupted_weight <= 1:
+            raise UserError(f"method.corrupted_weight={corrupted_weight}: give a share from 0 to 1")
+        for name, value in (
+            ("width", width),
+            ("look_every", look_every),
+            ("patience", 1 if patience is None else patience),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"method.{name}={value}: give a whole number from 1")
+        self.weight, self.patience, self.look_every, self.compiles = corrupted_weight, patience, look_every, compile
+        self.net = Autoencoder(width, skip).to(memory_format=torch.channels_last)
+        self.register_buffer("best", torch.tensor(torch.inf, dtype=torch.float64))  # held-out loss
+        self.register_buffer("waited", torch.tensor(0))  # looks since then
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        with self.autocast():
+            return self.net(images).float()
+
+    def on_fit_start(self) -> None:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data.corrupt is None:
+            raise UserError("data.corrupt=null: this method learns from corrupted images; see conf/method/ssae.yaml")
+        if self.patience and not data.val_samples:
+            raise UserError(
+                "method.patience: needs held-out images; give data.val_fraction=0.1, or method.patience=null"
+            )
+        self.held_out = data.val_dataloader() if self.patience else []
+        if self.compiles:
+            self.net.compile()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if self.patience and self.global_step and self.global_step % self.look_every == 0:
+            self.look()
+        return losses(self.reconstruct(batch["image"]), batch["clean"], batch["image"], self.weight).mean()
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Judge the weights by held-out corruptions; the batch in which it gives up is the last."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum and number, of this rank's share
+        self.net.eval()
+        for batch in self.held_out:
+            batch = self.transfer_batch_to_device(batch, self.device, 0)
+            each = losses(self.reconstruct(batch["image"]), batch["clean"], batch["image"], self.weight)
+            total += torch.stack([each.double().sum(), torch.tensor(len(each), device=self.device)])
+        self.net.train()
+        total = self.trainer.strategy.reduce(total, reduce_op="sum")
+        loss = total[0] / total[1]
+        self.waited = torch.where(loss < self.best, 0, self.waited + 1)
+        self.best = torch.minimum(loss, self.best)
+
+    @property
+    def stopped_early(self) -> bool:  # type: ignore[override]
+        return self.patience is not None and int(self.waited) >= self.patience
+
+    def anomaly_map(self, batch: Batch) -> Tensor:
+        return (self.reconstruct(batch["image"]) - batch["image"]).square().mean(1)
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        return {"reconstruction": self.reconstruct(batch["image"]).clamp(0, 1)}
