@@ -1,4 +1,4 @@
-"""Feature extractors from timm, their weights, and the features of a frozen one held in memory."""
+"""Feature extractors from timm, and their weights."""
 
 import contextlib
 import difflib
@@ -181,34 +181,3 @@ def _lenient_load() -> Iterator[tuple[set[int], list[str]]]:
 def _line(error: BaseException, number: int = 0) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[min(number, len(lines) - 1)][:200]
-
-
-class FeatureStore:
-    """A frozen backbone's outputs for unaugmented images, in memory, by path: each is computed once in a run."""
-
-    def __init__(self) -> None:
-        self.rows: dict[str, int] = {}
-        self.levels: list[Tensor] = []
-
-    @staticmethod
-    def bytes_per_image(levels: Sequence[Tensor]) -> int:
-        return sum(level[0].numel() * level.element_size() for level in levels)
-
-    def reserve(self, levels: Sequence[Tensor], count: int) -> None:
-        """Make room for `count` images whose features look like these, channels last, on the CPU."""
-        self.rows = {}
-        self.levels = [torch.empty((count, *level.movedim(1, -1).shape[1:]), dtype=level.dtype) for level in levels]
-
-    def add(self, paths: Sequence[str], levels: Sequence[Tensor]) -> None:
-        first = len(self.rows)
-        for store, level in zip(self.levels, levels, strict=True):
-            store[first : first + len(paths)] = level.movedim(1, -1)
-        self.rows.update((path, first + i) for i, path in enumerate(paths))
-
-    def get(self, paths: Sequence[str]) -> list[Tensor]:
-        """The features of these images, list of [B, C_i, H_i, W_i] in channels-last memory; KeyError if not held."""
-        rows = torch.tensor([self.rows[path] for path in paths])
-        return [store[rows].movedim(-1, 1) for store in self.levels]
-
-    def holds(self, paths: Sequence[str]) -> bool:
-        return all(path in self.rows for path in paths)

@@ -15,11 +15,9 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from anomalib_lite.backbones import FeatureStore
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.errors import UserError
 from anomalib_lite.loggers import CSVLogger
-from anomalib_lite.methods.base import AnomalyModule
 
 log = logging.getLogger(__name__)
 
@@ -198,42 +196,6 @@ class Training(L.Callback):
             part.replace(self.checkpoint)
         self.kept = self.steps
         self.saved = time.perf_counter()
-
-
-class FillFeatures(L.Callback):
-    """Computes a frozen backbone's features of all training images once, and holds them in memory if they fit."""
-
-    def __init__(self, limit_gb: float):
-        self.limit = limit_gb * 2**30
-        self.report: dict[str, Any] = {"held": False}
-
-    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(module, AnomalyModule) or not module.frozen_features or data.augment:
-            return
-        assert module.backbone is not None
-        count, bar = len(data.train_samples), None
-        for batch in data.normal_dataloader():
-            batch = module.transfer_batch_to_device(batch, module.device, 0)
-            levels = module.backbone(batch["image"])
-            if bar is None:
-                size = count * FeatureStore.bytes_per_image(levels)
-                self.report["gb"] = round(size / 2**30, 3)
-                if size > self.limit:
-                    log.info(
-                        "the training images' features need %.1f GB, more than hardware.feature_memory_gb: they are "
-                        "computed anew for every batch",
-                        size / 2**30,
-                    )
-                    return
-                module.store.reserve(levels, count)
-                bar = Bar("features", count, quiet=not trainer.is_global_zero)
-            module.store.add(batch["path"], levels)
-            bar.step(count=len(batch["path"]))
-        if bar:
-            bar.close()
-        data.images_needed = False
-        self.report["held"] = True
 
 
 def all_finite(values: Iterable[Any]) -> bool:

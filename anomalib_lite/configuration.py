@@ -10,7 +10,7 @@ from anomalib_lite.errors import UserError
 
 #: what may differ between a run and its continuation
 FREE_ON_RESUME = (
-    "resume", "debug", "objective", "hardware", "logger", "trainer.log_every", "trainer.checkpoint_minutes",
+    "resume", "debug", "objective", "hardware", "logger", "cache", "trainer.log_every", "trainer.checkpoint_minutes",
     "data.root", "data.workers", "data.check", "data.eval_batch_size",
 )  # fmt: skip
 
@@ -79,6 +79,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "hardware.nodes": (_integer(1), "a whole number from 1"),
     "hardware.precision": (lambda x: x in ("auto", 32, "bf16"), "auto, 32 or bf16"),
     "hardware.threads": (_optional(_integer(1)), "a whole number from 1, or null"),
+    "cache.enabled": (_flag, "true or false"),
+    "cache.folder": (_optional(lambda x: isinstance(x, str) and bool(x)), "a folder, or null"),
+    "cache.limit_gb": (lambda x: isinstance(x, int | float) and x >= 0, "gigabytes from 0"),
+    "cache.type": (lambda x: x in ("auto", "bfloat16", "float16", "float32"), "auto, bfloat16, float16 or float32"),
     "hardware.feature_memory_gb": (lambda x: isinstance(x, int | float) and x >= 0, "gigabytes from 0"),
 }
 

@@ -11,6 +11,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch.utils.flop_counter import FlopCounterMode
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.features import FeatureStore
 from anomalib_lite.methods.base import AnomalyModule
 
 
@@ -25,7 +26,7 @@ def efficiency(model: AnomalyModule, data: AnomalyDataModule, batch_size: int) -
     files = [sample.path for sample in samples[:batch_size]]
     batch = move_data_to_device(next(iter(data.new_dataloader(files, 0, batch_size, 0))), model.device)
     single = {key: value[:1] for key, value in batch.items() if key != "damaged"}
-    store, model.store = model.store, type(model.store)()  # nothing from memory: what a new image costs
+    store, model.store = model.store, FeatureStore()  # nothing that is held: what a new image costs
     trainable = [p for p in model.parameters() if p.requires_grad]
     for parameter in trainable:  # the counter can't follow those that a module is called with, as a learned query
         parameter.requires_grad_(False)

@@ -14,11 +14,12 @@ from torch.utils.data import DataLoader
 
 from anomalib_lite import __version__, evaluation, results
 from anomalib_lite.backbones import Backbone, has_bf16
-from anomalib_lite.callbacks import FillFeatures, Training, quiet
+from anomalib_lite.callbacks import Training, quiet
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.efficiency import efficiency
 from anomalib_lite.errors import UserError, enough_memory
 from anomalib_lite.figures import write_figures
+from anomalib_lite.filling import FrozenFeatures
 from anomalib_lite.hardware import device_name, lightning_options, peak_memory_mb
 from anomalib_lite.loggers import make_loggers
 from anomalib_lite.methods.base import AnomalyModule
@@ -88,7 +89,7 @@ def execute(
             f"data.root={data.root}: not the files that {checkpoint} was trained and tested on{listed}; train anew"
         )
     training, evaluating = Training(cfg, checkpoint, data), evaluation.Evaluation(ragged=model.map_size == "original")
-    filling = FillFeatures(cfg["hardware"]["feature_memory_gb"])
+    filling = FrozenFeatures(data, cfg.get("cache") or {"enabled": False}, cfg["hardware"]["feature_memory_gb"])
     epochs = cfg["trainer"]["max_epochs"]
     if type(model).training_step is AnomalyModule.training_step:
         epochs = training.max_epochs = 0  # a closed form has no batches to count

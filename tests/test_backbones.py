@@ -5,7 +5,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from anomalib_lite.backbones import Backbone, FeatureStore, has_bf16
+from anomalib_lite.backbones import Backbone, has_bf16
 from anomalib_lite.errors import UserError
 from tests import real
 
@@ -181,24 +181,6 @@ def test_nothing_loads_a_strange_pickle(tmp_path):
     with pytest.raises(UserError, match="damaged, or not a weights file"):
         Backbone(RESNET, [2], str(path))
     assert not (tmp_path / "touched").exists()
-
-
-def test_feature_store_gives_what_was_put_in():
-    store = FeatureStore()
-    levels = [torch.randn(7, 4, 5, 6), torch.randn(7, 8, 2, 3)]
-    paths = [f"image{i}" for i in range(7)]
-    assert store.bytes_per_image(levels) == 4 * (4 * 5 * 6 + 8 * 2 * 3)
-    assert not store.holds(paths[:1])
-    store.reserve([x[:3] for x in levels], 7)
-    for rows in (slice(0, 3), slice(3, 6), slice(6, 7)):
-        store.add(paths[rows], [x[rows] for x in levels])
-    assert store.holds(paths)
-    assert not store.holds(["image0", "elsewhere"])
-    for some in ([6, 0, 3], [2], [1, 1]):
-        for found, level in zip(store.get([paths[i] for i in some]), levels, strict=True):
-            assert torch.equal(found, level[some])
-    with pytest.raises(KeyError):
-        store.get(["elsewhere"])
 
 
 @pytest.mark.real

@@ -19,6 +19,7 @@ from anomalib_lite.data.samples import Sample
 from anomalib_lite.efficiency import efficiency
 from anomalib_lite.evaluation import defect_metrics
 from anomalib_lite.experiment import build
+from anomalib_lite.features import shapes, table
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.metrics.functional import image_metrics, pixel_metrics
 from tests.runs import ROOT, Outcome, evaluate, folder_data, predict, restored, result_of, train
@@ -100,8 +101,8 @@ def test_flops_of_a_backbone(root):
     levels = backbone(batch["image"])
     for hook in hooks:
         hook.remove()
-    model.store.reserve(levels, len(batch["path"]))
-    model.store.add(batch["path"], levels)
+    model.store.shapes = shapes(levels)
+    model.store.add(batch["path"], table(levels, torch.float32))
     cost, _ = efficiency(model, data, 2)
     assert cost["flops_per_image"] == flops
     assert flops > 2 * 64 * 3 * 49 * 32 * 32  # the first convolution alone

@@ -46,7 +46,8 @@ def launched(root, tmp_path_factory):
     options = arguments(root, run, "norm_occ", 2, "[bottle,few]")
     options[-1] = f'hydra.run.dir="{run}"'
     budget = ("trainer.max_epochs=2", "trainer.max_steps=null")
-    outcome = runs.python("-m", "anomalib_lite.train", *options, *budget, cwd=runs.ROOT)
+    cache = f"cache.folder={run.parent / 'cache'}"
+    outcome = runs.python("-m", "anomalib_lite.train", *options, *budget, cache, cwd=runs.ROOT)
     assert outcome.code == 0, outcome.err
     return run
 
@@ -106,6 +107,9 @@ def test_files_are_written_once(launched):
     assert files_of(launched) == FILES | {"figures/bottle.png", "figures/few.png"}
     result = results.read_result(launched)
     assert result["timing"]["steps"] == 8  # 13 images in global batches of 4, two epochs
+    assert result["cache"]["used"]
+    assert result["cache"]["computed"] == 22
+    assert len(list((launched.parent / "cache").glob("*/*.features"))) == 2  # each rank computed its share
     rows = (launched / "scores.csv").read_text().splitlines()[1:]
     assert len(rows) == len({row.split(",")[0] for row in rows}) == 9
     assert result["data"]["test_counts"] == {

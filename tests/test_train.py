@@ -102,7 +102,7 @@ def weights_of(run: Path) -> dict[str, Any]:
 def lasting(result: dict[str, Any]) -> dict[str, Any]:
     """A result without what may differ between two equal runs."""
     environment = {key: value for key, value in result["environment"].items() if key != "git"}  # commits go on
-    return {key: value for key, value in result.items() if key != "timing"} | {"environment": environment}
+    return {key: value for key, value in result.items() if key not in ("timing", "cache")} | {"environment": environment}
 
 
 def image_metrics_by_sklearn(rows: list[dict[str, str]]) -> dict[str, float]:
@@ -282,19 +282,33 @@ def seen():
 
 
 def test_frozen_features_are_computed_once(root, seen, tmp_path):
-    budget = ("trainer.max_epochs=3", "trainer.max_steps=null")
-    held = train(tmp_path / "held", root, f"method={TRAINED}", *budget)
-    until_speed = list(takewhile(lambda size: size > 1, seen))  # which is measured last, on a single image first
-    assert until_speed == [10, 9]  # every training image, every test image
-    assert held["cache"]["held"] is True
-    seen.clear()
-    anew = train(tmp_path / "anew", root, f"method={TRAINED}", *budget, "hardware.feature_memory_gb=0")
-    until_speed = list(takewhile(lambda size: size > 1, seen))
-    assert sum(until_speed) == 10 + 10 + 3 * 10 + 9 + 10  # to see their size, r0, three epochs, test, thresholds
-    assert anew["cache"]["held"] is False
-    for key in ("metrics", "thresholds"):
-        assert anew[key] == held[key]
-    assert (tmp_path / "anew" / "scores.csv").read_bytes() == (tmp_path / "held" / "scores.csv").read_bytes()
+    """In files that a second run finds, in memory, or for every batch anew: the same results."""
+    budget = (
+        f"method={TRAINED}",
+        "trainer.max_epochs=3",
+        "trainer.max_steps=null",
+        f"cache.folder={tmp_path / 'cache'}",
+    )
+    off = ("cache.enabled=false",)
+    runs_ = {
+        "cached": ((), [16, 16], {"used": True, "images": 19, "computed": 19}),  # whole batches, of train and test
+        "again": ((), [], {"used": True, "images": 19, "computed": 0}),
+        "memory": (off, [16, 9], {"used": False}),  # every training image, every test image
+        # to see their size, r0, three epochs, test, thresholds
+        "anew": ((*off, "hardware.feature_memory_gb=0"), [16, 10, *3 * [4, 4, 2], 9, 10], {"used": False}),
+    }
+    results = {}
+    for name, (options, passes, report) in runs_.items():
+        seen.clear()
+        results[name] = train(tmp_path / name, root, *budget, *options)
+        assert list(takewhile(lambda size: size > 1, seen))[: len(passes)] == passes, name
+        if passes:  # afterwards speed is measured, on a single image first
+            assert seen[len(passes)] == 1
+        assert report.items() <= results[name]["cache"].items()
+    for name in runs_:
+        for key in ("metrics", "thresholds"):
+            assert results[name][key] == results["cached"][key]
+        assert (tmp_path / name / "scores.csv").read_bytes() == (tmp_path / "cached" / "scores.csv").read_bytes()
 
 
 @pytest.mark.parametrize(

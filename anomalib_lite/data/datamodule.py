@@ -257,6 +257,12 @@ class AnomalyDataModule(L.LightningDataModule):
         batch_size = 1 if self.test_size == "original" else batch_size
         return DataLoader(images, batch_size, num_workers=workers, collate_fn=collate_readable)
 
+    def clean_dataloader(self, paths: Sequence[str], batch_size: int) -> DataLoader:
+        """These images of the data set, in order and unaugmented, on this rank."""
+        samples = {str(sample.path): sample for sample in [*self.test_samples, *self.train_samples]}
+        images = self._images([replace(samples[path], mask=None) for path in paths], self.eval_pipeline)
+        return self._loader(images, persistent=False, batch_size=batch_size)
+
     def resume_at(self, epoch: int, batch: int) -> None:
         """The next iteration over the training loader starts at that batch of that epoch; later ones at 0."""
         self._resume = (epoch, batch)

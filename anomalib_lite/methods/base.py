@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anomalib_lite.backbones import Backbone, FeatureStore, has_bf16
+from anomalib_lite.backbones import Backbone, has_bf16
 from anomalib_lite.errors import UserError
+from anomalib_lite.features import FeatureStore
 from anomalib_lite.scoring import image_scores, smooth
 
 Batch = dict[str, Any]
@@ -26,10 +27,10 @@ class AnomalyModule(L.LightningModule):
     - `pictures(batch)` -> {title: [B, 1 or 3, H, W] in [0, 1]} for the figures, such as reconstructions;
     - `stopped_early = True`, which ends training with the current batch, before its budget is spent;
     - `frozen_features = True`, where training and test see only a frozen backbone's outputs for unaugmented images:
-      `self.features(batch)` gives them, and computes each once in a run.
+      `self.features(batch)` gives them, each computed once and shared by runs.
 
     A batch is a dict: `image` float32 [B, 3, H, W], `mask` bool [B, H, W], `label` int64 [B], `category` int64 [B],
-    `path` list of str, `index` int64 [B]. With features held in memory, training batches come without `image`.
+    `path` list of str, `index` int64 [B]. Where features are held already, training batches come without `image`.
     With `data.corrupt` training batches have `clean`, of which `image` is a corrupted version, and `corruption_mask`.
     With scoring.map_size=original, evaluated batches have `size` int64 [B, 2], the images' own (H, W).
 
@@ -82,7 +83,7 @@ class AnomalyModule(L.LightningModule):
         raise NotImplementedError(f"{type(self).__name__} defines no anomaly_map(batch)")
 
     def features(self, batch: Batch) -> list[Tensor]:
-        """The backbone's outputs for a batch, list of [B, C_i, H_i, W_i]: held in memory, or computed."""
+        """The backbone's outputs for a batch, list of [B, C_i, H_i, W_i]: held, or computed."""
         if self.store.holds(batch["path"]):
             return [level.to(self.device) for level in self.store.get(batch["path"])]
         assert self.backbone is not None

@@ -103,7 +103,7 @@ class NormOCCClosedForm(AnomalyModule):
 
     frozen_features = True
     decay: Tensor
-    converged: Tensor
+    solution: Tensor
     radius2: Tensor
 
     def __init__(self, norm: float = 0.1, residual: float = 0.01, **context: Any):
@@ -114,12 +114,12 @@ class NormOCCClosedForm(AnomalyModule):
         channels = sum(self.backbone.channels)
         self.norm, self.residual = norm, residual
         self.register_buffer("decay", torch.zeros(channels, channels))  # A
-        self.register_buffer("converged", torch.zeros(channels))  # (I − A)S⁻¹μ
+        self.register_buffer("solution", torch.zeros(channels))  # (I − A)S⁻¹μ
         self.register_buffer("radius2", torch.zeros(()))  # ‖c‖²
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
-        channels = len(self.converged)
+        channels = len(self.solution)
         moment = torch.zeros(channels, channels, dtype=torch.float64, device=self.device)
         mean, count = moment[0].clone(), 0
         for batch in self.normal_batches():
@@ -131,12 +131,12 @@ class NormOCCClosedForm(AnomalyModule):
         # (1 − e^(−τλ)) / λ → τ as λ → 0: no division by the vanishing energies of unused directions
         solved = torch.where(energy > 1e-12 * energy[-1], (1 - decay) / energy.clamp_min(1e-300), 0)
         self.decay.copy_((axes * decay) @ axes.T)
-        self.converged.copy_((axes * solved) @ (axes.T @ (mean / count)))
+        self.solution.copy_((axes * solved) @ (axes.T @ (mean / count)))
         self.radius2.copy_(self.norm**2 * energy.sum())
 
     def anomaly_map(self, batch: Batch) -> Tensor:
         phi = patch_features(self.features(batch)).movedim(1, -1)  # [B, h, w, C]
-        return (phi @ self.decay).square().sum(-1) + self.radius2 * (1 - phi @ self.converged).square()
+        return (phi @ self.decay).square().sum(-1) + self.radius2 * (1 - phi @ self.solution).square()
 
 
 def descent_time(energy: Tensor, residual: float) -> float:
