@@ -16,6 +16,7 @@ Exit codes: 0; 2 for an error that is yours to mend.
 """
 
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,8 +67,9 @@ def show(arguments: Sequence[str]) -> None:
         if form not in split_files.FORMATS:
             raise UserError(f"--format {form or 'is not set'}: choose {', '.join(split_files.FORMATS)}")
         split_files.write(file, form, data, split.train)
-        again = " ".join(a for a in options.overrides if a.startswith("data"))
-        print(f"written: {file} ({form}); train on it with {again} split=file split.path={file}")
+        again = [o for o in options.overrides if o.startswith("data")]
+        again += ["data.category=all"] * (not any(o.startswith("data.category=") for o in again))
+        print(f"written: {file} ({form}); its arguments: {shlex.join([*again, 'split=file', f'split.path={file}'])}")
 
 
 def composed(overrides: Sequence[str], folder: str | None) -> dict[str, Any]:

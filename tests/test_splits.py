@@ -15,7 +15,7 @@ from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.loading import TrainBatches
 from anomalib_lite.data.readers import MVTEC, VISA, read_folder, read_mvtec, read_visa
 from anomalib_lite.errors import UserError
-from tests import real
+from tests import real, test_resume
 from tests.runs import Outcome, evaluate, folder_data, predict, result_of, run, train
 from tests.trees import make_mvtec, make_visa
 
@@ -63,8 +63,8 @@ def test_every_published_count_from_class_counts_alone():
 @pytest.mark.parametrize("classes", [2, 3, 7, 12])
 def test_rounding_down_is_exact(classes):
     """n is the largest whole number with n^(C-1) · IF^i ≤ N^(C-1): in integers, no powers are rounded."""
-    for most in (3, 60, 300, 391, 900, 2900, 7000):
-        for imbalance in (1, 2, 7, 20, 100, 500):
+    for most in (3, 60, 98, 300, 391, 900, 7000):
+        for imbalance in (1, 2, 7, 20, 49, 100, 500):
             counts = {f"c{i:02}": most for i in range(classes)}
             kept = splits.kept_counts(counts, "exp", imbalance, "name")
             for i, n in enumerate(kept.values()):
@@ -74,6 +74,11 @@ def test_rounding_down_is_exact(classes):
                 assert n == 1 or n**power * imbalance**i <= most**power
             tail = list(splits.kept_counts(counts, "step", imbalance, "name").values())[-(classes // 2) :]
             assert set(tail) == {max(1, most // imbalance)}
+
+
+def test_ties_go_by_name():
+    assert splits.ordered({"b": 2, "a": 2, "c": 3}, "size") == ["c", "a", "b"]
+    assert splits.ordered({"b": 2, "a": 2, "c": 3}, "reverse") == ["b", "a", "c"]
 
 
 def test_one_category_is_full(tmp_path):
@@ -104,6 +109,10 @@ def test_the_draw_follows_split_seed_and_the_class_alone(tmp_path):
     fewer = splits.long_tail(read_folder(tmp_path, ["c", "b"]), "step", 4, ["b", "c"])
     of_c = {name for name in names(draws[0].train) if name.startswith("c/")}  # 4 images, of the 10 that the step keeps
     assert of_c < {name for name in names(fewer.train) if name.startswith("c/")}
+    step = splits.long_tail(data, "step", 4, "name")
+    of = {c: {s.path.name for s in step.train if s.category == c} for c in "bc"}
+    split = splits.long_tail(data, "step", 4, ["c", "a", "b"])
+    assert of["c"] != {s.path.name for s in split.train if s.category == "b"}  # each class has a draw of its own
     again = read_folder(touched(tmp_path / "elsewhere", {"a": 40, "b": 40, "c": 40}), "all")
     assert names(splits.long_tail(again, "exp", 10, "name").train) == names(draws[0].train)
 
@@ -374,6 +383,8 @@ def test_an_epoch_draws_every_class_equally_often():
         for batch in found:  # each batch too, where its size is a multiple of the classes
             assert Counter(CLASSES[index] for _, index in batch) == {"a": 2, "b": 2, "c": 2}
         drawn.update(key for batch in found for key in batch)
+    firsts = {CLASSES[batch[0][1]] for epoch in range(2) for batch in epoch_of(batches, epoch)}
+    assert firsts == {"a", "b", "c"}  # in no fixed order
     assert max(drawn.values()) == 1  # (times drawn before, index): never the same augmentation twice
     times = Counter(index for _, index in drawn)
     assert {times[i] for i in range(50)} == {2}  # 100 draws of 50 images
@@ -404,6 +415,18 @@ def test_balanced_data_module(tmp_path):
     seen = Counter(c for batch in data.train_dataloader() for c in batch["category"].tolist())
     assert seen == {0: 6, 1: 6}
     assert sum(len(batch["path"]) for batch in data.normal_dataloader()) == 11  # once each, for closed forms
+
+
+def test_defective_training_images_are_not_held_out(tmp_path):
+    make_mvtec(tmp_path / "data", "bottle", train=6, good=1, defects={"broken": 6})
+    paths = [f"bottle/train/good/{i:03}.png" for i in range(6)]
+    broken = jsonl([f"bottle/test/broken/{i:03}.png" for i in range(6)], label=1)
+    file = written(tmp_path / "a.json", jsonl(paths) + "\n" + broken)
+    split = partial(splits.from_file, path=file, anomalous=True)
+    data = AnomalyDataModule(read_folder, tmp_path / "data", image_size=16, val_fraction=0.5, split=split)
+    data.setup()
+    assert [s.path.parent.name for s in data.val_samples] == ["good"] * 3
+    assert [s.label for s in data.train_samples] == [0] * 3 + [1] * 6
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -482,6 +505,22 @@ def test_a_run_on_a_file(root, tmp_path, monkeypatch):
     again = train(*arguments, "resume=true", f"hydra.run.dir={tmp_path / 'run'}")
     assert again.code == 0, again.err
     assert json.loads((tmp_path / "run" / "result.json").read_text())["metrics"] == result["metrics"]
+
+
+def test_a_balanced_run_that_is_stopped_ends_as_if_undisturbed(root, tmp_path):
+    (tmp_path / "conf" / "method").mkdir(parents=True)
+    config = test_resume.CONFIG.format(module="tests.test_resume", name="Noisy")
+    (tmp_path / "conf" / "method" / "noisy.yaml").write_text(config)
+    arguments = [f"--config-dir={tmp_path / 'conf'}", "hardware=cpu", "logger=csv", "method=noisy"]
+    arguments += [*folder_data(root, "all"), "split=exp10", "data.balanced=true", "data.image_size=32"]
+    arguments += ["trainer.log_every=1", "trainer.checkpoint_minutes=0"]
+    test_resume.finish([*arguments, f"hydra.run.dir={tmp_path / 'whole'}"])
+    stopped = [*arguments, f"hydra.run.dir={tmp_path / 'stopped'}"]
+    test_resume.interrupt(stopped, 4)  # of 9: 11 images are 12 draws, 3 batches an epoch
+    test_resume.finish([*stopped, "resume=true"])
+    found, expected = (test_resume.state_of(tmp_path / name) for name in ("stopped", "whole"))
+    test_resume.assert_equal(found, expected)
+    assert expected["steps"] == 9
 
 
 @pytest.mark.parametrize(
