@@ -19,10 +19,7 @@ from anomalib_lite.errors import UserError
 CORRUPTED = "corrupted"  # the `defect` of a held-out training image that gets an artificial one
 MapSize = tuple[int, int] | str | None  # of maps that are compared with masks: (H, W), "original", None: the input's
 # streams of random numbers, each seeded by (seed, stream, ...)
-AUGMENT, SHUFFLE, HOLD_OUT, CORRUPT, CORRUPT_TRAINING = range(5)
-
-
-BALANCE = 101  # a stream as well: the draws of balanced training
+AUGMENT, SHUFFLE, HOLD_OUT, CORRUPT, CORRUPT_TRAINING, BALANCE = range(6)
 
 
 class LoadError(UserError):
