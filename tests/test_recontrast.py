@@ -14,11 +14,12 @@ from scipy import ndimage
 from torch import nn
 
 from anomalib_lite.backbones import Backbone
-from anomalib_lite.batch_norm import StableNorm
+from anomalib_lite.batch_norm import StableNorm, synchronise
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.rd4ad import Bottleneck, Decoder, blocks_of
 from anomalib_lite.methods.recontrast import ReContrast, cosine_loss
 from tests import runs
+from tests.test_devices import PROCESSES
 from tests.test_resume import Interrupted, assert_equal, state_of
 from tests.trees import make_mvtec
 
@@ -126,12 +127,12 @@ def literal_decoder(x, net, block, act):
     return levels[::-1]
 
 
-def literal_pairs(model, images, act):
+def literal_pairs(model, images, act, block=basic):
     trained = model.encoder.net(images)
     with torch.no_grad():
         frozen = model.backbone.net(images)
     u = [torch.cat([t, f]) for t, f in zip(trained, frozen, strict=True)]
-    decoded = literal_decoder(literal_bottleneck(u, model.bottleneck, basic), model.decoder, basic, act)
+    decoded = literal_decoder(literal_bottleneck(u, model.bottleneck, block), model.decoder, block, act)
     half = len(images)
     pairs = []
     for k in range(3):
@@ -498,3 +499,52 @@ def _number(cell: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+# --- several devices ---
+
+
+def over_two_ranks(rank: int, folder: Path, ranks: int) -> None:
+    """Half of a batch a rank: batch norms and mining as over the whole batch."""
+    store = f"file://{folder / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+    torch.set_num_threads(1)
+    torch.save(of_ranks(rank, ranks), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def of_ranks(rank: int, ranks: int) -> dict[str, Any]:
+    """Loss, gradients and statistics of the stable variant and of E_t's own batch norm, on this rank's images."""
+    found = {}
+    for kind in ({"variant": "stable"}, {"variant": "one_class", "encoder_bn": "train"}):
+        model = at_step(make(TINY, **kind).double(), 7)
+        model = synchronise(model, torch.device("cpu")) if ranks > 1 else model  # type: ignore[assignment]
+        loss = model.training_step({"image": images_of(4).chunk(ranks)[rank]}, 0)
+        loss.backward()
+        found[kind["variant"]] = {
+            "loss": loss.detach(),
+            "gradients": {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+            "statistics": {name: x for name, x in model.state_dict().items() if "running" in name},
+        }
+    return found
+
+
+def test_two_ranks_are_one_device(tmp_path):
+    """Averaged over ranks, as DDP does, loss and gradients are the whole batch's."""
+    started = [PROCESSES.Process(target=over_two_ranks, args=(rank, tmp_path, 2)) for rank in range(2)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(90)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for kind, expected in of_ranks(0, 1).items():
+        first, second = (rank[kind] for rank in ranks)
+        torch.testing.assert_close((first["loss"] + second["loss"]) / 2, expected["loss"])
+        assert first["gradients"].keys() == expected["gradients"].keys()
+        scale = max(float(x.abs().max()) for x in expected["gradients"].values())
+        for name, gradient in expected["gradients"].items():
+            mean = (first["gradients"][name] + second["gradients"][name]) / 2
+            torch.testing.assert_close(mean, gradient, rtol=1e-6, atol=1e-9 * scale, msg=f"{kind} {name}")
+        for name, statistic in expected["statistics"].items():
+            torch.testing.assert_close(first["statistics"][name], statistic, rtol=1e-9, atol=1e-12, msg=name)
+            assert torch.equal(first["statistics"][name], second["statistics"][name])

@@ -1,0 +1,164 @@
+"""Seconds a training step of ReContrast beside a plain version of it, and what our training loop adds to a step."""
+
+import copy
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from anomalib_lite.backbones import Backbone
+from anomalib_lite.methods.norm_occ import NormOCC, patch_features
+from anomalib_lite.methods.recontrast import ReContrast
+from tests import runs, test_recontrast
+from tests.trees import make_mvtec
+
+ROUNDS = 5
+
+
+def seconds(step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def make_ours(name: str) -> ReContrast:
+    """As the configuration has it: channels last, bf16 where the machine has it, fused AdamW."""
+    torch.manual_seed(0)
+    model = ReContrast(
+        test_recontrast.variants(),
+        backbone=Backbone(name, [1, 2, 3], "none"),
+        optimizer=lambda groups, **more: torch.optim.AdamW(groups, lr=2e-3, weight_decay=1e-5, fused=True, **more),
+        scoring={"pixel_smooth": "auto", "image_score": "auto"},
+    )
+    model.total_steps = 100
+    return test_recontrast.at_step(model, 50)
+
+
+def our_step(model: ReContrast, images: torch.Tensor):
+    optimizer = model.configure_optimizers()
+
+    def step():
+        loss = model.training_step({"image": images}, 0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+def plain_step(model: ReContrast, images: torch.Tensor, block):
+    """The literal reading in float32 and NCHW, with PyTorch's batch norm, a hook for mining, and two AdamW."""
+    model.to(memory_format=torch.contiguous_format)
+    encoder = [p for p in model.encoder.parameters() if p.requires_grad]
+    rest = [p for part in (model.bottleneck, model.decoder, model.heads) for p in part.parameters()]
+    optimizers = [torch.optim.AdamW(rest, 2e-3, weight_decay=1e-5), torch.optim.AdamW(encoder, 1e-5, weight_decay=1e-5)]
+
+    def step():
+        loss = torch.zeros(())
+        for target, r in test_recontrast.literal_pairs(model, images, torch.relu, block):
+            with torch.no_grad():
+                m = 1 - F.cosine_similarity(target, r)
+                easy = m < m.mean() + m.std()
+            r.register_hook(lambda grad, easy=easy: grad * (~easy)[:, None])
+            loss = loss + (1 - F.cosine_similarity(target.flatten(1), r.flatten(1))).mean() / 2
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize(("name", "batch", "block"), [
+    ("resnet18", 16, test_recontrast.basic), ("wide_resnet50_2", 4, test_recontrast.bottleneck_block),
+])  # fmt: skip
+def test_bench_recontrast_step(capsys, monkeypatch, name, batch, block):
+    monkeypatch.setattr(
+        test_recontrast, "norm", lambda x, layer: F.batch_norm(x, None, None, layer.weight, layer.bias, training=True)
+    )
+    images = torch.randn(batch, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    model = make_ours(name)
+    steps = {"ours": our_step(model, images), "plain": plain_step(copy.deepcopy(model), images, block)}
+    first = {kind: step() for kind, step in steps.items()}  # also a warm-up
+    times: dict[str, list[float]] = {kind: [] for kind in steps}
+    for _ in range(ROUNDS):  # turn about: what else the machine does hits both
+        for kind, step in steps.items():
+            times[kind].append(seconds(step))
+    ratio = min(times["plain"]) / min(times["ours"])
+    with capsys.disabled():
+        low = "bf16" if model.backbone.low_precision(torch.device("cpu")) else "float32"  # type: ignore[union-attr]
+        print(f"\nReContrast, {name}, batch {batch}, 256², random weights, {torch.get_num_threads()} threads, {low}")
+        for kind, row in times.items():
+            print(f"  {kind:6}{min(row):8.3f} s a step at best, {statistics.median(row):8.3f} s in the median")
+        print(f"  {ratio:.1f} times faster; the first batch's loss {first['ours']:.4f}, plain {first['plain']:.4f}")
+    assert first["ours"] == pytest.approx(first["plain"], rel=0.02)
+    assert ratio >= 2
+
+
+class Timed(NormOCC):
+    """norm_occ that notes when its steps begin."""
+
+    begun: list[float] = []  # noqa: RUF012
+
+    def training_step(self, batch, batch_idx):
+        self.begun.append(time.perf_counter())
+        return super().training_step(batch, batch_idx)
+
+
+def our_loop(arguments: list[str], run: Path) -> float:
+    Timed.begun.clear()
+    outcome = runs.train(*arguments, f"hydra.run.dir={run}")
+    assert outcome.code == 0, outcome.err
+    return statistics.median(b - a for a, b in zip(Timed.begun, Timed.begun[1:], strict=False))
+
+
+def bare_loop(levels: list[torch.Tensor], batch: int, steps: int) -> float:
+    """norm_occ's step on the same features, in tensors."""
+    channels = sum(level.shape[1] for level in levels)
+    project = torch.nn.Conv2d(channels, channels, 1, bias=False)
+    goal = torch.randn(channels)[:, None, None]
+    optimizer = torch.optim.AdamW(project.parameters(), 1e-4, weight_decay=1e-5)
+    times = []
+    for _ in range(steps):
+        rows = torch.randint(len(levels[0]), (batch,))
+
+        def step(rows=rows):
+            loss = (project(patch_features([level[rows] for level in levels])) - goal).square().sum(1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        times.append(seconds(step))
+    return statistics.median(times)
+
+
+@pytest.mark.bench
+def test_bench_training_loop(capsys, tmp_path):
+    steps, batch, side = 150, 8, 256
+    make_mvtec(tmp_path / "data", train=32, good=1, defects={"broken": 1}, size=side)
+    arguments: Any = [
+        "method=norm_occ", f"method._target_={__name__}.Timed", *runs.folder_data(tmp_path / "data"),
+        f"data.image_size={side}", f"data.batch_size={batch}", "trainer.max_epochs=null", f"trainer.max_steps={steps}",
+        f"hardware.threads={os.cpu_count()}",
+    ]  # fmt: skip
+    backbone = Backbone("resnet18.tv_in1k", [2, 3], "none")
+    images = torch.randn(32, 3, side, side, generator=torch.Generator().manual_seed(0))
+    levels = [level.contiguous(memory_format=torch.channels_last) for level in backbone(images)]
+    times: dict[str, list[float]] = {"ours": [], "bare": []}
+    for i in range(3):
+        times["ours"].append(our_loop(arguments, tmp_path / f"run{i}"))
+        times["bare"].append(bare_loop(levels, batch, steps))
+    ours, bare = min(times["ours"]), min(times["bare"])
+    with capsys.disabled():
+        print(f"\nnorm_occ, resnet18, layers 2 and 3, batch {batch}, {side}², {torch.get_num_threads()} threads")
+        print(f"  our loop {1000 * ours:.2f} ms a step, bare PyTorch {1000 * bare:.2f} ms: {ours / bare - 1:+.1%}")
+    assert ours <= 1.15 * bare
