@@ -97,7 +97,8 @@ def test_everything_composes(method, backbone):
 @pytest.mark.parametrize("group", ["split", "trainer", "scoring", "logger"])
 def test_other_groups_compose(group):
     for name in choices(group):
-        configuration.check(composed(f"{group}={name}"))
+        more = ["split.path=FILE"] if name == "file" else []
+        configuration.check(composed(f"{group}={name}", *more))
 
 
 STUDY = """# @package _global_
