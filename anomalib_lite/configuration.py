@@ -221,9 +221,9 @@ def check_scoring(scoring: dict) -> None:
     if not (size is None or size == "original" or _size(size)):
         raise UserError(f"scoring.map_size={size}: give a whole number from 16, [height, width], original, or null")
     how = scoring["image_score"]
-    if how not in ("auto", "max", "mean") and not (isinstance(how, float) and 0 < how <= 1):
+    if how not in ("auto", "own", "max", "mean") and not (isinstance(how, float) and 0 < how <= 1):
         raise UserError(
-            f"scoring.image_score={how}: give max, mean, or a share such as 0.01 for the mean of the top 1 %"
+            f"scoring.image_score={how}: give max, mean, own, or a share such as 0.01 for the mean of the top 1 %"
         )
     if not (isinstance(scoring["quantile"], int | float) and 0 < scoring["quantile"] <= 1):
         raise UserError(f"scoring.quantile={scoring['quantile']}: give a share above 0 and at most 1")

@@ -45,7 +45,7 @@ def _filter(maps: Tensor, taps: Tensor) -> Tensor:
 def image_scores(maps: Tensor, how) -> Tensor:
     """One score per map [B, H, W] -> [B]: its maximum ("max"), its mean ("mean"), or the mean of its top share."""
     flat = maps.flatten(1)
-    if how == "max":
+    if how in ("max", "own"):  # a method that has scores of its own replaces these
         return flat.amax(1)
     if how == "mean":
         return _row_means(flat)

@@ -47,6 +47,7 @@ class AnomalyModule(L.LightningModule):
     frozen_features = False
     stopped_early = False
     pictures: Callable[[Batch], dict[str, Tensor]] | None = None
+    scores_images = False  # whether anomaly_map gives (maps, image scores [B]), the latter for scoring.image_score=own
     autocasts = False  # whether the method's own networks run under `self.autocast()`: results say so
 
     def __init__(
@@ -68,6 +69,8 @@ class AnomalyModule(L.LightningModule):
         self.optimizer, self.scheduler = optimizer, scheduler
         defaults = {"pixel_smooth": None, "image_smooth": "same", "image_score": "max", "map_size": None}
         self.scoring = defaults | (scoring or {})
+        if self.scoring["image_score"] == "own" and not self.scores_images:
+            raise UserError(f"scoring.image_score=own: {type(self).__name__} has no image score of its own; give max")
         self.image_size, self.categories = tuple(image_size), list(categories)
         self.test_size = test_size if isinstance(test_size, str) else tuple(test_size or image_size)
         self.precision = str(precision)
@@ -78,7 +81,7 @@ class AnomalyModule(L.LightningModule):
         """The loss of a batch, a scalar."""
         raise NotImplementedError(f"{type(self).__name__} defines no training_step(batch, batch_idx)")
 
-    def anomaly_map(self, batch: Batch) -> Tensor:
+    def anomaly_map(self, batch: Batch) -> Tensor | tuple[Tensor, Tensor]:
         """Anomaly maps [B, h, w], float32, higher is more anomalous, of a batch of images."""
         raise NotImplementedError(f"{type(self).__name__} defines no anomaly_map(batch)")
 
@@ -123,11 +126,16 @@ class AnomalyModule(L.LightningModule):
 
     def score(self, batch: Batch) -> dict[str, Any]:
         """`map`, smoothed, [B, H, W] or a list of B maps [H_i, W_i], by `map_size`; `score` [B]; all float32."""
-        raw = self.anomaly_map(batch).float()
+        raw, own = self.anomaly_map(batch), None
+        if isinstance(raw, tuple):
+            raw, own = raw
+        raw = raw.float()
         if not isinstance(self.map_size, str):
-            return self._scored(raw, self.map_size)
-        each = [self._scored(x, tuple(size)) for x, size in zip(raw.split(1), batch["size"].tolist(), strict=True)]
-        return {"map": [x["map"][0] for x in each], "score": torch.cat([x["score"] for x in each])}
+            scored: dict[str, Any] = self._scored(raw, self.map_size)
+        else:
+            each = [self._scored(x, tuple(size)) for x, size in zip(raw.split(1), batch["size"].tolist(), strict=True)]
+            scored = {"map": [x["map"][0] for x in each], "score": torch.cat([x["score"] for x in each])}
+        return scored if self.scoring["image_score"] != "own" else scored | {"score": own}
 
     def _scored(self, raw: Tensor, size: tuple[int, ...]) -> dict[str, Tensor]:
         if raw.shape[-2:] != size:

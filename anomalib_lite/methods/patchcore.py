@@ -1,0 +1,84 @@
+"""PatchCore: towards total recall in industrial anomaly detection (Roth et al., CVPR 2022, arXiv 2106.08265).
+
+A memory bank holds a coreset of the normal training images' patch features; a patch's distance to its nearest neighbour
+there is its score. No training.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anomalib_lite.errors import UserError
+from anomalib_lite.methods.base import AnomalyModule, Batch
+from anomalib_lite.methods.coreset import greedy_coreset
+from anomalib_lite.methods.norm_occ import patch_features
+
+
+class PatchCore(AnomalyModule):
+    """Nearest neighbours in a coreset of patch features.
+
+    The image score with scoring.image_score=own is the largest patch distance, re-weighted (eq. 6 and 7): with m the
+    test patch, m* its neighbour and N the neighbours of m* in the bank, (1 − exp‖m − m*‖ / Σ_N exp‖m − n‖) · ‖m − m*‖.
+
+    Args:
+        coreset: share of the training patches that the bank keeps, in (0, 1].
+        neighbours: b of the re-weighting, m* among them; 1 switches it off.
+    """
+
+    frozen_features = True
+    scores_images = True
+    bank: Tensor
+
+    def __init__(self, coreset: float = 0.1, neighbours: int = 9, **context: Any):
+        super().__init__(**context)
+        if not 0 < coreset <= 1 or neighbours < 1:
+            raise UserError(
+                f"method.coreset={coreset}, method.neighbours={neighbours}: a share above 0 and at most 1, and a whole "
+                "number from 1"
+            )
+        assert self.backbone is not None
+        self.coreset, self.neighbours = coreset, neighbours
+        self.register_buffer("bank", torch.empty(0, sum(self.backbone.channels)))
+        self.register_load_state_dict_pre_hook(_make_room)
+
+    @torch.no_grad()
+    def on_fit_start(self) -> None:
+        patches = torch.cat([self.patches(batch).flatten(0, 2).cpu() for batch in self.normal_batches()])
+        count = max(1, int(self.coreset * len(patches)))
+        first = int(torch.randint(len(patches), ()))
+        picks = greedy_coreset(patches, count, first) if count < len(patches) else torch.arange(count)
+        self.bank = patches[picks].to(self.device)
+
+    def patches(self, batch: Batch) -> Tensor:
+        """Patch features [B, h, w, D] (section 3.1)."""
+        return patch_features(self.features(batch)).movedim(1, -1).contiguous()
+
+    def anomaly_map(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Distances of the patches to the bank, [B, h, w], and the images' re-weighted scores, [B]."""
+        patches = self.patches(batch)
+        distance, nearest = neighbours(patches.flatten(0, 2), self.bank)
+        distance, nearest = distance.view(patches.shape[:3]), nearest.view(len(patches), -1)
+        score, at = distance.flatten(1).max(1)
+        rows = torch.arange(len(patches), device=at.device)
+        worst, found = patches.flatten(1, 2)[rows, at], nearest[rows, at]
+        if self.neighbours == 1 or len(self.bank) == 1:
+            return distance, score
+        count = min(self.neighbours, len(self.bank))
+        around = torch.cdist(self.bank[found], self.bank).topk(count, largest=False).indices  # [B, b], m* among them
+        exponents = torch.cdist(worst[:, None], self.bank[around])[:, 0]
+        return distance, (1 - (score - exponents.logsumexp(1)).exp()) * score
+
+
+def neighbours(x: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance [M] of each row of x [M, D] to the nearest row of the bank [N, D], and that row's index [M]."""
+    size, indices = bank.square().sum(1), []
+    for part in x.split(1024):
+        indices.append(torch.addmm(size, part, bank.T, alpha=-2).argmin(1))  # ‖x‖² decides nothing
+    nearest = torch.cat(indices)
+    return torch.linalg.vector_norm(x - bank[nearest], dim=1), nearest
+
+
+def _make_room(module: PatchCore, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """A checkpoint's bank has a size of its own."""
+    module.bank = torch.empty_like(state[f"{prefix}bank"], device=module.bank.device)
