@@ -25,6 +25,7 @@ def efficiency(model: AnomalyModule, data: AnomalyDataModule, batch_size: int) -
     samples = samples * (-(-batch_size // len(samples)))  # a small test set is repeated
     files = [sample.path for sample in samples[:batch_size]]
     batch = move_data_to_device(next(iter(data.new_dataloader(files, 0, batch_size, 0))), model.device)
+    batch_size = len(batch["path"])  # images of different sizes come one by one
     single = {key: value[:1] for key, value in batch.items() if key != "damaged"}
     store, model.store = model.store, FeatureStore()  # nothing that is held: what a new image costs
     trainable = [p for p in model.parameters() if p.requires_grad]

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from anomalib_lite.callbacks import Training, quiet
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.efficiency import efficiency
 from anomalib_lite.errors import UserError, enough_memory
-from anomalib_lite.figures import write_figures
+from anomalib_lite.figures import write_figures, write_rows
 from anomalib_lite.filling import FrozenFeatures
 from anomalib_lite.hardware import device_name, lightning_options, peak_memory_mb
 from anomalib_lite.loggers import make_loggers
 from anomalib_lite.methods.base import AnomalyModule
+from anomalib_lite.pictures import of_test_images, of_training_images
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +152,7 @@ def execute(
         | {"precision": precision(cfg, model, trainer.strategy.root_device)},
     }
     result["notes"] = notes + result["notes"]
-    write(run, data, evaluating.arrays, result)
+    write(run, data, evaluating.arrays, result, model)
     return result
 
 
@@ -284,8 +286,10 @@ def normal_scores(data: AnomalyDataModule, arrays: dict[int, dict[str, Any]]) ->
     return {key: normal[key][good] for key in ("scores", "peaks", "medians")} | {"categories": categories[good]}
 
 
-def write(run: Path, data: AnomalyDataModule, arrays: dict[int, dict[str, Any]], result: dict[str, Any]) -> None:
-    """Scores, maps, curves and figures of the test set."""
+def write(
+    run: Path, data: AnomalyDataModule, arrays: dict[int, dict[str, Any]], result: dict[str, Any], model: AnomalyModule
+) -> None:
+    """Scores, maps, curves and figures of the test set, and of a few training images what the method shows of them."""
     assert data.root is not None
     test, root = arrays[evaluation.TEST], Path(data.root)
     results.write_scores(run, root, data.test_samples, test["scores"])
@@ -293,4 +297,7 @@ def write(run: Path, data: AnomalyDataModule, arrays: dict[int, dict[str, Any]],
     normal = {f"normal/{key}": value for key, value in normal_scores(data, arrays).items()}
     results.write_maps(run, root, data.test_samples, test["maps"], curves | normal)
     title = f"{result['method']}, seed {result['seed']}"
-    write_figures(run / "figures", data.test_samples, data.categories, test, result["thresholds"], title)
+    show = partial(of_test_images, model, data)
+    write_figures(run / "figures", data.test_samples, data.categories, test, result["thresholds"], title, show)
+    if rows := of_training_images(model, data):
+        write_rows(run / "figures" / "training.png", rows)

@@ -138,6 +138,10 @@ class Pipeline:
             )
         return image, mask
 
+    def denormalise(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] back to [0, 1]."""
+        return images * self.std.to(images) + self.mean.to(images)
+
     def tensor(self, image: np.ndarray) -> Tensor:
         """Image uint8 [H, W, 3] to float32 [3, H, W], normalised."""
         tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float().div_(255)
