@@ -20,9 +20,9 @@ from anomalib_lite.results import read_result
 #: parts of the configuration that leave a result as it is, or that the result itself tells
 FREE = (
     "resume", "debug", "logger", "cache", "hardware.accelerator", "hardware.devices", "hardware.nodes",
-    "hardware.threads", "hardware.feature_memory_gb", "trainer.log_every", "trainer.checkpoint_minutes", "data.root", "data.category",
-    "data.workers", "data.check", "data.eval_batch_size", "data.name", "data.reader", "data.split", "split", "scoring",
-    "backbone.name", "backbone.layers", "backbone.weights",
+    "hardware.threads", "hardware.feature_memory_gb", "trainer.log_every", "trainer.checkpoint_minutes", "data.root",
+    "data.category", "data.workers", "data.check", "data.eval_batch_size", "data.name", "data.reader", "data.split",
+    "split", "scoring", "backbone.name", "backbone.layers", "backbone.weights",
 )  # fmt: skip
 PRUNED = {"checkpoints", "wandb", "figures", ".hydra", ".git", ".venv"}
 
