@@ -84,6 +84,9 @@ def test_trials_depend_on_seed_and_options_alone():
     swapped = draw(space(*reversed(SPACE)), 5, seed=7)
     assert [sorted(trial.items()) for trial in swapped] == [sorted(trial.items()) for trial in few]
     assert draw(space(*SPACE), 5, seed=8) != few
+    pairs = draw(space("a=interval(0, 1)", "b=interval(0, 1)"), 400, seed=0)  # options are drawn apart
+    agree = sum((float(pair["a"]) < 0.5) == (float(pair["b"]) < 0.5) for pair in pairs)
+    assert abs(agree - 200) < 3.3 * 10
     assert len({json.dumps(trial) for trial in many}) == 9
 
 
@@ -126,6 +129,9 @@ def test_a_search_goes_on(tmp_path):
     assert best.best_evaluated_result == max(measured)
     assert dict(best.best_evaluated_params) == expected[measured.index(max(measured))]
     assert f"best validation.pixel_ap {max(measured):.4f}: data.batch_size=" in more.out
+    fewer = in_process("-m", *SEARCH, *SPACE, folder, "hydra.sweeper.n_trials=2")  # nothing left to do
+    assert fewer.code == 0, fewer.err
+    assert f"best validation.pixel_ap {max(measured[:2]):.4f}: " in fewer.out
     assert "validation" in more.out.split("in percent")[-1]  # a column of the table
 
 
