@@ -22,6 +22,11 @@ SMALL = (
     "hardware=cpu", "backbone=resnet18", "backbone.weights=none", "data.image_size=32", "data.batch_size=4",
     "trainer.max_epochs=1", "logger=csv",
 )  # fmt: skip
+#: what methods need on images of 32 to 48 pixels with resnet18's three levels; their own settings are for large grids
+NEEDS = {
+    "rlr": ("method.windows=[3,1,1]", "method.dims=[16,16,16]", "method.layers=1", "scoring.image_smooth=same"),
+    "uniad": ("method.neighbours=1", "method.dim=16", "method.hidden=16", "scoring.image_smooth=same"),
+}
 
 
 @dataclass
@@ -31,6 +36,11 @@ class Outcome:
     code: int
     out: str
     err: str
+
+
+def method(name: str) -> list[str]:
+    """The arguments that choose a method, for images of the tests' size."""
+    return [f"method={name}", *NEEDS.get(name, ())]
 
 
 def train(*arguments: str | Path, small: bool = True) -> Outcome:

@@ -23,6 +23,7 @@ from anomalib_lite.features import shapes, table
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.metrics.functional import image_metrics, pixel_metrics
 from tests.runs import ROOT, Outcome, evaluate, folder_data, predict, restored, result_of, train
+from tests.runs import method as choose
 from tests.trees import make_mvtec
 
 METHODS = sorted(file.stem for file in (ROOT / "conf" / "method").glob("*.yaml"))
@@ -112,7 +113,7 @@ def test_flops_of_a_backbone(root):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_parameters_of_a_run(method, root, tmp_path):
-    result = result_of(*folder_data(root), f"method={method}", run_dir=tmp_path)
+    result = result_of(*folder_data(root), *choose(method), run_dir=tmp_path)
     state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     with restored():
         _, model, _ = build(configuration.read_run(tmp_path)[1])
@@ -192,7 +193,7 @@ def succeeded(outcome: Outcome) -> None:
 @pytest.mark.parametrize("category", ["untested", "[untested,new]", "[untested,bottle]"])
 def test_without_test_images(category, method, root, tmp_path):
     """A user's own folder with nothing but normal images: trained, thresholds set, ready for prediction."""
-    options = (*folder_data(root, category), f"method={method}")
+    options = (*folder_data(root, category), *choose(method))
     succeeded(train(*options, f"hydra.run.dir={tmp_path / 'run'}"))
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     names = category.strip("[]").split(",")

@@ -74,7 +74,7 @@ def budget():
 def finished(method, budget, root, tmp_path_factory):
     """The folder of a finished run of the method."""
     run = tmp_path_factory.mktemp(method) / "run"
-    train(run, root, f"method={method}", budget)
+    train(run, root, *runs.method(method), budget)
     return run
 
 
@@ -102,7 +102,9 @@ def weights_of(run: Path) -> dict[str, Any]:
 def lasting(result: dict[str, Any]) -> dict[str, Any]:
     """A result without what may differ between two equal runs."""
     environment = {key: value for key, value in result["environment"].items() if key != "git"}  # commits go on
-    return {key: value for key, value in result.items() if key not in ("timing", "cache")} | {"environment": environment}
+    return {key: value for key, value in result.items() if key not in ("timing", "cache")} | {
+        "environment": environment
+    }
 
 
 def image_metrics_by_sklearn(rows: list[dict[str, str]]) -> dict[str, float]:
@@ -175,7 +177,7 @@ def test_the_checkpoint_holds_no_code(finished):
 
 
 def test_the_same_seed_gives_the_same_result(finished, method, budget, root, tmp_path):
-    again = train(tmp_path / "run", root, f"method={method}", budget)
+    again = train(tmp_path / "run", root, *runs.method(method), budget)
     assert lasting(again) == lasting(results.read_result(finished))
     assert (tmp_path / "run" / "scores.csv").read_bytes() == (finished / "scores.csv").read_bytes()
     first, second = weights_of(finished), weights_of(tmp_path / "run")
@@ -184,13 +186,13 @@ def test_the_same_seed_gives_the_same_result(finished, method, budget, root, tmp
 
 
 def test_another_seed_gives_another_result(finished, method, budget, root, tmp_path):
-    train(tmp_path / "run", root, f"method={method}", budget, "seed=1")
+    train(tmp_path / "run", root, *runs.method(method), budget, "seed=1")
     assert (tmp_path / "run" / "scores.csv").read_bytes() != (finished / "scores.csv").read_bytes()
 
 
 def test_resuming_a_finished_run_does_nothing(finished, method, budget, root):
     before = {file: (finished / file).stat().st_mtime_ns for file in FILES - {"train.log"}}
-    options = [*BASE, *runs.folder_data(root), f"method={method}", budget, "resume=true", f"hydra.run.dir={finished}"]
+    options = [*BASE, *runs.folder_data(root), *runs.method(method), budget, "resume=true", f"hydra.run.dir={finished}"]
     outcome = runs.train(*options, small=False)
     assert outcome.code == 0
     assert "this run is finished" in outcome.out
@@ -239,7 +241,7 @@ def test_thresholds_come_from_normal_training_images(finished):
 
 
 def test_one_model_for_two_categories(method, budget, root, tmp_path):
-    result = train(tmp_path / "run", root, f"method={method}", budget, category="[bottle,wood]")
+    result = train(tmp_path / "run", root, *runs.method(method), budget, category="[bottle,wood]")
     assert result["setting"] == "unified"
     assert result["categories"] == list(result["per_category"]) == ["bottle", "wood"]
     assert list(result["thresholds"]["per_category"]) == ["bottle", "wood"]
@@ -255,7 +257,7 @@ def test_one_model_for_two_categories(method, budget, root, tmp_path):
 
 
 def test_validation_on_held_out_training_images(method, budget, root, tmp_path):
-    arguments = (f"method={method}", budget, "data.val_fraction=0.4")
+    arguments = (*runs.method(method), budget, "data.val_fraction=0.4")
     result = train(tmp_path / "run", root, *arguments)
     assert result["data"]["train_counts"] == {"bottle": 6}
     assert set(result["validation"]) == METRICS
