@@ -42,6 +42,10 @@ def _names(x: Any) -> bool:
     return _name(x) or (isinstance(x, list) and bool(x) and all(map(_name, x)))
 
 
+def _seconds(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and x > 0
+
+
 def _flag(x: Any) -> bool:
     return isinstance(x, bool)
 
@@ -84,6 +88,13 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cache.limit_gb": (lambda x: isinstance(x, int | float) and x >= 0, "gigabytes from 0"),
     "cache.type": (lambda x: x in ("auto", "bfloat16", "float16", "float32"), "auto, bfloat16, float16 or float32"),
     "hardware.feature_memory_gb": (lambda x: isinstance(x, int | float) and x >= 0, "gigabytes from 0"),
+    "logger.wandb.mode": (
+        _optional(lambda x: x in ("auto", "online", "offline", "disabled")),
+        "auto, online, offline or disabled",
+    ),
+    "logger.wandb.tags": (_optional(lambda x: isinstance(x, list) and all(map(_name, x))), "a list of names, or null"),
+    "logger.wandb.timeout": (_optional(_seconds), "seconds above 0"),
+    "logger.wandb.upload_timeout": (_optional(_seconds), "seconds above 0"),
 }
 
 

@@ -44,11 +44,9 @@ def evaluate(options: dict[str, Any]) -> None:
     from anomalib_lite import results
     from anomalib_lite.experiment import execute
 
-    result = execute(cfg, output, names, checkpoint, fit=False)
+    overrides = [argument for argument in sys.argv[1:] if "=" in argument]
+    result = execute(cfg, output, names, checkpoint, overrides, [f"evaluated again from {run}"], fit=False)
     if result is not None:
-        result["overrides"] = [argument for argument in sys.argv[1:] if "=" in argument]
-        result["notes"].append(f"evaluated again from {run}")
-        results.write_result(output, result)
         results.show(output, result)
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from anomalib_lite.hardware import device_name, lightning_options, peak_memory_m
 from anomalib_lite.loggers import make_loggers
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.pictures import of_test_images, of_training_images
+from anomalib_lite.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +67,20 @@ def make_method(
 
 
 def execute(
-    cfg: dict[str, Any], run: Path, names: dict[str, str], checkpoint: Path, fit: bool = True, multirun: bool = False
+    cfg: dict[str, Any],
+    run: Path,
+    names: dict[str, str],
+    checkpoint: Path,
+    overrides: Sequence[str],
+    remarks: Sequence[str] = (),
+    fit: bool = True,
+    multirun: bool = False,
 ) -> dict[str, Any] | None:
     """Fit (from `checkpoint` on, if that file is there) or load it, test, and write what a run leaves into `run`.
 
     Args:
         cfg: the resolved `train` configuration. names: its choices of `method` and `split`.
+        overrides: the command line, for result.json. remarks: further notes for it.
 
     Returns:
         result.json's content on rank 0, None on others.
@@ -113,6 +123,9 @@ def execute(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    shown = [logger for logger in trainer.loggers if isinstance(logger, WandbRun) and trainer.is_global_zero]
+    for logger in shown:
+        logger.start(cfg, names, data)
     fit = fit and not stored.get("finished", False)  # a run that was interrupted while testing is trained already
     if fit:
         with enough_memory(lambda: "data.batch_size" if training.begun else "data.eval_batch_size", cfg):
@@ -151,8 +164,13 @@ def execute(
         "environment": results.environment(device_name(trainer.strategy.root_device))
         | {"precision": precision(cfg, model, trainer.strategy.root_device)},
     }
-    result["notes"] = notes + result["notes"]
-    write(run, data, evaluating.arrays, result, model)
+    result["notes"] = [*notes, *result["notes"], *remarks]
+    result["overrides"] = list(overrides)
+    test = evaluating.arrays[evaluation.TEST]
+    curves = evaluation.curves(data.test_samples, data.categories, test, data.has_masks)
+    write(run, data, evaluating.arrays, curves, result, model)
+    for logger in shown:
+        logger.log_test(result, data, test, curves)
     return result
 
 
@@ -287,13 +305,19 @@ def normal_scores(data: AnomalyDataModule, arrays: dict[int, dict[str, Any]]) ->
 
 
 def write(
-    run: Path, data: AnomalyDataModule, arrays: dict[int, dict[str, Any]], result: dict[str, Any], model: AnomalyModule
+    run: Path,
+    data: AnomalyDataModule,
+    arrays: dict[int, dict[str, Any]],
+    curves: dict[str, np.ndarray],
+    result: dict[str, Any],
+    model: AnomalyModule,
 ) -> None:
-    """Scores, maps, curves and figures of the test set, and of a few training images what the method shows of them."""
+    """Scores, maps, curves and figures of the test set, of a few training images what the method shows of them, and
+    result.json last: it says that the run is finished.
+    """
     assert data.root is not None
     test, root = arrays[evaluation.TEST], Path(data.root)
     results.write_scores(run, root, data.test_samples, test["scores"])
-    curves = evaluation.curves(data.test_samples, data.categories, test, data.has_masks)
     normal = {f"normal/{key}": value for key, value in normal_scores(data, arrays).items()}
     results.write_maps(run, root, data.test_samples, test["maps"], curves | normal)
     title = f"{result['method']}, seed {result['seed']}"
@@ -301,3 +325,4 @@ def write(
     write_figures(run / "figures", data.test_samples, data.categories, test, result["thresholds"], title, show)
     if rows := of_training_images(model, data):
         write_rows(run / "figures" / "training.png", rows)
+    results.write_result(run, result)

@@ -29,7 +29,7 @@ def write_figures(
         rows = [i for i, sample in enumerate(samples) if sample.category == category]
         if rows:
             threshold = thresholds["per_category"][category]
-            cases = _cases(rows, arrays)
+            cases = chosen_cases(rows, arrays)
             between = pictures([samples[i] for _, i in cases])
             picture = contact_sheet(samples, cases, arrays, threshold, f"{title}: {category}", between)
             cv2.imwrite(str(folder / f"{category}.png"), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
@@ -54,7 +54,8 @@ def _tile(picture: np.ndarray, tile: int) -> np.ndarray:
     return cv2.resize(picture, (tile, tile), interpolation=cv2.INTER_AREA)
 
 
-def _cases(rows: list[int], arrays: dict[str, np.ndarray], count: int = 3) -> list[tuple[str, int]]:
+def chosen_cases(rows: list[int], arrays: dict[str, np.ndarray], count: int = 3) -> list[tuple[str, int]]:
+    """A category's images to look at, by their indices, each with what it is an example of."""
     by_score = sorted(rows, key=lambda i: (float(arrays["scores"][i]), i))
     bad = [i for i in by_score if arrays["labels"][i]]
     good = [i for i in by_score if not arrays["labels"][i]]

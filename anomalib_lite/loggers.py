@@ -1,9 +1,7 @@
-"""Where a run's scalars go: metrics.csv always, Weights & Biases as well."""
+"""Where a run's scalars go: metrics.csv always, Weights & Biases (wandb_run.py) as well."""
 
 import csv
 import logging
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,43 +63,16 @@ class CSVLogger(Logger):
         self.save()
 
 
-def wandb_logger(run_dir: str | Path, project: str = "anomalib_lite", mode: str = "auto", **kwargs: Any) -> Logger:
-    """W&B below the run's folder; `mode` auto is online where a key is configured, else offline, never a prompt."""
-    from lightning.pytorch.loggers import WandbLogger
-
-    os.environ.setdefault("WANDB_SILENT", "true")
-    if mode == "auto":
-        netrc = Path.home() / ".netrc"
-        key = os.environ.get("WANDB_API_KEY") or (netrc.is_file() and "wandb" in netrc.read_text())
-        mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
-    logger = WandbLogger(project=project, save_dir=str(run_dir), mode=mode, **kwargs)
-    logger._wandb_init.pop("anonymous", None)  # Lightning 2.6 names a setting that wandb 0.31 warns of
-    return logger
-
-
 def make_loggers(cfg: Any, run_dir: Path) -> list[Logger]:
-    """The loggers of the configuration. One that can't start (no disk, no server) is left out with a warning."""
+    """The loggers of the configuration. One that can't be made is left out with a warning."""
     from hydra.utils import instantiate
 
     loggers = []
     for name, logger in cfg.items():
         try:
-            made = instantiate(logger, run_dir=str(run_dir))
-            _ = made.experiment  # W&B starts here, on rank 0
+            loggers.append(instantiate(logger, run_dir=str(run_dir)))
         except Exception as error:
             if name == "csv":
                 raise
             log.warning("logger.%s is left out: %s", name, str(error).splitlines()[0] if str(error) else repr(error))
-            continue
-        loggers.append(made)
     return loggers
-
-
-def finish(code: int) -> None:
-    """End this process's W&B run, if there is one: a later run of the process would log into it."""
-    wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
-        try:
-            wandb.finish(exit_code=code)
-        except Exception as error:  # the results count more
-            log.warning("W&B did not finish: %s", error)

@@ -39,11 +39,11 @@ def train(cfg: Any) -> float | None:
 
     from anomalib_lite import results
     from anomalib_lite.experiment import execute
-    from anomalib_lite.loggers import finish
+    from anomalib_lite.wandb_run import finish
 
     checkpoint = run / "checkpoints" / "last.ckpt"
     try:
-        result = execute(plain, run, names, checkpoint, multirun=one_process)
+        result = execute(plain, run, names, checkpoint, hydra.overrides.task, multirun=one_process)
     except BaseException as error:
         finish(1)
         if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
@@ -57,8 +57,6 @@ def train(cfg: Any) -> float | None:
     finish(0)
     if result is None:
         return None
-    result["overrides"] = list(hydra.overrides.task)
-    results.write_result(run, result)  # last: it says that the run is finished
     results.show(run, result)
     return configuration.objective(plain["objective"], result)
 
