@@ -136,6 +136,6 @@ def test_kinds_can_be_chosen_and_mistakes_are_named(folder, tmp_path):
         ({"contents": {"texture": 1.0}, "textures": tmp_path / "none"}, r"data\.corrupt\.textures=.*none"),
     ):
         with pytest.raises(UserError, match=message):
-            corrupt(image, np.random.default_rng(0), **options)  # type: ignore[arg-type]
+            corrupt(image, np.random.default_rng(0), **options)
     save_image(tmp_path / "full" / "x.png")
     assert corrupt(image, np.random.default_rng(0), textures=tmp_path / "full")[1].any()

@@ -58,9 +58,9 @@ def test_loss_is_the_formula(weight):
     image[2] += 5 / 255
     image[3, 1, ::2] += 0.1
     output = rng.random(clean.shape)
-    tensors = [torch.from_numpy(array).float() for array in (output, clean, image)]
+    f, x, corrupted = (torch.from_numpy(array).float() for array in (output, clean, image))
     expected = literal_loss(output, clean, image, weight)
-    np.testing.assert_allclose(losses(*tensors, weight), expected, rtol=1e-5)
+    np.testing.assert_allclose(losses(f, x, corrupted, weight).numpy(), np.array(expected), rtol=1e-5)
 
 
 def test_gradient_of_a_clean_image_is_finite():
@@ -74,7 +74,8 @@ def test_gradient_of_a_clean_image_is_finite():
 def test_convex_combination_is_the_formula():
     torch.manual_seed(0)
     module = ConvexCombination(5).double().eval()
-    first, norm, second = module.beta[0][0], module.beta[0][1], module.beta[1]  # type: ignore[index]
+    beta: Any = module.beta
+    (first, norm, _), second = beta
     with torch.no_grad():
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
@@ -281,7 +282,8 @@ def held_out_loss(model: SSAE) -> float:
         for image, clean in zip(batch["image"], batch["clean"], strict=True):
             with torch.no_grad():
                 output = model.net(image[None])[0]
-            found += literal_loss(*(x[None].double().numpy() for x in (output, clean, image)), 0.9)
+            f, x, corrupted = (tensor[None].double().numpy() for tensor in (output, clean, image))
+            found += literal_loss(f, x, corrupted, 0.9)
     model.net.train()
     return float(np.mean(found))
 
@@ -452,7 +454,27 @@ def test_corrupted_batches_depend_on_seed_epoch_and_image_only(root):
 
 
 def test_the_demo_and_the_studies_compose():
-    for name in ("ssae_small", "ssae_small_textures"):
+    for name in ("demo_ssae", "ssae_small", "ssae_small_textures"):
         outcome = runs.python("-m", "anomalib_lite.train", f"+experiments={name}", "--cfg", "job", cwd=runs.ROOT)
         assert outcome.code == 0, outcome.err
         assert "anomalib_lite.methods.ssae.SSAE" in outcome.out
+
+
+@pytest.mark.slow
+def test_training_on_two_ranks_is_training_on_one(root, tmp_path):
+    """Losses are of single images, batch norm is synchronised, and the held-out images are judged together."""
+    from tests.test_devices import on_ranks
+
+    budget = ("trainer.max_steps=6", "data.val_fraction=0.2", "method.patience=9", "method.look_every=2")
+    for devices in (1, 2):
+        options = [*TINY, *runs.folder_data(root), *budget, f"hydra.run.dir={tmp_path / str(devices)}"]
+        options[2] = "hardware=ddp"
+        options += ["hardware.accelerator=cpu", f"hardware.devices={devices}", "hardware.precision=32"]
+        if devices == 1:
+            assert runs.train(*options, small=False).code == 0
+        else:
+            on_ranks("train", options, 2)
+    one, two = state_of(tmp_path / "1"), state_of(tmp_path / "2")
+    assert float(one["best"]) == pytest.approx(float(two["best"]), rel=1e-3)
+    for key in one.keys() - {"optimizer", "best"}:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-2, atol=1e-3, msg=key)
