@@ -112,6 +112,22 @@ def test_receptive_field_of_the_dilated_stack():
     np.testing.assert_array_equal(seen, expected)
 
 
+def test_a_larger_image_in_test_meets_no_untrained_weights():
+    """Trained on 64², the bottleneck has 8 × 8 positions: what dilations from 8 on would bring in stays 0."""
+    torch.manual_seed(0)
+    net = Autoencoder(2)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2, fused=True)
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(images(2, 3, 64, 64)).square().mean().backward()
+        optimizer.step()
+    for rate, block in zip(DILATIONS, net.bottleneck, strict=True):
+        kernel = block[0].weight.detach().clone()  # type: ignore[index]
+        assert kernel[..., 1, 1].all()
+        kernel[..., 1, 1] = 0
+        assert bool(kernel.any()) == (rate < 8)
+
+
 @pytest.mark.parametrize("skip", ["none", "concat", "ccm"])
 def test_network_is_fully_convolutional(skip):
     """Any size; and away from the border a shift by 8 of the image is a shift of the output."""

@@ -30,10 +30,20 @@ def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, dilation: 
 
 
 class DilatedStack(nn.Sequential):
-    """Six residual blocks of growing dilation, [B, C, h, w] -> the same: each output sees 127 × 127 positions."""
+    """Six residual blocks of growing dilation, [B, C, h, w] -> the same: each output sees 127 × 127 positions.
+
+    All but the kernels' centres start at 0 (ours). Of training crops of 256² the bottleneck sees 32 × 32 positions, so
+    that a dilation of 32 reaches nothing but padding: those weights are never trained, and on a larger image in test
+    they would bring in noise.
+    """
 
     def __init__(self, channels: int):
         super().__init__(*(conv(channels, channels, dilation=rate) for rate in DILATIONS))
+        with torch.no_grad():
+            for block in self:
+                kernel = block[0].weight  # type: ignore[index]
+                centre = kernel[..., 1, 1].clone()
+                kernel.zero_()[..., 1, 1] = centre
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self:
