@@ -71,22 +71,27 @@ class Given(torch.nn.Module):
         return [images]
 
 
-def test_image_score_is_equation_7():
+@pytest.mark.parametrize("fitted", [False, True])
+def test_image_score_is_equation_7(fitted):
+    """And a training image is scored without its own patches."""
     torch.manual_seed(0)
     backbone: Any = Given()
     model = PatchCore(neighbours=3, backbone=backbone, scoring={"image_score": "own"}, image_size=(4, 4))
-    model.bank = torch.randn(40, 5)
+    model.bank, model.owners = torch.randn(40, 5), torch.arange(40) % 9
     images = torch.randn(6, 5, 4, 4)
-    scores = model.score({"image": images, "path": ["?"] * 6})
+    batch = {"image": images, "path": ["?"] * 6, "index": torch.arange(6), "fitted": fitted}
+    scores = model.score(batch)
     for i in range(6):
         patches = torch.nn.functional.avg_pool2d(images[i], 3, 1, 1).double().flatten(1).T
         bank = model.bank.double()
         every = torch.cdist(patches, bank)
+        if fitted:
+            every[:, i::9] = torch.inf
         test = int(every.min(1).values.argmax())
         star = int(every[test].argmin())
         around = (bank - bank[star]).norm(dim=1).argsort()[:3]
         top = math.exp(every[test, star])
-        weight = 1 - top / sum(math.exp(every[test, int(n)]) for n in around)
+        weight = 1 - top / sum(math.exp((patches[test] - bank[int(n)]).norm()) for n in around)
         assert float(scores["score"][i]) == pytest.approx(weight * float(every[test, star]), rel=1e-4)
         torch.testing.assert_close(scores["map"][i].double(), every.min(1).values.view(4, 4), rtol=1e-4, atol=1e-5)
 

@@ -25,6 +25,7 @@ class AnomalyModule(L.LightningModule):
     - `on_fit_start()` for what is computed in closed form: `for batch in self.normal_batches(): ...`;
     - `configure_optimizers()`, where `optimizer` and `scheduler` from the configuration are not enough;
     - `pictures(batch)` -> {title: [B, 1 or 3, H, W] in [0, 1]} for the figures, such as reconstructions;
+    - `phases = 2`, where the budget holds for each of two parts of training: `total_steps` is their sum;
     - `stopped_early = True`, which ends training with the current batch, before its budget is spent;
     - `frozen_features = True`, where training and test see only a frozen backbone's outputs for unaugmented images:
       `self.features(batch)` gives them, each computed once and shared by runs.
@@ -32,6 +33,7 @@ class AnomalyModule(L.LightningModule):
     A batch is a dict: `image` float32 [B, 3, H, W], `mask` bool [B, H, W], `label` int64 [B], `category` int64 [B],
     `path` list of str, `index` int64 [B]. Where features are held already, training batches come without `image`.
     With `data.corrupt` training batches have `clean`, of which `image` is a corrupted version, and `corruption_mask`.
+    Evaluated batches have `fitted`, whether these are the training images, scored for the sake of thresholds.
     With scoring.map_size=original, evaluated batches have `size` int64 [B, 2], the images' own (H, W).
 
     Args:
@@ -46,6 +48,7 @@ class AnomalyModule(L.LightningModule):
 
     frozen_features = False
     stopped_early = False
+    phases = 1
     pictures: Callable[[Batch], dict[str, Tensor]] | None = None
     scores_images = False  # whether anomaly_map gives (maps, image scores [B]), the latter for scoring.image_score=own
     autocasts = False  # whether the method's own networks run under `self.autocast()`: results say so
@@ -146,7 +149,7 @@ class AnomalyModule(L.LightningModule):
         return {"map": maps, "score": image_scores(for_score, self.scoring["image_score"])}
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        return self.score(batch)
+        return self.score(batch | {"fitted": dataloader_idx == 1})  # the training images, for thresholds
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         return self.score(batch)

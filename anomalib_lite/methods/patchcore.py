@@ -1,7 +1,8 @@
 """PatchCore: towards total recall in industrial anomaly detection (Roth et al., CVPR 2022, arXiv 2106.08265).
 
 A memory bank holds a coreset of the normal training images' patch features; a patch's distance to its nearest neighbour
-there is its score. No training.
+there is its score. No training. The training images, from whose scores thresholds are made, are scored without their
+own patches: the bank would know them.
 """
 
 from typing import Any
@@ -29,6 +30,7 @@ class PatchCore(AnomalyModule):
     frozen_features = True
     scores_images = True
     bank: Tensor
+    owners: Tensor
 
     def __init__(self, coreset: float = 0.1, neighbours: int = 9, **context: Any):
         super().__init__(**context)
@@ -40,15 +42,20 @@ class PatchCore(AnomalyModule):
         assert self.backbone is not None
         self.coreset, self.neighbours = coreset, neighbours
         self.register_buffer("bank", torch.empty(0, sum(self.backbone.channels)))
+        self.register_buffer("owners", torch.empty(0, dtype=torch.long))  # indices of the bank's training images
         self.register_load_state_dict_pre_hook(_make_room)
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
-        patches = torch.cat([self.patches(batch).flatten(0, 2).cpu() for batch in self.normal_batches()])
+        each = [self.patches(batch).flatten(1, 2).cpu() for batch in self.normal_batches()]
+        images, positions = sum(map(len, each)), each[0].shape[1]
+        patches = torch.cat(each).flatten(0, 1)
+        del each
         count = max(1, int(self.coreset * len(patches)))
         first = int(torch.randint(len(patches), ()))
         picks = greedy_coreset(patches, count, first) if count < len(patches) else torch.arange(count)
         self.bank = patches[picks].to(self.device)
+        self.owners = torch.arange(images).repeat_interleave(positions)[picks].to(self.device)
 
     def patches(self, batch: Batch) -> Tensor:
         """Patch features [B, h, w, D] (section 3.1)."""
@@ -57,28 +64,35 @@ class PatchCore(AnomalyModule):
     def anomaly_map(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Distances of the patches to the bank, [B, h, w], and the images' re-weighted scores, [B]."""
         patches = self.patches(batch)
-        distance, nearest = neighbours(patches.flatten(0, 2), self.bank)
-        distance, nearest = distance.view(patches.shape[:3]), nearest.view(len(patches), -1)
+        own = batch["index"] if batch.get("fitted") else torch.full((len(patches),), -1, device=patches.device)
+        found = [neighbours(x.flatten(0, 1), self.bank, self.owners == i) for x, i in zip(patches, own, strict=True)]
+        distance = torch.stack([distance for distance, _ in found]).view(patches.shape[:3])
+        nearest = torch.stack([index for _, index in found])
         score, at = distance.flatten(1).max(1)
         rows = torch.arange(len(patches), device=at.device)
-        worst, found = patches.flatten(1, 2)[rows, at], nearest[rows, at]
+        worst, star = patches.flatten(1, 2)[rows, at], nearest[rows, at]
         if self.neighbours == 1 or len(self.bank) == 1:
             return distance, score
         count = min(self.neighbours, len(self.bank))
-        around = torch.cdist(self.bank[found], self.bank).topk(count, largest=False).indices  # [B, b], m* among them
+        around = torch.cdist(self.bank[star], self.bank).topk(count, largest=False).indices  # [B, b], m* among them
         exponents = torch.cdist(worst[:, None], self.bank[around])[:, 0]
         return distance, (1 - (score - exponents.logsumexp(1)).exp()) * score
 
 
-def neighbours(x: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance [M] of each row of x [M, D] to the nearest row of the bank [N, D], and that row's index [M]."""
-    size, indices = bank.square().sum(1), []
-    for part in x.split(1024):
-        indices.append(torch.addmm(size, part, bank.T, alpha=-2).argmin(1))  # ‖x‖² decides nothing
-    nearest = torch.cat(indices)
+def neighbours(x: Tensor, bank: Tensor, without: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Distance [M] of each row of x [M, D] to the nearest row of the bank [N, D], and that row's index [M].
+
+    Rows where `without` [N] is true are left out, unless that leaves none.
+    """
+    size = bank.square().sum(1)
+    if without is not None and not without.all():
+        size = size.masked_fill(without, torch.inf)
+    # ‖x‖² decides nothing
+    nearest = torch.cat([torch.addmm(size, part, bank.T, alpha=-2).argmin(1) for part in x.split(1024)])
     return torch.linalg.vector_norm(x - bank[nearest], dim=1), nearest
 
 
 def _make_room(module: PatchCore, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """A checkpoint's bank has a size of its own."""
-    module.bank = torch.empty_like(state[f"{prefix}bank"], device=module.bank.device)
+    for name in ("bank", "owners"):
+        setattr(module, name, torch.empty_like(state[f"{prefix}{name}"], device=module.bank.device))
