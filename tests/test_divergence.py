@@ -60,7 +60,7 @@ def base(tmp_path_factory):
     (folder / "conf" / "method").mkdir(parents=True)
     (folder / "conf" / "method" / "sick.yaml").write_text(CONFIG)
     data = runs.folder_data(folder / "data")
-    return [f"--config-dir={folder / 'conf'}", "hardware=cpu", "logger=csv", "method=sick", *data]
+    return [f"--config-dir={folder / 'conf'}", "hardware=cpu", "hardware.threads=1", "logger=csv", "method=sick", *data]
 
 
 def train(base, run: Path, *more: str) -> runs.Outcome:

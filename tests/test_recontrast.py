@@ -435,9 +435,10 @@ def root(tmp_path_factory):
 def arguments(root):
     def make(run: Path, *more: str, category: str = "bottle") -> list[str]:
         return [
-            "hardware=cpu", "logger=csv", "method=recontrast", f"method._target_={__name__}.Stopping",
-            *runs.folder_data(root, category), f"backbone.name={TINY}", "backbone.weights=none", "data.image_size=32",
-            "data.batch_size=4", "trainer.max_steps=6", "trainer.log_every=1", "trainer.checkpoint_minutes=0",
+            "hardware=cpu", "hardware.threads=1", "logger=csv", "method=recontrast",
+            f"method._target_={__name__}.Stopping", *runs.folder_data(root, category), f"backbone.name={TINY}",
+            "backbone.weights=none", "data.image_size=32", "data.batch_size=4", "data.eval_batch_size=4",
+            "trainer.max_steps=6", "trainer.log_every=1", "trainer.checkpoint_minutes=0",
             *more, f"hydra.run.dir={run}",
         ]  # fmt: skip
 
