@@ -117,7 +117,8 @@ class Training(L.Callback):
 
     def total(self, trainer: L.Trainer) -> int | None:
         epochs = None if self.max_epochs is None else self.max_epochs * int(trainer.num_training_batches)
-        return min((n for n in (self.max_steps, epochs) if n is not None), default=None)
+        phase = min((n for n in (self.max_steps, epochs) if n is not None), default=None)
+        return None if phase is None else phase * getattr(trainer.lightning_module, "phases", 1)
 
     def finished(self, trainer: L.Trainer) -> bool:
         total = self.total(trainer) if self.max_epochs != 0 else 0

@@ -105,6 +105,9 @@ def make_absolute(cfg: dict[str, Any]) -> None:
     for split in (cfg["split"], cfg["data"]["split"]):
         if isinstance(split, dict) and isinstance(split.get("path"), str):
             split["path"] = str(Path(split["path"]).expanduser().absolute())
+    name = str(cfg["backbone"]["name"])
+    if "/" in name and Path(name).expanduser().is_dir():  # a checkpoint's folder, not a model of the hub
+        cfg["backbone"]["name"] = str(Path(name).expanduser().absolute())
     if (cfg["backbone"].get("weights") or "none") not in ("auto", "none"):
         cfg["backbone"]["weights"] = str(Path(cfg["backbone"]["weights"]).expanduser().absolute())
 

@@ -112,7 +112,7 @@ def execute(
             log.info(line)
     trainer = L.Trainer(
         **hardware,
-        max_epochs=-1 if epochs is None else epochs,
+        max_epochs=-1 if epochs is None else epochs * model.phases,
         logger=make_loggers(cfg["logger"], run) if fit else False,
         callbacks=[training, filling, evaluating],
         deterministic="warn",

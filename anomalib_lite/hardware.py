@@ -17,11 +17,13 @@ from anomalib_lite.errors import UserError
 
 class DDP(DDPStrategy):
     """Lightning's, with batch norm over all devices, for methods without trainable weights too: there is nothing to
-    exchange then."""
+    exchange then. Of a method with several phases, weights may have no part in a step."""
 
     def configure_ddp(self) -> None:
         if any(p.requires_grad for p in self.model.parameters()):  # type: ignore[union-attr]
             self.model = synchronise(self.model, self.root_device)  # type: ignore[arg-type]
+            if getattr(self.lightning_module, "phases", 1) > 1:
+                self._ddp_kwargs["find_unused_parameters"] = True
             super().configure_ddp()
 
 

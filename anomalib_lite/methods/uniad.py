@@ -56,8 +56,11 @@ class UniAD(AnomalyModule):
         self.net = ReconstructionTransformer(channels, self.grid, dim, layers, heads, hidden, dropout, neighbours)
 
     def tokens(self, batch: Batch) -> Tensor:
+        return self.joined(self.features(batch))
+
+    def joined(self, levels: list[Tensor]) -> Tensor:
         """All levels, each brought to the coarsest one's grid, [B, L, ΣC]."""
-        levels = [F.interpolate(x, self.grid, mode="bilinear", align_corners=True) for x in self.features(batch)]
+        levels = [F.interpolate(x, self.grid, mode="bilinear", align_corners=True) for x in levels]
         return torch.cat(levels, 1).flatten(2).mT.contiguous()
 
     def reconstructed(self, tokens: Tensor) -> Tensor:

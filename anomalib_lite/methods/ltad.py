@@ -1,0 +1,215 @@
+"""LTAD, our reading (Ho, Peng, Vasconcelos, CVPR 2024, arXiv 2403.20236): long-tailed anomaly detection.
+
+One model for all classes, of which some have few images; the class is known, in test too, its name is not used. Only
+the abstract and second-hand notes are known to us: sizes, losses and the synthesis of whole images are ours.
+
+Phase 1 learns a pseudo name of each class from a frozen vision–language model, and a VAE of patch features conditioned
+on it. Phase 2 fills the tail classes up with the VAE's features and learns UniAD's transformer Π and a classifier of
+patches into normal and abnormal ones of their class. Score of a patch p of class c: S = S_rec + λ · S_sem, S_rec =
+‖Π(p) − p‖² standardised per class on training patches, S_sem the classifier's probability.
+"""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anomalib_lite.errors import UserError
+from anomalib_lite.methods.base import Batch
+from anomalib_lite.methods.blocks import jitter
+from anomalib_lite.methods.uniad import UniAD
+from anomalib_lite.methods.vision_language import PROMPTS, Prompts, TextFree, VisionLanguage
+
+FILL: dict[str, Callable[[list[int]], float]] = {"median": statistics.median, "largest": max}
+
+
+class ConditionalVAE(nn.Module):
+    """Patch features [B, L, d] of classes with text embeddings [B, e], coded in `latent` numbers each."""
+
+    def __init__(self, channels: int, text: int, hidden: int = 512, latent: int = 64):
+        super().__init__()
+        self.encode = nn.Sequential(nn.Linear(channels + text, hidden), nn.ReLU(), nn.Linear(hidden, 2 * latent))
+        self.decode = nn.Sequential(nn.Linear(latent + text, hidden), nn.ReLU(), nn.Linear(hidden, channels))
+
+    def forward(self, features: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(decoded [B, L, d], mean, log variance [B, L, latent])."""
+        text = text[:, None].expand(-1, features.shape[1], -1)
+        mean, log_variance = self.encode(torch.cat((features, text), -1)).chunk(2, -1)
+        code = mean + (log_variance / 2).exp() * torch.randn_like(mean)
+        return self.decode(torch.cat((code, text), -1)), mean, log_variance
+
+
+class LTAD(UniAD):
+    """LTAD, our reading. Text from the backbone where it is a VisionLanguage; else class vectors are learned directly.
+
+    Args:
+        semantic: λ, the weight of S_sem; 0 leaves the semantic classifier out.
+        class_names: "learned" in phase 1; or "fixed": of the categories' own names, text-free as drawn.
+        fill: up to which count tail classes are filled up with synthetic images: the classes' "median", the
+            "largest"; null is no synthesis.
+        temperature: τ of all cosines. beta: weight of the VAE's Kullback–Leibler divergence.
+        strong: jitter of the classifier's abnormal patches; half of the images have patches of another class instead.
+        prompts: texts for `class`, `normal` and `abnormal`, {} is the class.
+        context: UniAD's transformer, its `jitter` and `clip`, and what every method is told.
+    """
+
+    conditions: Tensor
+    fixed_states: Tensor
+    error_mean: Tensor
+    error_std: Tensor
+
+    def __init__(
+        self,
+        semantic: float = 1.0,
+        class_names: str = "learned",
+        fill: str | None = "median",
+        temperature: float = 0.07,
+        beta: float = 1e-3,
+        strong: float = 40.0,
+        prompts: dict[str, str] | None = None,
+        **context: Any,
+    ):
+        super().__init__(**context)
+        assert self.backbone is not None
+        if class_names not in ("learned", "fixed") or (fill is not None and fill not in FILL):
+            raise UserError(
+                f"method.class_names={class_names}, method.fill={fill}: give learned or fixed; median, largest or null"
+            )
+        if semantic < 0 or temperature <= 0:
+            raise UserError(f"method.semantic={semantic}, method.temperature={temperature}: from 0, and above 0")
+        self.semantic, self.fill, self.temperature, self.beta, self.strong = semantic, fill, temperature, beta, strong
+        self.depth, count, channels = len(self.backbone.channels), len(self.categories), sum(self.backbone.channels)
+        self.language: Any
+        if isinstance(self.backbone, VisionLanguage):
+            self.language, self.variant = Prompts(self.backbone, PROMPTS | (prompts or {})), self.backbone.kind
+        else:
+            self.language, self.variant = TextFree(count, self.backbone.channels[-1]), "text_free"
+        learned, text = class_names == "learned", self.language.dim
+        self.names = nn.Parameter(self.language.start(self.categories, not learned), requires_grad=learned)  # s_c
+        self.vae = ConditionalVAE(channels, text)
+        self.project = nn.Sequential(nn.Linear(channels, 512), nn.GELU(), nn.Linear(512, text))
+        self.phases = 2 if fill or (semantic and learned) else 1  # nothing to learn in the first one otherwise
+        self.register_buffer("conditions", torch.full((count, text), torch.nan))  # t_c, once phase 1 has ended
+        self.register_buffer("fixed_states", torch.full((count, 2, text), torch.nan))
+        self.register_buffer("error_mean", torch.zeros(count))
+        self.register_buffer("error_std", torch.ones(count))
+
+    def joined(self, levels: list[Tensor]) -> Tensor:
+        return super().joined(levels[: self.depth])  # without a vision–language model's image embedding
+
+    # --- training images of chosen classes ---
+
+    def on_train_start(self) -> None:
+        samples = [sample for sample in self.trainer.datamodule.train_samples if not sample.label]  # type: ignore[attr-defined]
+        self.images = [[str(x.path) for x in samples if x.category == name] for name in self.categories]
+        counts = [len(paths) for paths in self.images]
+        goal = int(FILL[self.fill](counts)) if self.fill else 0
+        self.lacking = torch.tensor([max(0, goal - number) for number in counts], dtype=torch.float32)
+        self.share = float(self.lacking.sum()) / sum(counts)  # synthetic images a real one
+
+    def drawn(self, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, L, C] and embedding [B, e] of a random training image of each of these classes [B]."""
+        paths = [self.images[c][int(torch.randint(len(self.images[c]), ()))] for c in classes.tolist()]
+        batch: Batch = {"path": paths}
+        if not self.store.holds(paths):
+            loader = self.trainer.datamodule.clean_dataloader(paths, len(paths))  # type: ignore[attr-defined]
+            batch = self.transfer_batch_to_device(next(iter(loader)), self.device, 0)
+        levels = self.features(batch)
+        return self.joined(levels), self.language.image(levels)
+
+    # --- the two phases ---
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if self.phases == 2 and self.global_step < self.total_steps // 2:
+            return self.first_phase(len(batch["path"]))
+        if self.conditions[0, 0].isnan():
+            self.end_first_phase()
+        return self.second_phase(batch)
+
+    def first_phase(self, count: int) -> Tensor:
+        """Of images of uniformly drawn classes: cross-entropy of their names, ‖f − f̂‖² + β · KL of their patches."""
+        classes = torch.randint(len(self.categories), (count,))
+        tokens, images = self.drawn(classes)
+        classes = classes.to(self.device)
+        with torch.set_grad_enabled(self.names.requires_grad):
+            text = F.normalize(self.language.classes(self.names), dim=-1)
+        loss = torch.zeros((), device=self.device)
+        if self.names.requires_grad:
+            loss = loss + F.cross_entropy(F.normalize(images, dim=-1) @ text.T / self.temperature, classes)
+        if self.fill:
+            decoded, mean, log_variance = self.vae(tokens, text.detach()[classes])  # names learn from classes alone
+            divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1) / 2
+            loss = loss + ((tokens - decoded).square().sum(-1) + self.beta * divergence).mean()
+        return loss
+
+    @torch.no_grad()
+    def end_first_phase(self) -> None:
+        self.conditions.copy_(F.normalize(self.language.classes(self.names), dim=-1))
+        if not self.language.learns_states:
+            self.fixed_states.copy_(self.language.states(self.names))
+
+    def second_phase(self, batch: Batch) -> Tensor:
+        """MSE of Π on jittered tokens, real and synthetic, and the classifier's binary cross-entropy."""
+        tokens, classes = self.filled_up(self.tokens(batch), batch["category"])
+        loss = F.mse_loss(self.reconstructed(jitter(tokens, self.jitter)), tokens)
+        if not self.semantic:
+            return loss
+        normal, abnormal = self.logits(tokens, classes), self.logits(self.spoiled(tokens, classes), classes)
+        return loss + (F.softplus(normal).mean() + F.softplus(-abnormal).mean()) / 2
+
+    @torch.no_grad()
+    def filled_up(self, tokens: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch and, on average, its share of the synthetic images that classes lack. One is a training image of
+        its class with every patch coded and decoded anew: Π needs patches that belong together."""
+        count = int(len(tokens) * self.share + float(torch.rand(())))
+        if not count:
+            return tokens, classes
+        drawn = torch.multinomial(self.lacking, count, replacement=True)
+        real, more = self.drawn(drawn)[0], drawn.to(self.device)
+        return torch.cat((tokens, self.vae(real, self.conditions[more])[0])), torch.cat((classes, more))
+
+    def spoiled(self, tokens: Tensor, classes: Tensor) -> Tensor:
+        """Abnormal tokens [B, L, C]: an image's, strongly jittered, or those of an image of another class."""
+        others = classes[:, None] != classes
+        partner = torch.rand(others.shape, device=self.device).masked_fill(~others, -1).argmax(1)
+        cut = others.any(1) & (torch.rand(len(tokens), device=self.device) < 0.5)
+        return torch.where(cut[:, None, None], tokens[partner], jitter(tokens, self.strong))
+
+    def logits(self, tokens: Tensor, classes: Tensor) -> Tensor:
+        """Log odds [B, L] that patches are abnormal: (cos with t_abnormal − cos with t_normal) / τ."""
+        states = self.language.states(self.names.detach()) if self.language.learns_states else self.fixed_states
+        normal, abnormal = F.normalize(states, dim=-1)[classes].unbind(1)
+        patches = F.normalize(self.project(tokens), dim=-1)
+        return (patches @ (abnormal - normal)[..., None])[..., 0] / self.temperature
+
+    # --- the score ---
+
+    def errors(self, tokens: Tensor) -> Tensor:
+        """‖Π(p) − p‖² of patches [B, L, C] -> [B, L]."""
+        return (self.reconstructed(tokens) - tokens).square().sum(-1)
+
+    @torch.no_grad()
+    def on_train_end(self) -> None:
+        """Mean and standard deviation of the training patches' errors, per class."""
+        sums = torch.zeros(3, len(self.categories), dtype=torch.float64, device=self.device)
+        self.eval()
+        for batch in self.normal_batches():
+            errors = self.errors(self.tokens(batch)).double()
+            each = torch.stack((torch.ones_like(errors), errors, errors.square())).sum(-1)
+            sums.index_add_(1, batch["category"], each)
+        self.train()
+        count, total, squares = sums
+        mean = total / count
+        self.error_mean.copy_(mean)
+        self.error_std.copy_((squares / count - mean.square()).clamp_min(0).sqrt().clamp_min(1e-12))
+
+    def anomaly_map(self, batch: Batch) -> Tensor:
+        tokens, classes = self.tokens(batch), batch["category"]
+        score = (self.errors(tokens) - self.error_mean[classes, None]) / self.error_std[classes, None]
+        if self.semantic:
+            score = score + self.semantic * self.logits(tokens, classes).sigmoid()
+        grid = score.unflatten(1, self.grid)[:, None]
+        return F.interpolate(grid, self.image_size, mode="bilinear", align_corners=True)[:, 0]
