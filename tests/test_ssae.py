@@ -112,6 +112,22 @@ def test_receptive_field_of_the_dilated_stack():
     np.testing.assert_array_equal(seen, expected)
 
 
+def test_dilated_blocks_add_to_their_input():
+    torch.manual_seed(0)
+    stack = DilatedStack(3).double().eval()
+    x = images(2, 3, 9, 9).double()
+    expected = x
+    for rate, block in zip(DILATIONS, stack, strict=True):
+        convolution, norm = list(block.children())[:2]
+        assert isinstance(convolution, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        nn.init.normal_(convolution.weight)
+        y = nn.functional.conv2d(expected, convolution.weight, padding=rate, dilation=rate)
+        y = y / (1 + norm.eps) ** 0.5  # an untrained batch norm
+        expected = expected + torch.maximum(y, 0.01 * y)
+    torch.testing.assert_close(stack(x), expected)
+
+
 def test_a_larger_image_in_test_meets_no_untrained_weights():
     """Trained on 64², the bottleneck has 8 × 8 positions: what dilations from 8 on would bring in stays 0."""
     torch.manual_seed(0)
@@ -231,13 +247,26 @@ class Interrupted(Exception):  # noqa: N818
     pass
 
 
-EARLY = ("trainer.max_steps=8", "data.val_fraction=0.3", "method.patience=1", "method.look_every=2")
+EARLY = (
+    "trainer.max_steps=8", "data.val_fraction=0.3", "method.patience=3", "method.look_every=1",
+    "method.optimizer.lr=0.1",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def undisturbed(root, tmp_path_factory):
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    return run, run_of(root, run, *EARLY)
+    """A run that waits for a better loss, for longer than one look, and finds it or gives up."""
+    run, waits, look = tmp_path_factory.mktemp("undisturbed") / "run", [], SSAE.look
+
+    def recorded(self):
+        look(self)
+        waits.append(int(self.waited))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SSAE, "look", recorded)
+        result = run_of(root, run, *EARLY)
+    assert max(waits) > 1
+    return run, result
 
 
 @pytest.mark.parametrize("stop_at", range(1, 8))
@@ -313,6 +342,10 @@ def test_held_out_images_are_pairs(root):
     assert torch.equal((batch["clean"] != batch["image"]).any(1), batch["corruption_mask"])
     assert torch.equal(batch["mask"], batch["corruption_mask"])
     assert torch.equal(batch["image"], again["image"])
+    other = data_of(root, val_fraction=0.3, corrupt=nothing, seed=1)
+    other.setup()
+    (another,) = other.val_dataloader()
+    assert not torch.equal(batch["mask"], another["mask"])
 
 
 def nothing(image, rng):
