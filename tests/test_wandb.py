@@ -133,6 +133,7 @@ def test_the_losses_are_those_of_metrics_csv(logged, read):
     assert [{key: row[key] for key in ("step", "loss", "epoch")} for row in found] == expected
     assert [row["_step"] for row in found] == [row["step"] for row in expected]
     assert read["metric"]["loss"].step_metric == read["metric"]["*"].step_metric == "step"
+    assert read["summary"]["loss"] == expected[-1]["loss"]  # plain, to sort runs by
 
 
 def test_the_summary_is_the_result(logged, read, row):
