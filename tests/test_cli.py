@@ -89,7 +89,7 @@ def test_everything_composes(method, backbone):
         assert set(cfg) >= {"data", "split", "hardware", "trainer", "backbone", "scoring", "logger", "method", "seed"}
         assert cfg["data"]["name"] == data
         assert cfg["data"]["seed"] == cfg["seed"]
-        assert (cfg["backbone"]["name"] or "none").split(".")[0] == backbone
+        assert (cfg["backbone"]["name"] or "none").split("/")[-1].startswith(backbone)
         assert cfg["hardware"]["accelerator"] == (hardware if hardware in ("cpu", "gpu") else "auto")
         configuration.check(cfg)
 

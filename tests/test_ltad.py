@@ -207,7 +207,15 @@ class Levels(Backbone):
 
 def model(**options: Any) -> Any:
     torch.manual_seed(0)
-    small = {"dim": 16, "heads": 2, "layers": 1, "hidden": 24, "neighbours": 3, "dropout": 0.0, "categories": NAMES}
+    small: dict[str, Any] = {
+        "dim": 16,
+        "heads": 2,
+        "layers": 1,
+        "hidden": 24,
+        "neighbours": 3,
+        "dropout": 0.0,
+        "categories": NAMES,
+    }
     ltad = LTAD(backbone=Levels(), image_size=(32, 32), precision=32, **small | options)
     ltad.images = [["a", "b"], ["c"], ["d"]]
     store = FeatureStore([(8, 8, 3), (4, 4, 9)])
@@ -294,7 +302,12 @@ def test_second_phase_literally(semantic):
     if semantic:
         spoiled_with: list[torch.Tensor] = []
         spoil = ltad.spoiled
-        ltad.spoiled = lambda *args: spoiled_with.append(spoil(*args)) or spoiled_with[-1]
+
+        def spoiled(*args):
+            spoiled_with.append(spoil(*args))
+            return spoiled_with[-1]
+
+        ltad.spoiled = spoiled
         torch.manual_seed(7)
         assert torch.equal(ltad.second_phase({**given}), found)
         normal = literal_logits(ltad, tokens, given["category"]).sigmoid()
@@ -441,7 +454,8 @@ class Interrupted(Exception):  # noqa: N818
 @pytest.mark.parametrize("kind", ["resnet18", "align", "clip"])
 def test_fit_test_resume_predict(arguments, root, tmp_path, monkeypatch, kind):
     """Resumed at every batch of both phases, and predicting from the run's folder."""
-    phases, before = [], {}
+    phases: list[int] = []
+    before: dict[int, dict[str, torch.Tensor]] = {}
 
     def note(self, batch, batch_idx):
         phases.append(1 if self.conditions[0, 0].isnan() else 2)

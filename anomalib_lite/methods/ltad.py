@@ -93,7 +93,8 @@ class LTAD(UniAD):
         self.project = nn.Sequential(nn.Linear(channels, 512), nn.GELU(), nn.Linear(512, text))
         self.phases = 2 if fill or (semantic and learned) else 1  # nothing to learn in the first one otherwise
         self.register_buffer("conditions", torch.full((count, text), torch.nan))  # t_c, once phase 1 has ended
-        self.register_buffer("fixed_states", torch.full((count, 2, text), torch.nan))
+        states = 0 if self.language.learns_states else 2
+        self.register_buffer("fixed_states", torch.full((count, states, text), torch.nan))
         self.register_buffer("error_mean", torch.zeros(count))
         self.register_buffer("error_std", torch.ones(count))
 
