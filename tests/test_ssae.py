@@ -14,7 +14,8 @@ from torch import nn
 from anomalib_lite import results
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.readers import read_folder
-from anomalib_lite.methods.ssae import DILATIONS, SSAE, Autoencoder, ConvexCombination, DilatedStack, losses
+from anomalib_lite.methods import ssae
+from anomalib_lite.methods.ssae import DILATIONS, MARGIN, SSAE, Autoencoder, ConvexCombination, DilatedStack, losses
 from tests import runs
 from tests.trees import make_mvtec
 
@@ -129,7 +130,7 @@ def test_dilated_blocks_add_to_their_input():
 
 
 def test_a_larger_image_in_test_meets_no_untrained_weights():
-    """Trained on 64², the bottleneck has 8 × 8 positions: what dilations from 8 on would bring in stays 0."""
+    """Trained on 64², the bottleneck has 10 × 10 positions: what dilations from 16 on would bring in stays 0."""
     torch.manual_seed(0)
     net = Autoencoder(2)
     optimizer = torch.optim.Adam(net.parameters(), 1e-2, fused=True)
@@ -141,7 +142,7 @@ def test_a_larger_image_in_test_meets_no_untrained_weights():
         kernel = block[0].weight.detach().clone()  # type: ignore[index]
         assert kernel[..., 1, 1].all()
         kernel[..., 1, 1] = 0
-        assert bool(kernel.any()) == (rate < 8)
+        assert bool(kernel.any()) == (rate < 10)
 
 
 @pytest.mark.parametrize("skip", ["none", "concat", "ccm"])
@@ -151,10 +152,24 @@ def test_network_is_fully_convolutional(skip):
     net = Autoencoder(4, skip).eval()
     del net.bottleneck[2:]  # a smaller receptive field
     with torch.no_grad():
-        assert net(images(2, 3, 37, 50)).shape == (2, 3, 37, 50)
+        for height, width in ((37, 50), (16, 16), (9, 70), (64, 64)):
+            assert net(images(2, 3, height, width)).shape == (2, 3, height, width)
         x = images(1, 3, 176, 176)
         whole, part = net(x), net(x[..., 8:, 8:])
     torch.testing.assert_close(whole[..., 80:96, 80:96], part[..., 72:88, 72:88], rtol=1e-4, atol=1e-5)
+
+
+def test_the_margin_is_a_mirror_and_goes_again():
+    """An image with its mirrored surroundings gives in its middle what the image gives, but for the padding's reach."""
+    torch.manual_seed(0)
+    net = Autoencoder(4).eval()
+    x = images(1, 3, 32, 40)
+    framed = nn.functional.pad(x, (MARGIN,) * 4, mode="reflect")
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        found = net(x)
+        patch.setattr(ssae, "MARGIN", 0)
+        expected = net(framed)[..., MARGIN:-MARGIN, MARGIN:-MARGIN]
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("skip", ["none", "concat", "ccm"])

@@ -15,6 +15,7 @@ from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
 
 DILATIONS = (1, 2, 4, 8, 16, 32)
+MARGIN = 8  # pixels
 SKIPS = ("none", "concat", "ccm")
 CHANGED = 1.5 / 255  # |x̂ − x| > 1/255, between two 8-bit levels: 1/255 itself rounds either way in float32
 
@@ -32,8 +33,8 @@ def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, dilation: 
 class DilatedStack(nn.Sequential):
     """Six residual blocks of growing dilation, [B, C, h, w] -> the same: each output sees 127 × 127 positions.
 
-    All but the kernels' centres start at 0 (ours). Of training crops of 256² the bottleneck sees 32 × 32 positions, so
-    that a dilation of 32 reaches nothing but padding: those weights are never trained, and on a larger image in test
+    All but the kernels' centres start at 0 (ours). Of training crops of 256² the bottleneck sees 34 × 34 positions, so
+    that a dilation of 32 reaches hardly more than padding: those weights are not trained, and on a larger image in test
     they would bring in noise.
     """
 
@@ -82,7 +83,10 @@ class Joint(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """[B, 3, H, W] -> [B, 3, H, W], for any size: fully convolutional; sides are padded to multiples of 8 inside.
+    """[B, 3, H, W] -> [B, 3, H, W], for any size: fully convolutional; inside, sides are multiples of 8.
+
+    The image gets a mirrored margin (ours): next to zero padding reconstructions are bad, and normal images' largest
+    errors lay in their corners.
 
     Three stages halve the resolution to 1/2, 1/4 and 1/8, with `width`, 2 · `width` and 4 · `width` channels.
     """
@@ -100,14 +104,16 @@ class Autoencoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        x = F.pad(x, (0, -width % 8, 0, -height % 8), mode="replicate").contiguous(memory_format=torch.channels_last)
+        frame = (MARGIN, MARGIN + -width % 8, MARGIN, MARGIN + -height % 8)
+        x = F.pad(x, frame, mode="reflect" if min(height, width) > max(frame) else "replicate")
+        x = x.contiguous(memory_format=torch.channels_last)
         x1 = self.down1(x)
         x2 = self.down2(x1)
         y = self.bottleneck(self.down3(x2))
         y = self.join2(x2, self.up2(F.interpolate(y, scale_factor=2)))
         y = self.join1(x1, self.up1(F.interpolate(y, scale_factor=2)))
         with torch.autocast(y.device.type, enabled=False):  # bf16 would round the output to steps of up to 1/256
-            return self.out(y.float())[..., :height, :width]
+            return self.out(y.float())[..., MARGIN : MARGIN + height, MARGIN : MARGIN + width]
 
 
 def losses(output: Tensor, clean: Tensor, image: Tensor, weight: float) -> Tensor:
