@@ -70,7 +70,9 @@ def raw_maps(run: Path) -> tuple[Any, dict[str, np.ndarray]]:
         maps: dict[str, np.ndarray] = {}
         for loader in (data.test_dataloader(), data.normal_dataloader()):
             for batch in loader:
-                maps |= dict(zip(batch["path"], model.anomaly_map(batch).numpy(), strict=True))
+                found = model.anomaly_map(batch)
+                assert isinstance(found, torch.Tensor)
+                maps |= dict(zip(batch["path"], found.numpy(), strict=True))
     return data, maps
 
 

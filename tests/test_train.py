@@ -292,7 +292,7 @@ def test_frozen_features_are_computed_once(root, seen, tmp_path):
         f"cache.folder={tmp_path / 'cache'}",
     )
     off = ("cache.enabled=false",)
-    runs_ = {
+    runs_: dict[str, tuple[tuple[str, ...], list[int], dict[str, Any]]] = {
         "cached": ((), [16, 16], {"used": True, "images": 19, "computed": 19}),  # whole batches, of train and test
         "again": ((), [], {"used": True, "images": 19, "computed": 0}),
         "memory": (off, [16, 9], {"used": False}),  # every training image, every test image
