@@ -16,7 +16,7 @@ from anomalib_lite.methods.recontrast import ReContrast
 from tests import runs, test_recontrast
 from tests.trees import make_mvtec
 
-ROUNDS = 5
+ROUNDS = 4
 
 
 def seconds(step) -> tuple[float, float]:
@@ -89,20 +89,22 @@ def test_bench_recontrast_step(capsys, monkeypatch, name, batch, block):
     model = make_ours(name)
     steps = {"ours": our_step(model, images), "plain": plain_step(copy.deepcopy(model), images, block)}
     first = {kind: step() for kind, step in steps.items()}  # also a warm-up
-    rounds = [{kind: seconds(step) for kind, step in steps.items()} for _ in range(ROUNDS)]  # turn about
-    wall, processor = ({kind: [row[kind][i] for row in rounds] for kind in steps} for i in range(2))
-    ratio = min(processor["plain"]) / min(processor["ours"])
+    every = torch.get_num_threads()
     with capsys.disabled():
         low = "bf16" if model.backbone.low_precision(torch.device("cpu")) else "float32"  # type: ignore[union-attr]
-        print(f"\nReContrast, {name}, batch {batch}, 256², random weights, {torch.get_num_threads()} threads, {low}")
-        for kind in steps:
-            median = statistics.median(wall[kind])
-            print(f"  {kind:6}{min(wall[kind]):7.2f} s a step at best, {median:6.2f} s in the median", end="")
-            print(f", {min(processor[kind]):6.2f} s of processor time at best")
-        print(f"  {min(wall['plain']) / min(wall['ours']):.2f} times faster, {ratio:.2f} in processor time")
+        print(f"\nReContrast, {name}, batch {batch}, 256², random weights, {low}")
         print(f"  the first batch's loss {first['ours']:.4f}, plain {first['plain']:.4f}")
+        for threads in (every, 1):
+            torch.set_num_threads(threads)
+            rounds = [{kind: seconds(step) for kind, step in steps.items()} for _ in range(ROUNDS)]  # turn about
+            for i, clock in enumerate(("wall", "processor")):
+                best = {kind: min(row[kind][i] for row in rounds) for kind in steps}
+                ratio = best["plain"] / best["ours"]
+                print(f"  {threads} threads, {clock:9} time at best", end="")
+                print(f": ours {best['ours']:6.2f} s, plain {best['plain']:6.2f} s a step, {ratio:.2f} times faster")
+    torch.set_num_threads(every)
     assert first["ours"] == pytest.approx(first["plain"], rel=0.02)
-    assert ratio >= 2
+    assert ratio >= 2  # of one thread's processor time: several wait for each other where the machine is busy
 
 
 class Timed(NormOCC):
