@@ -25,7 +25,7 @@ from tests.trees import make_mvtec
 METHODS = sorted(file.stem for file in (runs.ROOT / "conf" / "method").glob("*.yaml"))
 TRAINED = "norm_occ"  # a method with a budget, for what does not depend on the method
 BASE = (
-    "hardware=cpu", "backbone=resnet18", "backbone.weights=none", "data.image_size=48", "data.batch_size=4",
+    "hardware=cpu", "backbone=resnet18", "backbone.weights=none", "data.image_size=32", "data.batch_size=4",
     "logger=csv",
 )  # fmt: skip
 FILES = {
@@ -121,12 +121,12 @@ def image_metrics_by_sklearn(rows: list[dict[str, str]]) -> dict[str, float]:
 
 
 def test_the_folder_holds_what_is_promised(finished):
-    assert files_of(finished) == FILES
+    assert files_of(finished) - {"figures/training.png"} == FILES  # of corrupted training images, where there are any
     assert cv2.imread(str(finished / "figures" / "bottle.png")) is not None
     assert "hydra" in yaml.safe_load((finished / ".hydra" / "hydra.yaml").read_text())
     config = yaml.safe_load((finished / ".hydra" / "config.yaml").read_text())
-    assert config["data"]["image_size"] == 48
-    assert "data.image_size=48" in yaml.safe_load((finished / ".hydra" / "overrides.yaml").read_text())
+    assert config["data"]["image_size"] == 32
+    assert "data.image_size=32" in yaml.safe_load((finished / ".hydra" / "overrides.yaml").read_text())
 
 
 def test_result_says_everything(finished, method):
@@ -166,7 +166,7 @@ def test_maps_are_stored_small(finished):
     assert stored["paths"].tolist() == [row["path"] for row in rows_of(finished / "scores.csv")]
     maps = stored["maps"].astype(np.float32) * stored["scale"]
     scores = [float(row["score"]) for row in rows_of(finished / "scores.csv")]
-    np.testing.assert_allclose(maps.max((1, 2)), scores, rtol=0.1)  # 48² brought to 64²
+    np.testing.assert_allclose(maps.max((1, 2)), scores, rtol=0.1)  # 32² brought to 64²
     assert any(name.startswith("bottle/") for name in stored.files)
 
 
@@ -219,7 +219,8 @@ def test_evaluating_under_another_protocol(finished, tmp_path):
     first, again = results.read_result(finished), results.read_result(tmp_path / "again")
     assert again["protocol"]["scoring"] == first["protocol"]["scoring"] | {"pixel_smooth": 2}
     assert again["protocol"]["data"] == first["protocol"]["data"]
-    assert (tmp_path / "again" / "scores.csv").read_bytes() != (finished / "scores.csv").read_bytes()
+    maps = [np.load(run / "maps.npz")["maps"] for run in (finished, tmp_path / "again")]
+    assert not np.array_equal(*maps)
     assert again["thresholds"] != first["thresholds"]
 
 
@@ -230,7 +231,7 @@ def test_thresholds_come_from_normal_training_images(finished):
     model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
     model.eval()
     with torch.no_grad():
-        scored = [model.score(batch) for batch in data.normal_dataloader()]
+        scored = [model.score(batch | {"fitted": True}) for batch in data.normal_dataloader()]
     scores = np.concatenate([x["score"].double() for x in scored])
     peaks = np.concatenate([x["map"].amax((1, 2)).double() for x in scored])
     assert len(scores) == 10
