@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from anomalib_lite.errors import UserError
-from anomalib_lite.methods.norm_occ import NormOCC, NormOCCClosedForm, descent_time, patch_features
+from anomalib_lite.methods.norm_occ import NormOCC, NormOCCClosedForm, descent_time, patch_features, projection
 
 IMAGES, CHANNELS, SIDE = 12, (3, 2), 4
 
@@ -109,7 +109,7 @@ def test_patch_features_literally():
 )
 def test_distance_literally(target, p, squared):
     images = make_images()
-    model = fitted(NormOCC, images, target=target, p=p, squared=squared, norm=0.3, dim=7)
+    model = fitted(NormOCC, images, target=target, p=p, squared=squared, norm=0.3, dim=7, precision="32")
     phi = patches(images)
     w0 = model.project.weight.detach().double().numpy()[:, :, 0, 0]
     assert w0.shape == (7, 5)
@@ -133,6 +133,25 @@ def test_distance_literally(target, p, squared):
     assert found.shape == (IMAGES, SIDE, SIDE)
     loss = model.training_step(next(batches(images, IMAGES)), 0)
     assert loss.item() == pytest.approx(np.mean(expected), rel=1e-5)
+    loss.backward()
+    gradient = model.project.weight.grad.clone()
+    model.project.weight.grad = None
+    model.precision = "bf16"
+    low = model.training_step(next(batches(images, IMAGES)), 0)
+    low.backward()
+    assert low.item() == pytest.approx(loss.item(), rel=0.01)
+    assert (model.project.weight.grad - gradient).norm() < 0.01 * gradient.norm()
+
+
+def test_projection_of_each_level_on_its_own_grid():
+    rng = torch.Generator().manual_seed(0)
+    shapes = ((2, 3, 8, 6), (2, 5, 4, 3), (2, 2, 3, 5))
+    levels = [torch.randn(shape, generator=rng, dtype=torch.float64) for shape in shapes]
+    weight = torch.randn(7, 10, 1, 1, generator=rng, dtype=torch.float64)
+    expected = torch.nn.functional.conv2d(patch_features(levels), weight)
+    torch.testing.assert_close(projection(weight, levels), expected)
+    c = torch.randn(7, generator=rng, dtype=torch.float64)
+    torch.testing.assert_close(projection(weight, levels, c), expected - c[:, None, None])
 
 
 def test_the_point_target_is_a_seeded_direction():

@@ -22,6 +22,17 @@ def patch_features(levels: list[Tensor]) -> Tensor:
     return torch.cat([pooled[0], *(F.interpolate(x, size, mode="bilinear") for x in pooled[1:])], 1)
 
 
+def projection(weight: Tensor, levels: list[Tensor], origin: Tensor | None = None) -> Tensor:
+    """Pφ − c of P [dim, ΣC_i, 1, 1] and c [dim] or 0, [B, dim, H_0, W_0]. Resizing is linear: each level is projected on
+    its own grid and resized then, which for two levels of wide_resnet50_2 is half the work."""
+    pooled = [F.avg_pool2d(level, 3, 1, 1) for level in levels]
+    first, *columns = weight.split([level.shape[1] for level in levels], 1)
+    z = F.conv2d(pooled[0], first, None if origin is None else -origin)
+    for x, w in zip(pooled[1:], columns, strict=True):
+        z = z + F.interpolate(F.conv2d(x, w), z.shape[-2:], mode="bilinear")
+    return z
+
+
 class NormOCC(AnomalyModule):
     """The trained projector.
 
@@ -33,6 +44,7 @@ class NormOCC(AnomalyModule):
     """
 
     frozen_features = True
+    autocasts = True  # in training; maps are float32
     direction: Tensor
     radius: Tensor
 
@@ -70,20 +82,26 @@ class NormOCC(AnomalyModule):
         self.radius.fill_(self.norm * total / count)
 
     def projected(self, batch: Batch) -> Tensor:
-        return self.project(patch_features(self.features(batch)))
+        return projection(self.project.weight, self.features(batch))
+
+    def offset(self, batch: Batch) -> Tensor:
+        """Pφ − c, [B, dim, h, w]; c = 0 but for the point target."""
+        centre = self.radius * self.direction if self.target == "point" else None
+        return projection(self.project.weight, self.features(batch), centre)
 
     def distance(self, batch: Batch) -> Tensor:
         """Distance of every patch to the target, [B, h, w]."""
-        z = self.projected(batch)
         if self.target == "shell":
-            return (torch.linalg.vector_norm(z, self.p, dim=1) - self.radius) ** 2
-        if self.target == "point":
-            z = z - self.radius * self.direction[:, None, None]
-        squares = z.square().sum(1)
+            return (torch.linalg.vector_norm(self.projected(batch).float(), self.p, dim=1) - self.radius) ** 2
+        squares = self.offset(batch).float().square().sum(1)
         return squares if self.squared else squares.sqrt()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.distance(batch).mean()
+        with self.autocast():
+            if self.target == "shell" or not self.squared:
+                return self.distance(batch).mean()
+            offset = self.offset(batch)
+        return torch.linalg.vector_norm(offset, dtype=torch.float32) ** 2 / offset[:, 0].numel()  # one pass
 
     def anomaly_map(self, batch: Batch) -> Tensor:
         return self.distance(batch)
