@@ -69,6 +69,7 @@ class Training(L.Callback):
     Every random number of a batch follows from (seed, batch, rank), so that a run resumed at any batch goes on
     exactly as it would have. A loss that is not finite or has exploded ends the run; it is looked at when it is logged
     and before every checkpoint, which is written only if the weights and the optimizers' states are finite, too.
+    After every epoch it logs the loss of held-out images (data.val_fraction) of methods that define one.
     """
 
     def __init__(self, cfg: dict[str, Any], checkpoint: Path, data: AnomalyDataModule):
@@ -81,6 +82,7 @@ class Training(L.Callback):
         self.kept = 0  # the batch after which the checkpoint was written
         self.begun = False
         self.watched: list[str] = []
+        self.held_out: Any = []  # loader of the held-out images, where the method has a loss of theirs
         self.bar: Bar | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,6 +130,8 @@ class Training(L.Callback):
         self.begun, module.total_steps = True, self.total(trainer) or 0  # type: ignore[assignment]
         # a mask of -inf among the buffers is none of training's doing
         self.watched = [name for name, tensor in module.state_dict().items() if all_finite([tensor])]
+        if getattr(module, "held_out_loss", None):
+            self.held_out = self.data.val_dataloader()
         self.bar = Bar("training", self.total(trainer), self.steps, quiet=not trainer.is_global_zero)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -140,7 +144,7 @@ class Training(L.Callback):
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.steps += 1
-        last = self.finished(trainer)
+        last, due, batches = self.finished(trainer), False, int(trainer.num_training_batches)
         if last:
             trainer.should_stop = True
         if self.steps % self.log_every == 0 or last or self.steps == 1:
@@ -152,13 +156,17 @@ class Training(L.Callback):
             if bad_anywhere:
                 self.fail(f"the loss is {loss:.4g}" if bad else "the loss of another device is not finite")
             if trainer.is_global_zero:
-                epoch = (self.steps - 1) // int(trainer.num_training_batches)  # Lightning's may lag after a resume
+                epoch = (self.steps - 1) // batches  # Lightning's may lag after a resume
                 for logger in trainer.loggers:
                     logger.log_metrics({"loss": loss, "epoch": epoch}, step=self.steps)
             if self.bar:
                 self.bar.step(f"loss {loss:.4g}", count=self.steps - self.bar.done)
-            if due:
-                self.save(trainer)
+        if self.held_out and (last or self.steps % batches == 0):
+            loss = held_out_loss(trainer, module, self.held_out)
+            for logger in trainer.loggers:
+                logger.log_metrics({"held_out_loss": loss}, step=self.steps)
+        if due:
+            self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.bar:
@@ -203,6 +211,22 @@ def all_finite(values: Iterable[Any]) -> bool:
     """Whether no tensor among them holds NaN or infinity; one wait for the device."""
     checks = [torch.isfinite(x).all() for x in values if isinstance(x, torch.Tensor) and x.is_floating_point()]
     return bool(torch.stack([check.to(checks[0].device) for check in checks]).all()) if checks else True
+
+
+@torch.no_grad()
+def held_out_loss(trainer: L.Trainer, module: Any, loader: Iterable[Any]) -> float:
+    """The mean of the method's `held_out_loss` over all ranks' good held-out images; nothing of training changes."""
+    total = torch.zeros(2, dtype=torch.float64, device=module.device)  # sum and number
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    for batch in loader:
+        batch = module.transfer_batch_to_device(batch, module.device, 0)
+        losses = module.held_out_loss(batch)[batch["label"] == 0].double()
+        total += torch.stack([losses.sum(), losses.new_tensor(len(losses))])
+    for part, training in modes.items():
+        part.training = training
+    total = trainer.strategy.reduce(total, reduce_op="sum")
+    return float(total[0] / total[1])
 
 
 def on_any_rank(trainer: L.Trainer, flags: list[bool]) -> list[bool]:

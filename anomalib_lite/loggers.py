@@ -39,7 +39,10 @@ class CSVLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.rows.append({"step": step, **metrics})
+        if self.rows and int(self.rows[-1]["step"]) == step:
+            self.rows[-1].update(metrics)
+        else:
+            self.rows.append({"step": step, **metrics})
         if len(self.rows) % 50 == 0:
             self.save()
 

@@ -69,6 +69,9 @@ class Noisy(AnomalyModule):
         time.sleep(self.pause)
         return self.loss(batch)
 
+    def held_out_loss(self, batch):
+        return (self.net(batch["image"]) - batch["image"]).square().mean((1, 2, 3))
+
     def on_train_batch_end(self, outputs, batch, batch_idx):  # after the checkpoint of this batch
         if self.stop_at and self.trainer.callbacks[0].steps == self.stop_at:  # type: ignore[attr-defined]
             raise Interrupted
@@ -241,6 +244,17 @@ def test_with_loader_processes(arguments, undisturbed, tmp_path, stop_at):
     interrupt(arguments(tmp_path / "run", "data.workers=1"), stop_at)
     finish(arguments(tmp_path / "run", "resume=true", "data.workers=1"))
     assert_equal(state_of(tmp_path / "run"), undisturbed(arguments))
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 6, 0])
+def test_with_losses_of_held_out_images(arguments, undisturbed, tmp_path, stop_at):
+    """2 batches of 4 images an epoch; the loss is logged before the checkpoint of the epoch's last batch."""
+    held_out = "data.val_fraction=0.2"
+    interrupt(arguments(tmp_path / "run", held_out), stop_at)
+    finish(arguments(tmp_path / "run", held_out, "resume=true"))
+    state = state_of(tmp_path / "run")
+    assert [int(row["step"]) for row in state["rows"] if row["held_out_loss"]] == [2, 4, 6]
+    assert_equal(state, undisturbed(arguments, held_out))
 
 
 def test_stopped_again_and_again(arguments, undisturbed, tmp_path):

@@ -165,6 +165,9 @@ class RLR(AnomalyModule):
                 self.optimizers().step()  # type: ignore[union-attr]
         return torch.stack(losses).sum()
 
+    def held_out_loss(self, batch: Batch) -> Tensor:
+        return torch.stack([errors.mean((1, 2)) for errors in self.errors(batch, 0.0)]).sum(0)
+
     def anomaly_map(self, batch: Batch) -> Tensor:
         maps = [
             F.interpolate(each[:, None], self.image_size, mode="bilinear", align_corners=True)[:, 0]

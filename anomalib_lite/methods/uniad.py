@@ -71,6 +71,10 @@ class UniAD(AnomalyModule):
         tokens = self.tokens(batch)
         return F.mse_loss(self.reconstructed(jitter(tokens, self.jitter)), tokens)
 
+    def held_out_loss(self, batch: Batch) -> Tensor:
+        tokens = self.tokens(batch)
+        return (self.reconstructed(tokens) - tokens).square().mean((1, 2))
+
     def anomaly_map(self, batch: Batch) -> Tensor:
         tokens = self.tokens(batch)
         errors = torch.linalg.vector_norm(self.reconstructed(tokens) - tokens, dim=-1).unflatten(1, self.grid)
