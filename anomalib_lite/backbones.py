@@ -60,7 +60,8 @@ class Backbone(nn.Module):
             return self.net(images)
         low = self.low_precision(images.device)
         with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=low):
-            return [level.float() for level in self.net(images)]
+            levels = self.net(images)
+        return [level.float() for level in levels] if low else levels
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -52,7 +52,7 @@ class FrozenFeatures(L.Callback):
             module.store = self._shared(trainer, module, paths)
         if not self.report["used"] and train:
             module.store = self._in_memory(trainer, module, train)
-        self.data.images_needed = not (train and module.store.holds(train))
+        self.data.images_needed = module.needs_images or not (train and module.store.holds(train))
 
     def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Without a fit before it, what the cache holds: a rank without batches does not come here, so no rank waits
@@ -65,7 +65,7 @@ class FrozenFeatures(L.Callback):
                 files, keys = self._files(module, paths)
                 module.store = files.load(keys)
                 self._tell(module.store, paths, computed=0)
-        self.data.images_needed = not (train and module.store.holds(train))
+        self.data.images_needed = module.needs_images or not (train and module.store.holds(train))
 
     def _paths(self) -> tuple[list[str], list[str]]:
         """Of the training images whose features stay the same, and of all images."""

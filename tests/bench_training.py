@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from anomalib_lite.backbones import Backbone
+from anomalib_lite.features import compact, shapes, table
 from anomalib_lite.methods.norm_occ import NormOCC, patch_features
 from anomalib_lite.methods.recontrast import ReContrast
 from tests import runs, test_recontrast
@@ -40,10 +41,13 @@ def make_ours(name: str) -> ReContrast:
 
 
 def our_step(model: ReContrast, images: torch.Tensor):
-    optimizer = model.configure_optimizers()
+    optimizer, batch = model.configure_optimizers(), test_recontrast.batch_of(images)
+    levels = model.features(batch)  # of E_f: the cache gives them in training
+    model.store.shapes = shapes(levels)
+    model.store.add(batch["path"], table(levels, compact(levels)))
 
     def step():
-        loss = model.training_step({"image": images}, 0)
+        loss = model.training_step(batch, 0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -159,6 +159,24 @@ def test_results_with_and_without(precision, root, cache, tmp_path):
     assert short["cache"]["type"] == "float16"
 
 
+def test_a_method_that_needs_images_too(root, cache, tmp_path):
+    """ReContrast: E_f's features come from the cache, E_t sees the images."""
+    scores = []
+    for name, more in (
+        ("cold", ()),
+        ("warm", ()),
+        ("without", ("cache.enabled=false", "hardware.feature_memory_gb=0")),
+    ):
+        how = ("method=recontrast", "trainer.max_epochs=1", "data.image_size=64", f"cache.folder={cache}", *more)
+        found = result_of(*folder_data(root), *how, run_dir=tmp_path / name)["cache"]
+        assert (found["used"], found.get("computed")) == {
+            "cold": (True, 12), "warm": (True, 0), "without": (False, None),
+        }[name]  # fmt: skip
+        scores.append(np.genfromtxt(tmp_path / name / "scores.csv", delimiter=",")[1:, -1])
+    assert np.array_equal(scores[0], scores[1])
+    np.testing.assert_allclose(scores[0], scores[2], rtol=1e-2)
+
+
 def test_validation_images_are_not_taken_from_it(root, cache, tmp_path):
     """Held-out images get an artificial defect under the path of a clean one that another run has left."""
     run(root, cache, tmp_path / "all")

@@ -162,6 +162,10 @@ def images_of(count=3, size=64):
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
+def batch_of(images):
+    return {"image": images, "path": [str(i) for i in range(len(images))]}
+
+
 @pytest.mark.parametrize(("variant", "encoder_bn", "step"), [
     ("one_class", "eval", 5), ("one_class", "train", 50), ("unified", "eval", 0), ("unified", "eval", 50),
 ])  # fmt: skip
@@ -175,13 +179,13 @@ def test_pairs_loss_and_gradients(variant, encoder_bn, step):
     loss = literal_loss(expected, min(-3 + 4 * step / 10, 1))
     gradients = torch.autograd.grad(loss, list(parameters.values()))
     model.load_state_dict(before, strict=False)  # the encoder's statistics have moved
-    found = model.pairs(images)
+    found = model.pairs(batch_of(images))
     for (target, reconstruction), (t, r) in zip(found, expected, strict=True):
         torch.testing.assert_close(target, t, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(reconstruction, r, rtol=1e-9, atol=1e-9)
         assert not target.requires_grad
     model.load_state_dict(before, strict=False)
-    ours = model.training_step({"image": images}, 0)
+    ours = model.training_step(batch_of(images), 0)
     ours.backward()
     assert float(ours.detach()) == pytest.approx(float(loss.detach()), rel=1e-12)
     scale = max(float(g.abs().max()) for g in gradients)
@@ -219,7 +223,7 @@ def test_the_encoder_learns_only_through_its_own_half():
     def added(pairs):
         return torch.stack([cosine_loss(target, r, None) for target, r in pairs]).sum()
 
-    own, others = model.pairs(images_of())[:3], model.pairs(images_of())[3:]
+    own, others = model.pairs(batch_of(images_of()))[:3], model.pairs(batch_of(images_of()))[3:]
     through = torch.autograd.grad(added(own), weights, allow_unused=True)
     assert all(g is not None and g.abs().sum() > 0 for g in through)
     around = torch.autograd.grad(added(others), weights, allow_unused=True)
@@ -231,8 +235,8 @@ def test_map_and_scores(variant):
     model = make(variant=variant).double().eval()
     images = images_of()
     with torch.no_grad():
-        found = model.score({"image": images})
-        pairs = model.pairs(images)
+        found = model.score(batch_of(images))
+        pairs = model.pairs(batch_of(images))
     total = np.zeros((3, 64, 64))
     for target, reconstruction in pairs:
         t, r = target.numpy(), reconstruction.numpy()
@@ -399,7 +403,7 @@ def test_stable_resets_and_rests():
     images, age, rested = images_of(2, 32).float(), [], []
     for step in range(12):
         at_step(model, step)
-        model.training_step({"image": images}, step).backward()
+        model.training_step(batch_of(images), step).backward()
         before = encoder.detach().clone()
         model.on_before_optimizer_step(optimizer)
         optimizer.step()
@@ -520,7 +524,7 @@ def of_ranks(rank: int, ranks: int) -> dict[str, Any]:
     for kind in ({"variant": "stable"}, {"variant": "one_class", "encoder_bn": "train"}):
         model = at_step(make(TINY, **kind).double(), 7)
         model = synchronise(model, torch.device("cpu")) if ranks > 1 else model  # type: ignore[assignment]
-        loss = model.training_step({"image": images_of(4).chunk(ranks)[rank]}, 0)
+        loss = model.training_step(batch_of(images_of(4).chunk(ranks)[rank]), 0)
         loss.backward()
         found[kind["variant"]] = {
             "loss": loss.detach(),

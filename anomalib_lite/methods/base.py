@@ -29,10 +29,12 @@ class AnomalyModule(L.LightningModule):
     - `phases = 2`, where the budget holds for each of two parts of training: `total_steps` is their sum;
     - `stopped_early = True`, which ends training with the current batch, before its budget is spent;
     - `frozen_features = True`, where training and test see only a frozen backbone's outputs for unaugmented images:
-      `self.features(batch)` gives them, each computed once and shared by runs.
+      `self.features(batch)` gives them, each computed once and shared by runs;
+    - `needs_images = True` beside it, where training looks at the images too.
 
     A batch is a dict: `image` float32 [B, 3, H, W], `mask` bool [B, H, W], `label` int64 [B], `category` int64 [B],
-    `path` list of str, `index` int64 [B]. Where features are held already, training batches come without `image`.
+    `path` list of str, `index` int64 [B]. Where features are held already, training batches come without `image`
+    unless `needs_images`.
     With `data.corrupt` training batches have `clean`, of which `image` is a corrupted version, and `corruption_mask`.
     Evaluated batches have `fitted`, whether these are the training images, scored for the sake of thresholds.
     With scoring.map_size=original, evaluated batches have `size` int64 [B, 2], the images' own (H, W).
@@ -48,6 +50,7 @@ class AnomalyModule(L.LightningModule):
     """
 
     frozen_features = False
+    needs_images = False
     stopped_early = False
     phases = 1
     pictures: Callable[[Batch], dict[str, Tensor]] | None = None

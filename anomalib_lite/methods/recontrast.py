@@ -40,6 +40,8 @@ class ReContrast(AnomalyModule):
         compile: run the networks through torch.compile (minutes at the start).
     """
 
+    frozen_features = True  # E_f's
+    needs_images = True  # of E_t
     autocasts = True
 
     def __init__(
@@ -83,15 +85,12 @@ class ReContrast(AnomalyModule):
         self.encoder.train(mode and self.encoder_trains)
         return self
 
-    def pairs(self, images: Tensor) -> list[Pair]:
-        """Images [B, 3, H, W] -> for each level E_f's features and their reconstruction, then the same of E_t's."""
-        images = images.contiguous(memory_format=torch.channels_last)
-        assert self.backbone is not None
+    def pairs(self, batch: Batch) -> list[Pair]:
+        """For each level E_f's features and their reconstruction, then the same of E_t's."""
+        images, frozen = batch["image"].contiguous(memory_format=torch.channels_last), self.features(batch)
         with self.autocast():
-            with torch.no_grad():
-                frozen = self.backbone.net(images)
             trained = self.encoder.net(images)
-            both = [torch.cat(levels) for levels in zip(trained, frozen, strict=True)]  # one pass over 2B
+            both = [torch.cat([t, f.to(t.dtype)]) for t, f in zip(trained, frozen, strict=True)]  # one pass over 2B
             halves = [level.chunk(2) for level in self.decoder(self.bottleneck(both))]
             of_frozen = [head(half[0]) for head, half in zip(self.heads[0], halves, strict=True)]  # type: ignore
             of_trained = [head(half[1]) for head, half in zip(self.heads[1], halves, strict=True)]  # type: ignore
@@ -103,7 +102,7 @@ class ReContrast(AnomalyModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """½ of the sum over pairs 1–3 and ½ of that over pairs 4–6."""
         alpha = self.alpha(self.trainer.global_step)
-        return sum(cosine_loss(*pair, alpha) for pair in self.pairs(batch["image"])) / 2  # type: ignore[return-value]
+        return sum(cosine_loss(*pair, alpha) for pair in self.pairs(batch)) / 2  # type: ignore[return-value]
 
     def alpha(self, step: int) -> float | None:
         """α before batch `step`, counted from 0: linear over the warm-up, then constant."""
@@ -116,7 +115,7 @@ class ReContrast(AnomalyModule):
     def anomaly_map(self, batch: Batch) -> Tensor:
         """Channel-wise cosine distances of the six pairs at the input's size, summed (unified: averaged)."""
         images = batch["image"]
-        maps = [distance(*pair) for pair in self.pairs(images)]
+        maps = [distance(*pair) for pair in self.pairs(batch)]
         levels = torch.zeros(images.shape[:1] + images.shape[2:], device=images.device, dtype=maps[0].dtype)
         for first, second in zip(maps[:3], maps[3:], strict=True):  # interpolation is linear: once for both
             both = (first + second)[:, None]
