@@ -98,17 +98,25 @@ def test_bench_recontrast_step(capsys, monkeypatch, name, batch, block):
         low = "bf16" if model.backbone.low_precision(torch.device("cpu")) else "float32"  # type: ignore[union-attr]
         print(f"\nReContrast, {name}, batch {batch}, 256², random weights, {low}")
         print(f"  the first batch's loss {first['ours']:.4f}, plain {first['plain']:.4f}")
-        for threads in (every, 1):
+        walls: dict[str, list[float]] = {kind: [] for kind in steps}
+        for threads in dict.fromkeys((every, 1)):
             torch.set_num_threads(threads)
             rounds = [{kind: seconds(step) for kind, step in steps.items()} for _ in range(ROUNDS)]  # turn about
             for i, clock in enumerate(("wall", "processor")):
                 best = {kind: min(row[kind][i] for row in rounds) for kind in steps}
-                ratio = best["plain"] / best["ours"]
-                print(f"  {threads} threads, {clock:9} time at best", end="")
-                print(f": ours {best['ours']:6.2f} s, plain {best['plain']:6.2f} s a step, {ratio:.2f} times faster")
+                print(f"  {threads} threads, {clock:9} time at best: {told(best)}")
+                for kind in steps if clock == "wall" else ():
+                    walls[kind].append(best[kind])
+        fastest = {kind: min(times) for kind, times in walls.items()}
+        print(f"  each with its better number of threads, wall time: {told(fastest)}")
     torch.set_num_threads(every)
     assert first["ours"] == pytest.approx(first["plain"], rel=0.02)
-    assert ratio >= 2  # of one thread's processor time: several wait for each other where the machine is busy
+    assert fastest["plain"] >= 2 * fastest["ours"]
+
+
+def told(times: dict[str, float]) -> str:
+    ratio = times["plain"] / times["ours"]
+    return f"ours {times['ours']:6.2f} s, plain {times['plain']:6.2f} s a step, {ratio:.2f} times faster"
 
 
 class Timed(NormOCC):
