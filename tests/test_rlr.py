@@ -14,35 +14,16 @@ from anomalib_lite.errors import UserError
 from anomalib_lite.methods.blocks import Attention, LocalWindow, jitter, near, sine_positions
 from anomalib_lite.methods.rlr import RLR, Layer, Level, error
 from tests import runs
+from tests.levels import Levels, batch
 from tests.trees import make_mvtec
 
-SIDES = (8, 4)  # of the two levels' grids
 CHANNELS = (6, 10)
-
-
-class Levels(nn.Module):
-    """Stands where the backbone does, at 32²: two feature maps that the image's first pixels hold."""
-
-    reductions = (4, 8)
-    channels = CHANNELS
-
-    def forward(self, images):
-        maps, at = [], 0
-        for c, side in zip(CHANNELS, SIDES, strict=True):
-            maps.append(images.flatten(1)[:, at : at + c * side**2].unflatten(1, (c, side, side)))
-            at += c * side**2
-        return maps
 
 
 def model(**options: Any) -> Any:
     torch.manual_seed(0)
     small = {"windows": [5, 3], "dims": [16, 8], "heads": 2, "layers": 2} | options
-    return RLR(backbone=Levels(), image_size=(32, 32), precision=32, **small)  # type: ignore[arg-type]
-
-
-def batch(count: int = 3, seed: int = 0) -> dict[str, Any]:
-    images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
-    return {"image": images, "path": [f"{seed}-{i}" for i in range(count)]}
+    return RLR(backbone=Levels(CHANNELS), image_size=(32, 32), precision=32, **small)  # type: ignore[arg-type]
 
 
 # --- a literal reading, in float64, token by token ---
@@ -275,7 +256,9 @@ def literal_errors(rlr: Any, images: torch.Tensor) -> list[list[np.ndarray]]:
     errors: list[list[np.ndarray]] = []
     for i in range(len(images)):
         errors.append([])
-        for level, feature, side, window in zip(rlr.levels, Levels()(images), SIDES, (5, 3), strict=True):
+        for level, feature, side, window in zip(
+            rlr.levels, Levels(CHANNELS)(images), Levels.sides, (5, 3), strict=True
+        ):
             tokens = literal_pool(array(feature[i])).reshape(len(feature[i]), -1).T
             errors[i].append(literal_error(literal_level(level, tokens, side, window), tokens).reshape(side, side))
     return errors
@@ -330,9 +313,8 @@ def test_the_reference_is_projected_once_a_batch():
 def test_published_windows_and_widths():
     class EfficientNetB6(Levels):
         reductions = (8, 16)
-        channels = (72, 200)
 
-    rlr = RLR(backbone=EfficientNetB6(), image_size=(256, 256))
+    rlr = RLR(backbone=EfficientNetB6((72, 200)), image_size=(256, 256))
     large, small = (level for level in rlr.levels)
     assert (large.embed.out_features, small.embed.out_features) == (256, 512)  # type: ignore[union-attr]
     assert torch.equal(large.outside, ~near((32, 32), 7))  # type: ignore[arg-type]
@@ -435,7 +417,7 @@ def test_learns_to_reconstruct_normal_features_and_not_others():
         return {"image": pattern + spread * torch.randn(count, 1, 1, 1, generator=generator) * level, "path": []}
 
     optimizer = torch.optim.Adam(rlr.parameters(), 3e-3)
-    rlr.features = lambda given: Levels()(given["image"])
+    rlr.features = lambda given: Levels(CHANNELS)(given["image"])
     for _ in range(60):
         optimizer.zero_grad()
         rlr.training_step(images(8, 0.3), 0).backward()

@@ -411,16 +411,13 @@ def textures(tmp_path_factory):
     return root
 
 
+def cloth(textures) -> list[str]:
+    return [*runs.folder_data(textures, "cloth"), "data.treatment=texture", "trainer.max_steps=2"]
+
+
 def test_textures_are_trained_on_crops_and_tested_whole(textures, tmp_path):
     run = tmp_path / "run"
-    options = [
-        "data=folder",
-        f"data.root={textures}",
-        "data.category=cloth",
-        "data.treatment=texture",
-        "trainer.max_steps=2",
-    ]
-    outcome = runs.train(*TINY, *options, f"hydra.run.dir={run}", small=False)
+    outcome = runs.train(*TINY, *cloth(textures), f"hydra.run.dir={run}", small=False)
     assert outcome.code == 0, outcome.err
     result = results.read_result(run)
     assert result["protocol"]["data"]["map_size"] == "original"
@@ -464,14 +461,9 @@ def test_resized_textures_and_those_that_are_too_small(textures, tmp_path):
     assert data.test_size == (40, 40)
     assert next(iter(data.test_dataloader()))["image"].shape == (4, 3, 40, 40)
     assert next(iter(data.train_dataloader()))["image"].shape == (4, 3, 24, 24)
-    options = [
-        "data=folder",
-        f"data.root={textures}",
-        "data.category=cloth",
-        "data.treatment=texture",
-        "trainer.max_steps=2",
-    ]
-    outcome = runs.train(*TINY, *options, "data.image_size=64", f"hydra.run.dir={tmp_path / 'run'}", small=False)
+    outcome = runs.train(
+        *TINY, *cloth(textures), "data.image_size=64", f"hydra.run.dir={tmp_path / 'run'}", small=False
+    )
     assert outcome.code == 2
     assert outcome.err.startswith("error: data.image_size: the crops of 64×64")
     assert outcome.err.count("\n") == 1

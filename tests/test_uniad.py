@@ -16,33 +16,16 @@ from anomalib_lite.methods.blocks import LearnedPositions, ReconstructionTransfo
 from anomalib_lite.methods.uniad import UniAD
 from anomalib_lite.scoring import image_scores, smooth
 from tests import runs
+from tests.levels import Levels, batch
 from tests.trees import make_mvtec
 
-SIDES, CHANNELS = (8, 4), (3, 9)
-
-
-class Levels(nn.Module):
-    """Stands where the backbone does, at 32²: two feature maps that the image's first pixels hold."""
-
-    reductions = (4, 8)
-    channels = CHANNELS
-
-    def forward(self, images):
-        maps, at = [], 0
-        for c, side in zip(CHANNELS, SIDES, strict=True):
-            maps.append(images.flatten(1)[:, at : at + c * side**2].unflatten(1, (c, side, side)))
-            at += c * side**2
-        return maps
+CHANNELS = (3, 9)
 
 
 def model(**options: Any) -> Any:
     torch.manual_seed(0)
     small = {"dim": 16, "heads": 2, "layers": 2, "hidden": 24, "neighbours": 3} | options
-    return UniAD(backbone=Levels(), image_size=(32, 32), precision=32, **small)
-
-
-def batch(count: int = 3) -> dict[str, Any]:
-    return {"image": torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0)), "path": ["a"] * count}
+    return UniAD(backbone=Levels(CHANNELS), image_size=(32, 32), precision=32, **small)
 
 
 # --- a literal reading: sequence first, a mask of -inf, PyTorch's attention ---
@@ -150,7 +133,7 @@ def test_weights_are_drawn_as_published():
 
 def literal_tokens(images: torch.Tensor) -> torch.Tensor:
     """Every level on 4², corners aligned, [B, 16, 12]."""
-    large, small = (level.double() for level in Levels()(images))
+    large, small = (level.double() for level in Levels(CHANNELS)(images))
     places = np.arange(4) * 7 / 3
     low = np.minimum(places.astype(int), 6)
     weights = np.zeros((4, 8))
@@ -172,7 +155,7 @@ def test_map_and_loss_literally():
     maps = uniad.eval().anomaly_map(given)
     assert maps.dtype == torch.float32
     torch.testing.assert_close(maps.double(), expected, rtol=1e-4, atol=1e-5)
-    scored = UniAD(backbone=Levels(), image_size=(32, 32), dim=16, heads=2, neighbours=3,
+    scored = UniAD(backbone=Levels(CHANNELS), image_size=(32, 32), dim=16, heads=2, neighbours=3,
                    scoring={"image_smooth": {"pool": 16}})  # fmt: skip
     scores = scored._scored(maps, (32, 32))["score"]
     by_hand = [max(m[y : y + 16, x : x + 16].mean() for y in range(17) for x in range(17)) for m in expected.detach()]
