@@ -12,7 +12,8 @@ from torch import nn
 
 from anomalib_lite.configuration import check_scoring
 from anomalib_lite.errors import UserError
-from anomalib_lite.methods.blocks import LearnedPositions, ReconstructionTransformer, near
+from anomalib_lite.methods import blocks
+from anomalib_lite.methods.blocks import Dropout, LearnedPositions, ReconstructionTransformer, drop, near
 from anomalib_lite.methods.uniad import UniAD
 from anomalib_lite.scoring import image_scores, smooth
 from tests import runs
@@ -102,6 +103,29 @@ def test_no_token_sees_its_neighbourhood():
     expected = torch.ones(9, 9, dtype=torch.bool)
     expected[1:8, 1:8] = False
     assert torch.equal(reached, expected)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_by_its_definition(p):
+    torch.manual_seed(0)
+    x = torch.rand(400, 401) + 0.5
+    found = drop(x, p)
+    gone = found == 0
+    torch.testing.assert_close(found[~gone], x[~gone] / (1 - p), rtol=1e-4, atol=0)
+    share = gone.double()
+    for part in (share, *(share.flatten()[i::4] for i in range(4)), share[:, :-1] * share[:, 1:] / p):
+        assert float(part.mean()) == pytest.approx(p, abs=6 * (p / part.numel()) ** 0.5)  # also of neighbours: p²
+    assert torch.equal(Dropout(p).eval()(x), x)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_with_dropout_is_pytorchs(masked, monkeypatch):
+    monkeypatch.setattr(blocks, "drop", lambda x, p: x * (1 - p))
+    q, k, v = torch.randn(3, 2, 4, 9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    seen = ~near((3, 3), 1) if masked else None
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen)
+    torch.testing.assert_close(blocks.attend(q, k, v, seen, 0.25), 0.75 * expected)
+    torch.testing.assert_close(blocks.attend(q, k, v, seen, 0.0), expected)
 
 
 def test_positions_are_a_columns_and_a_rows_vector():

@@ -99,6 +99,34 @@ class LocalWindow(nn.Module):
         return out.reshape(batch, heads, a * t, b * t, e)[:, :, :h, :w].reshape(batch, heads, length, e)
 
 
+def drop(x: Tensor, p: float) -> Tensor:
+    """Dropout. On a CPU torch draws 32 random bits an element, a third of UniAD's training: 16 do, so that p is rounded
+    to 1/65536."""
+    if x.device.type != "cpu":
+        return F.dropout(x, p)
+    dropped = round(65536 * p)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    keep = bits[: x.numel()].view(x.shape) >= dropped - 32768
+    return x * keep * (65536 / (65536 - dropped))
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout by `drop`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return drop(x, self.p) if self.training and self.p else x
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, dropout: float) -> Tensor:
+    """Scaled dot product attention of [B, heads, L, e]; `seen` is a bool mask [L, L'] or None."""
+    if not dropout or q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, seen, dropout)
+    with torch.autocast("cpu", enabled=False):  # with dropout, PyTorch has no kernel for CPUs
+        bias = q.new_zeros(()) if seen is None else torch.where(seen, 0, -torch.inf).to(q.dtype)
+        scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.shape[-1] ** -0.5)
+        return (drop(scores.softmax(-1), dropout) @ v.flatten(0, 1)).unflatten(0, q.shape[:2])
+
+
 class Attention(nn.Module):
     """Multi-head attention as nn.MultiheadAttention has it, batch first.
 
@@ -124,7 +152,7 @@ class Attention(nn.Module):
             out = where(q, k, v)
         else:
             k, v = (x.expand(len(q), -1, -1, -1) for x in (k, v))
-            out = F.scaled_dot_product_attention(q, k, v, where, self.dropout if self.training else 0.0)
+            out = attend(q, k, v, where, self.dropout if self.training else 0.0)
         return self.out(out.transpose(1, 2).flatten(2))
 
 
@@ -137,7 +165,7 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def feed_forward(dim: int, hidden: int, activation: nn.Module, dropout: float = 0.0) -> nn.Sequential:
-    return nn.Sequential(linear(dim, hidden), activation, nn.Dropout(dropout), linear(hidden, dim))
+    return nn.Sequential(linear(dim, hidden), activation, Dropout(dropout), linear(hidden, dim))
 
 
 class EncoderLayer(nn.Module):
@@ -147,7 +175,7 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.attention = Attention(dim, heads, dropout)
         self.ffn = feed_forward(dim, hidden, nn.ReLU(), dropout)
-        self.norm1, self.norm2, self.drop = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.Dropout(dropout)
+        self.norm1, self.norm2, self.drop = nn.LayerNorm(dim), nn.LayerNorm(dim), Dropout(dropout)
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         placed = x + positions
@@ -165,7 +193,7 @@ class QueryDecoderLayer(nn.Module):
         self.to_memory, self.to_previous = Attention(dim, heads, dropout), Attention(dim, heads, dropout)
         self.ffn = feed_forward(dim, hidden, nn.ReLU(), dropout)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
 
     def forward(self, previous: Tensor, memory: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         x = self.query.expand(len(memory), -1, -1)
