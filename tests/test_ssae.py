@@ -419,6 +419,7 @@ def test_textures_are_trained_on_crops_and_tested_whole(textures, tmp_path):
     run = tmp_path / "run"
     outcome = runs.train(*TINY, *cloth(textures), f"hydra.run.dir={run}", small=False)
     assert outcome.code == 0, outcome.err
+    assert (run / "train.log").read_text().count("crops below 256²") == 1
     result = results.read_result(run)
     assert result["protocol"]["data"]["map_size"] == "original"
     assert result["protocol"]["data"]["transform"] == []

@@ -5,6 +5,7 @@ the normal manifold; the score is the squared error of one forward pass. The cor
 follow re-implementations, since the paper's own were not at hand; what is ours is marked.
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
+
+log = logging.getLogger(__name__)
 
 DILATIONS = (1, 2, 4, 8, 16, 32)
 MARGIN = 8  # pixels
@@ -185,6 +188,11 @@ class SSAE(AnomalyModule):
         if self.patience and not data.val_samples:
             raise UserError(
                 "method.patience: needs held-out images; give data.val_fraction=0.1, or method.patience=null"
+            )
+        if self.test_size != self.image_size and min(self.image_size) < 256:
+            log.warning(
+                "data.image_size: crops below 256² train the widest kernels next to their borders only; on whole images "
+                "in test that shows (experiments/ssae_small.md)"
             )
         self.held_out = data.val_dataloader() if self.patience else []
         if self.compiles:
