@@ -191,8 +191,8 @@ class SSAE(AnomalyModule):
             )
         if self.test_size != self.image_size and min(self.image_size) < 256:
             log.warning(
-                "data.image_size: crops below 256² train the widest kernels next to their borders only; on whole images "
-                "in test that shows (experiments/ssae_small.md)"
+                "data.image_size: crops below 256² train the widest kernels next to their borders only, which shows on "
+                "whole images in test (experiments/ssae_small.md)"
             )
         self.held_out = data.val_dataloader() if self.patience else []
         if self.compiles:
