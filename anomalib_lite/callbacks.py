@@ -106,13 +106,15 @@ class Training(L.Callback):
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         self.start = self.saved = time.perf_counter()
+        self.data.batches_done = lambda: self.steps
+
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        self.data.batches_done = None
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.start = self.saved = time.perf_counter()
         if self.steps:
             log.info("going on from batch %d", self.steps)
-            batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
-            trainer.datamodule.resume_at(*divmod(self.steps, batches))  # type: ignore[attr-defined]
             for logger in trainer.loggers:
                 if isinstance(logger, CSVLogger):
                     logger.keep_until(self.steps)
@@ -250,7 +252,7 @@ def quiet() -> None:
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
         r".*configure_optimizers` returned `None`.*",
         r".*trying to infer the `batch_size`.*",
-        r".*resuming from a checkpoint that ended before the epoch.*",  # ours is resumable: AnomalyDataModule.resume_at
+        r".*resuming from a checkpoint that ended before the epoch.*",  # ours is resumable: batches_done
         r".*Using `DistributedSampler` with the dataloaders.*",
         r".*`Trainer\(barebones=True\)`.*",
         r".*one pass will not be enough.*",

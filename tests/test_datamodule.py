@@ -153,20 +153,16 @@ def test_resume_continues_the_undisturbed_order(root, workers):
     loader = module(root, **options).train_dataloader()
     undisturbed = [epoch_of(loader, e) for e in (3, 4)]
     data = module(root, **options)
+    done = 14
+    data.batches_done = lambda: done
     loader = data.train_dataloader()
-    data.resume_at(3, 2)
     assert len(loader) == 4
-    resumed = [epoch_of(loader, e) for e in (3, 4)]
+    resumed = [list(loader)]
+    done = 16
+    resumed.append(list(loader))
     assert [len(epoch) for epoch in resumed] == [2, 4]
     for a, b in zip(undisturbed[0][2:] + undisturbed[1], flat(resumed), strict=True):
         assert equal(a, b)
-
-
-def test_resume_before_the_loader_is_made(root):
-    data = module(root)
-    data.resume_at(0, 3)
-    assert len(order(data.train_dataloader())) == 1
-    assert len(order(data.train_dataloader())) == 4
 
 
 def test_loaders_leave_the_global_generator_alone(root):

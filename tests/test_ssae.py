@@ -98,9 +98,17 @@ def test_convex_combination_is_the_formula():
 
 
 def test_receptive_field_of_the_dilated_stack():
-    """Each block reaches its dilation further in each direction: 1 + 2 · (1 + 2 + 4 + 8 + 16 + 32) = 127."""
+    """Each block reaches its dilation further in each direction: 1 + 2 · (1 + 2 + 4 + 8 + 16 + 32) = 127.
+
+    Those whose kernel is wider than a training image keep only its centre.
+    """
     assert DILATIONS == (1, 2, 4, 8, 16, 32)
-    stack = DilatedStack(2).double().eval()
+    for side, reach in ((65, 63), (64, 31), (34, 31), (18, 15)):
+        check_reach(side, reach)
+
+
+def check_reach(side, reach):
+    stack = DilatedStack(2, side).double().eval()
     for part in stack.modules():
         if isinstance(part, nn.Conv2d):
             nn.init.constant_(part.weight, 1.0)  # positive throughout: nothing cancels
@@ -109,13 +117,13 @@ def test_receptive_field_of_the_dilated_stack():
     assert x.grad is not None
     seen = (x.grad[0, 0] != 0).numpy()
     expected = np.zeros((141, 141), bool)
-    expected[7:134, 7:134] = True
+    expected[70 - reach : 71 + reach, 70 - reach : 71 + reach] = True
     np.testing.assert_array_equal(seen, expected)
 
 
 def test_dilated_blocks_add_to_their_input():
     torch.manual_seed(0)
-    stack = DilatedStack(3).double().eval()
+    stack = DilatedStack(3, 65).double().eval()
     x = images(2, 3, 9, 9).double()
     expected = x
     for rate, block in zip(DILATIONS, stack, strict=True):
@@ -130,9 +138,9 @@ def test_dilated_blocks_add_to_their_input():
 
 
 def test_a_larger_image_in_test_meets_no_untrained_weights():
-    """Trained on 64², the bottleneck has 10 × 10 positions: what dilations from 16 on would bring in stays 0."""
+    """Trained on 64², the bottleneck has 10 × 10 positions: kernels of dilations from 8 on are wider."""
     torch.manual_seed(0)
-    net = Autoencoder(2)
+    net = Autoencoder(2, side=64)
     optimizer = torch.optim.Adam(net.parameters(), 1e-2, fused=True)
     for _ in range(3):
         optimizer.zero_grad()
@@ -140,9 +148,8 @@ def test_a_larger_image_in_test_meets_no_untrained_weights():
         optimizer.step()
     for rate, block in zip(DILATIONS, net.bottleneck, strict=True):
         kernel = block[0].weight.detach().clone()  # type: ignore[index]
-        assert kernel[..., 1, 1].all()
-        kernel[..., 1, 1] = 0
-        assert bool(kernel.any()) == (rate < 10)
+        assert kernel.shape[-1] == (3 if rate < 5 else 1)
+        assert kernel.all()
 
 
 @pytest.mark.parametrize("skip", ["none", "concat", "ccm"])
@@ -419,7 +426,6 @@ def test_textures_are_trained_on_crops_and_tested_whole(textures, tmp_path):
     run = tmp_path / "run"
     outcome = runs.train(*TINY, *cloth(textures), f"hydra.run.dir={run}", small=False)
     assert outcome.code == 0, outcome.err
-    assert (run / "train.log").read_text().count("crops below 256²") == 1
     result = results.read_result(run)
     assert result["protocol"]["data"]["map_size"] == "original"
     assert result["protocol"]["data"]["transform"] == []

@@ -68,7 +68,8 @@ class AnomalyDataModule(L.LightningDataModule):
             then comes as `size`; see `loading.ImageSet`. Not with a `transform`, which may move pixels.
 
     Set `images_needed = False` before asking for a loader, and training and normal batches come without `image` and
-    `mask`, nothing is decoded and no worker started. A Trainer needs `use_distributed_sampler=False`: ranks are
+    `mask`, nothing is decoded and no worker started. With `batches_done`, a function that gives the number of batches
+    trained on, training loaders made after go on from there. A Trainer needs `use_distributed_sampler=False`: ranks are
     dealt with here. Raises UserError for whatever a user can mend, also out of workers.
     """
 
@@ -123,7 +124,7 @@ class AnomalyDataModule(L.LightningDataModule):
         self._build_pipelines([] if category == "all" else [str(name) for name in names])
         self.images_needed = True
         self._ready = False
-        self._resume: tuple[int, int] | None = None
+        self.batches_done: Callable[[], int] | None = None
 
     def _validate(self) -> None:
         for option in ("batch_size", "eval_batch_size"):
@@ -224,7 +225,7 @@ class AnomalyDataModule(L.LightningDataModule):
         if self.batch_size % world:
             raise UserError(f"data.batch_size={self.batch_size} must divide by the {world} devices that share it")
         classes = [s.category for s in self.train_samples] if self.balanced else None
-        how = (self.batch_size, self.seed, rank, world, self.drop_last, self._take_resume, classes)
+        how = (self.batch_size, self.seed, rank, world, self.drop_last, self.batches_done, classes)
         batches = TrainBatches(len(self.train_samples), *how)
         dataset = ImageSet(
             self.train_samples,
@@ -262,14 +263,6 @@ class AnomalyDataModule(L.LightningDataModule):
         samples = {str(sample.path): sample for sample in [*self.test_samples, *self.train_samples]}
         images = self._images([replace(samples[path], mask=None) for path in paths], self.eval_pipeline)
         return self._loader(images, persistent=False, batch_size=batch_size)
-
-    def resume_at(self, epoch: int, batch: int) -> None:
-        """The next iteration over the training loader starts at that batch of that epoch; later ones at 0."""
-        self._resume = (epoch, batch)
-
-    def _take_resume(self) -> tuple[int, int] | None:
-        resume, self._resume = self._resume, None
-        return resume
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

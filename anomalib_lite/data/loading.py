@@ -153,7 +153,8 @@ class TrainBatches(Sampler):
 
     Global batches are the same for any number of ranks. The last one is short, filled up from the epoch's beginning as
     far as it takes to give every rank as many, or left out with `drop_last` unless it is the only one.
-    `take_resume` gives (epoch, first batch) for the next iteration, or None.
+    `done` gives the number of batches trained on: an iteration goes on from there (Lightning's count of epochs lags
+    after some resumes). None: the epoch of `set_epoch`, from its first batch on.
 
     With `classes`, the class of each sample, an epoch draws each of the C classes ceil(length / C) times, so that it
     has about as many batches as without. It is a chain of rounds that hold every class once; a class goes through
@@ -169,7 +170,7 @@ class TrainBatches(Sampler):
         rank: int = 0,
         world: int = 1,
         drop_last: bool = False,
-        take_resume: Callable[[], tuple[int, int] | None] = lambda: None,
+        done: Callable[[], int] | None = None,
         classes: Sequence[str] | None = None,
     ):
         self.members = None if classes is None else _members(classes)
@@ -177,7 +178,7 @@ class TrainBatches(Sampler):
             length = len(self.members) * -(-length // len(self.members))
         self.length, self.batch_size, self.seed, self.rank, self.world = length, batch_size, seed, rank, world
         self.drop_last = drop_last and length >= batch_size
-        self.take_resume = take_resume
+        self.done = done
         self.epoch = 0
 
     @property
@@ -193,7 +194,7 @@ class TrainBatches(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         # A generator, so that the position is taken with the first batch: a loader with workers asks for an iterator
         # twice and uses the second.
-        self.epoch, first = self.take_resume() or (self.epoch, 0)
+        self.epoch, first = divmod(self.done(), len(self)) if self.done else (self.epoch, 0)
         order = self._balanced() if self.members else self._permuted()
         for number in range(first, len(self)):
             yield self._share(order, number)

@@ -5,7 +5,6 @@ the normal manifold; the score is the squared error of one forward pass. The cor
 follow re-implementations, since the paper's own were not at hand; what is ours is marked.
 """
 
-import logging
 from typing import Any
 
 import torch
@@ -14,8 +13,6 @@ from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
-
-log = logging.getLogger(__name__)
 
 DILATIONS = (1, 2, 4, 8, 16, 32)
 MARGIN = 8  # pixels
@@ -34,20 +31,21 @@ def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, dilation: 
 
 
 class DilatedStack(nn.Sequential):
-    """Six residual blocks of growing dilation, [B, C, h, w] -> the same: each output sees 127 × 127 positions.
+    """Six residual blocks of growing dilation, [B, C, h, w] -> the same.
 
-    All but the kernels' centres start at 0 (ours). Of training crops of 256² the bottleneck sees 34 × 34 positions, so
-    that a dilation of 32 reaches hardly more than padding: those weights are not trained, and on a larger image in test
-    they would bring in noise.
+    Of kernels wider than `side`, the positions of a training image, only the centres are made (ours): the rest would
+    meet next to nothing but padding in training, and in test bring noise into images that are larger. For the same
+    reason all but the centres start at 0 (ours).
     """
 
-    def __init__(self, channels: int):
-        super().__init__(*(conv(channels, channels, dilation=rate) for rate in DILATIONS))
+    def __init__(self, channels: int, side: int):
+        super().__init__(*(conv(channels, channels, 3 if 2 * rate < side else 1, dilation=rate) for rate in DILATIONS))
         with torch.no_grad():
             for block in self:
                 kernel = block[0].weight  # type: ignore[index]
-                centre = kernel[..., 1, 1].clone()
-                kernel.zero_()[..., 1, 1] = centre
+                middle = kernel.shape[-1] // 2
+                centre = kernel[..., middle, middle].clone()
+                kernel.zero_()[..., middle, middle] = centre
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self:
@@ -91,16 +89,17 @@ class Autoencoder(nn.Module):
     The image gets a mirrored margin (ours): next to zero padding reconstructions are bad, and normal images' largest
     errors lay in their corners.
 
-    Three stages halve the resolution to 1/2, 1/4 and 1/8, with `width`, 2 · `width` and 4 · `width` channels.
+    Three stages halve the resolution to 1/2, 1/4 and 1/8, with `width`, 2 · `width` and 4 · `width` channels. `side` is
+    that of the training images, in pixels.
     """
 
-    def __init__(self, width: int = 64, skip: str = "ccm"):
+    def __init__(self, width: int = 64, skip: str = "ccm", side: int = 256):
         super().__init__()
         w1, w2, w3 = width, 2 * width, 4 * width
         self.down1 = nn.Sequential(conv(3, w1, stride=2), conv(w1, w1))
         self.down2 = nn.Sequential(conv(w1, w2, stride=2), conv(w2, w2))
         self.down3 = nn.Sequential(conv(w2, w3, stride=2), conv(w3, w3))
-        self.bottleneck = DilatedStack(w3)
+        self.bottleneck = DilatedStack(w3, (side + 2 * MARGIN) // 8)
         self.up2, self.join2 = conv(w3, w2), Joint(skip, w2)
         self.up1, self.join1 = conv(w2, w1), Joint(skip, w1)
         self.out = nn.Sequential(nn.Conv2d(w1, 12, 3, 1, 1), nn.PixelShuffle(2))
@@ -173,7 +172,7 @@ class SSAE(AnomalyModule):
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"method.{name}={value}: give a whole number from 1")
         self.weight, self.patience, self.look_every, self.compiles = corrupted_weight, patience, look_every, compile
-        self.net = Autoencoder(width, skip).to(memory_format=torch.channels_last)
+        self.net = Autoencoder(width, skip, min(self.image_size)).to(memory_format=torch.channels_last)
         self.register_buffer("best", torch.tensor(torch.inf, dtype=torch.float64))  # held-out loss
         self.register_buffer("waited", torch.tensor(0))  # looks since then
 
@@ -188,11 +187,6 @@ class SSAE(AnomalyModule):
         if self.patience and not data.val_samples:
             raise UserError(
                 "method.patience: needs held-out images; give data.val_fraction=0.1, or method.patience=null"
-            )
-        if self.test_size != self.image_size and min(self.image_size) < 256:
-            log.warning(
-                "data.image_size: crops below 256² train the widest kernels next to their borders only, which shows on "
-                "whole images in test (experiments/ssae_small.md)"
             )
         self.held_out = data.val_dataloader() if self.patience else []
         if self.compiles:
