@@ -109,6 +109,9 @@ def reported(outside: bool = False, folder: str = "hydra.run.dir") -> Iterator[N
     except (UserError, HydraException, OmegaConfBaseException, YAMLError, OSError) as error:
         if debug:
             raise
+        if isinstance(error, BrokenPipeError):  # `… | head`: nobody reads on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
         cause = next((e for e in _chain(error) if isinstance(e, UserError)), None)
         if cause is None and isinstance(error, OSError) and not (outside or _writing(error)):
             raise  # not a folder that can't be written: a fault of ours, shown whole

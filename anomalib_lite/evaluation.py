@@ -94,6 +94,13 @@ def category_metrics(
             reason = f"no {' and no '.join(why)} test images" if why else "no ground truth masks"
             reason = reason if rows.any() else "no test images"
             notes.append(f"{category}: {', '.join(missing)} can't be computed: {reason}")
+        if has_masks[category]:
+            at = [i for i in np.flatnonzero(rows) if arrays["labels"][i] and not np.any(arrays["masks"][i])]
+            if at:
+                notes.append(
+                    f"{category}: {len(at)} defective images have no defective pixel in their masks, the first is "
+                    f"{samples[at[0]].path.name}"
+                )
     return metrics, notes
 
 

@@ -1,5 +1,6 @@
 """One run, from its resolved configuration to its results: build, fit, test, write."""
 
+import contextlib
 import logging
 import os
 import time
@@ -11,7 +12,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_method, instantiate
 from torch.utils.data import DataLoader
 
 from anomalib_lite import __version__, evaluation, results
@@ -40,14 +41,21 @@ def build(cfg: dict[str, Any], stored: bool = False) -> tuple[AnomalyDataModule,
     data = instantiate(cfg["data"], map_size=cfg["scoring"].get("map_size"))
     data.setup()
     notes = list(data.notes)
-    backbone = None
-    if cfg["backbone"]["name"] is not None:
-        from_checkpoint = {"weights": "none"} if stored else {}
-        backbone = instantiate(cfg["backbone"], precision=cfg["hardware"]["precision"], **from_checkpoint)
-        if cfg["backbone"]["weights"] == "none":
-            notes.append("the backbone's weights are random")
+    backbone = make_backbone(cfg, **({"weights": "none"} if stored else {}))
+    if backbone is not None and cfg["backbone"]["weights"] == "none":
+        notes.append("the backbone's weights are random")
     model = make_method(cfg, backbone, data, data.categories)
     return data, model, notes
+
+
+def make_backbone(cfg: dict[str, Any], **more: Any) -> Backbone | None:
+    """The backbone, or None where there is none or the method has no use for it (as in a sweep over methods)."""
+    method: Any = None
+    with contextlib.suppress(Exception):  # a wrong name is told where the method is made
+        method = get_method(cfg["method"]["_target_"])
+    if cfg["backbone"]["name"] is None or not getattr(method, "uses_backbone", True):
+        return None
+    return instantiate(cfg["backbone"], precision=cfg["hardware"]["precision"], **more)
 
 
 def make_method(
@@ -181,9 +189,7 @@ def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyMod
         raise UserError("device=gpu: no GPU is visible here; choose device=cpu or device=auto")
     options = lightning_options(cfg["hardware"] | {"accelerator": device, "devices": 1, "nodes": 1}, multirun=False)
     data = instantiate(cfg["data"], category=stored["categories"])
-    backbone = None
-    if cfg["backbone"]["name"] is not None:  # the checkpoint holds the backbone's weights too
-        backbone = instantiate(cfg["backbone"], weights="none", precision=cfg["hardware"]["precision"])
+    backbone = make_backbone(cfg, weights="none")  # the checkpoint holds its weights too
     model = make_method(cfg, backbone, data, stored["categories"])
     try:
         model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])

@@ -146,6 +146,9 @@ def show(run: Path, result: dict[str, Any]) -> None:
     console.print(metrics_table(result))
     for note in result["notes"]:
         console.print(f"note: {note}", style="dim", highlight=False, soft_wrap=True)
+    if result["validation"]:
+        told = ", ".join(f"{key} {100 * value:.1f}" for key, value in result["validation"].items() if value is not None)
+        console.print(f"held-out training images: {told}", highlight=False, soft_wrap=True)
     timing, cost = result["timing"], result["efficiency"]
     console.print(
         f"{cost['parameters'] / 1e6:.1f} M parameters ({cost['trainable'] / 1e6:.1f} M trained), "

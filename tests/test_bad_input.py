@@ -122,7 +122,7 @@ OPTIONS = {
     "method.p=3": "method.p=3",
     "method.norm=abc": "NormOCC: can't be made from its options",
     "method.optimizer.lr=-1": "method.optimizer: .*learning rate",
-    "method.optimizer.lr=abc": "method.optimizer: .*check its values",
+    "method.optimizer.lr=abc": r"method.optimizer: .*check its values \(lr=abc, ",
     "resume=maybe": "resume=maybe: give true or false",
     "seed=${foo}": "seed: .*'foo' not found",
     "data.category=[a": r"data.category=\[a: can't be read",

@@ -1,7 +1,10 @@
 """The command line: quick answers, what composes with what, who overrides whom, methods from outside the package."""
 
+import os
 import re
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -249,3 +252,11 @@ def test_console_script_finds_the_current_folder(elsewhere):
     arguments = ["--config-dir=my_conf", "method=mine", "data=folder", "data.root=data", "data.image_size=32"]
     outcome = python("-c", code, *arguments, "hardware=cpu", "logger=csv", "hydra.run.dir=run", cwd=elsewhere)
     assert outcome.code == 0, outcome.err
+
+
+def test_a_reader_that_goes_away(tmp_path):
+    """`--help | head -1` is no error."""
+    command = f"{sys.executable} -m anomalib_lite.train --help | head -n 1"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.stderr == ""

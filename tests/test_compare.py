@@ -36,6 +36,14 @@ def write(real, tmp_path) -> Writer:
 # files
 
 
+def test_runs_without_a_result_are_named(write, tmp_path):
+    write("a")
+    (tmp_path / "runs" / "failed" / ".hydra").mkdir(parents=True)
+    outcome = compare(tmp_path / "runs")
+    assert outcome.code == 0
+    assert f"{tmp_path / 'runs' / 'failed'}: without a result" in outcome.out + outcome.err
+
+
 def test_damaged_and_foreign_files_are_named_and_left_out(write, tmp_path):
     write("a")
     result = json.loads((write.root / "run0000" / "result.json").read_text())

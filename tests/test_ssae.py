@@ -523,6 +523,21 @@ def test_the_demo_and_the_studies_compose():
         assert "anomalib_lite.methods.ssae.SSAE" in outcome.out
 
 
+def test_a_configured_backbone_is_left_out(root, tmp_path):
+    """As in a sweep over methods, where another one needs it."""
+    options = [*TINY, *runs.folder_data(root), "trainer.max_steps=1"]
+    results_ = []
+    for backbone in ("none", "resnet18"):
+        run = tmp_path / backbone
+        given = [x for x in options if not x.startswith("backbone")]
+        outcome = runs.train(*given, f"backbone={backbone}", f"hydra.run.dir={run}", small=False)
+        assert outcome.code == 0, outcome.err
+        results_.append(results.read_result(run))
+    assert results_[0]["efficiency"] == results_[1]["efficiency"]
+    assert results_[0]["metrics"] == results_[1]["metrics"]
+    assert results_[1]["backbone"] is None
+
+
 @pytest.mark.slow
 def test_training_on_two_ranks_is_training_on_one(root, tmp_path):
     """Losses are of single images, batch norm is synchronised, and the held-out images are judged together."""

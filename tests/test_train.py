@@ -117,6 +117,16 @@ def image_metrics_by_sklearn(rows: list[dict[str, str]]) -> dict[str, float]:
     }
 
 
+def test_masks_without_a_defect_are_named(tmp_path):
+    folder = make_mvtec(tmp_path / "data")
+    cv2.imwrite(str(folder / "ground_truth/broken/001_mask.png"), np.zeros((32, 32), np.uint8))
+    result = runs.result_of(
+        *runs.folder_data(tmp_path / "data"), "method=norm_occ_closed_form", run_dir=tmp_path / "run"
+    )
+    told = "bottle: 1 defective images have no defective pixel in their masks, the first is 001.png"
+    assert told in result["notes"]
+
+
 # --- every method ---
 
 

@@ -94,23 +94,29 @@ def read_scores(file: Path) -> dict[str, tuple[tuple[str, ...], np.ndarray, np.n
     return found
 
 
-def find(folders: Iterable[Path]) -> list[Path]:
-    """The folders that hold a result.json, each once, in order; UserError for a folder that is not there."""
+def find(folders: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """The folders that hold a result.json, each once, in order, and those of runs without; UserError for a folder that
+    is not there."""
     found: dict[Path, Path] = {}
+    unfinished: dict[Path, Path] = {}
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; give folders with runs below them")
         for place, below, files in os.walk(folder):
+            is_run = ".hydra" in below
             below[:] = sorted(name for name in below if name not in PRUNED)
             if "result.json" in files:
                 found.setdefault(Path(place).resolve(), Path(place))
-    return list(found.values())
+            elif is_run:
+                unfinished.setdefault(Path(place).resolve(), Path(place))
+    return list(found.values()), list(unfinished.values())
 
 
 def read(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
-    """All runs below `folders`, and a line for each result.json that is damaged or not ours."""
+    """All runs below `folders`, and a line for each result.json that is damaged or not ours, and for runs without."""
     runs, left_out = [], []
-    for folder in find(folders):
+    finished, unfinished = find(folders)
+    for folder in finished:
         try:
             result = read_result(folder)
             wrong = fault(result)
@@ -121,6 +127,8 @@ def read(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
             left_out.append(str(error))
         except RecursionError:
             left_out.append(f"{folder / 'result.json'}: not readable as a result (nested too deeply)")
+    if unfinished:
+        left_out.append(f"{some([str(folder) for folder in unfinished])}: without a result (failed, or not ended yet)")
     return runs, left_out
 
 

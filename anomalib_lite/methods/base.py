@@ -25,6 +25,7 @@ class AnomalyModule(L.LightningModule):
     - `on_fit_start()` for what is computed in closed form: `for batch in self.normal_batches(): ...`;
     - `configure_optimizers()`, where `optimizer` and `scheduler` from the configuration are not enough;
     - `pictures(batch)` -> {title: [B, 1 or 3, H, W] in [0, 1]} for the figures, such as reconstructions;
+    - `uses_backbone = False`, where a configured one is left out, as in a sweep over methods;
     - `held_out_loss(batch)` -> [B], logged over held-out images (data.val_fraction) after every epoch;
     - `phases = 2`, where the budget holds for each of two parts of training: `total_steps` is their sum;
     - `stopped_early = True`, which ends training with the current batch, before its budget is spent;
@@ -49,6 +50,7 @@ class AnomalyModule(L.LightningModule):
         precision: hardware.precision, for `autocast`.
     """
 
+    uses_backbone = True
     frozen_features = False
     needs_images = False
     stopped_early = False
@@ -124,7 +126,8 @@ class AnomalyModule(L.LightningModule):
         try:
             return self.optimizer(parameters, **options)
         except (TypeError, ValueError) as error:
-            raise UserError(f"method.optimizer: {error}; check its values") from error
+            given = ", ".join(f"{key}={value}" for key, value in getattr(self.optimizer, "keywords", {}).items())
+            raise UserError(f"method.optimizer: {error}; check its values ({given})") from error
 
     @property
     def map_size(self) -> tuple[int, ...] | str:

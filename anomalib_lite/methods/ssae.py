@@ -145,6 +145,7 @@ class SSAE(AnomalyModule):
         compile: train the network with torch.compile.
     """
 
+    uses_backbone = False
     autocasts = True
     best: Tensor
     waited: Tensor
