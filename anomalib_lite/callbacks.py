@@ -165,7 +165,7 @@ class Training(L.Callback):
                 self.bar.step(f"loss {loss:.4g}", count=self.steps - self.bar.done)
         if self.held_out and (last or self.steps % batches == 0):
             loss = held_out_loss(trainer, module, self.held_out)
-            for logger in trainer.loggers:
+            for logger in trainer.loggers if trainer.is_global_zero else ():
                 logger.log_metrics({"held_out_loss": loss}, step=self.steps)
         if due:
             self.save(trainer)
