@@ -138,7 +138,10 @@ class Training(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         number = (self.seed * 1_000_003 + self.steps) * 1_009 + trainer.global_rank
-        torch.manual_seed(number)
+        # not torch.manual_seed: without a GPU it keeps a stack trace of every call for the day when there is one
+        torch.default_generator.manual_seed(number)
+        if module.device.type == "cuda":
+            torch.cuda.manual_seed(number)
         random.seed(number)
         np.random.seed(number % 2**32)  # noqa: NPY002  a method may draw from it
 
