@@ -82,7 +82,7 @@ class Training(L.Callback):
         self.kept = 0  # the batch after which the checkpoint was written
         self.begun = False
         self.watched: list[str] = []
-        self.held_out: Any = []  # loader of the held-out images, where the method has a loss of theirs
+        self.held_out: Any = None  # loader of the held-out images, where the method has a loss of theirs
         self.bar: Bar | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class Training(L.Callback):
         self.begun, module.total_steps = True, self.total(trainer) or 0  # type: ignore[assignment]
         # a mask of -inf among the buffers is none of training's doing
         self.watched = [name for name, tensor in module.state_dict().items() if all_finite([tensor])]
-        if getattr(module, "held_out_loss", None):
+        if getattr(module, "held_out_loss", None) and self.data.val_samples:
             self.held_out = self.data.val_dataloader()
         self.bar = Bar("training", self.total(trainer), self.steps, quiet=not trainer.is_global_zero)
 
@@ -166,7 +166,7 @@ class Training(L.Callback):
                     logger.log_metrics({"loss": loss, "epoch": epoch}, step=self.steps)
             if self.bar:
                 self.bar.step(f"loss {loss:.4g}", count=self.steps - self.bar.done)
-        if self.held_out and (last or self.steps % batches == 0):
+        if self.held_out is not None and (last or self.steps % batches == 0):
             loss = held_out_loss(trainer, module, self.held_out)
             for logger in trainer.loggers if trainer.is_global_zero else ():
                 logger.log_metrics({"held_out_loss": loss}, step=self.steps)
