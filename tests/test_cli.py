@@ -255,8 +255,8 @@ def test_console_script_finds_the_current_folder(elsewhere):
 
 
 def test_a_reader_that_goes_away(tmp_path):
-    """`--help | head -1` is no error."""
-    command = f"{sys.executable} -m anomalib_lite.train --help | head -n 1"
+    """`--help | head` is no error; here nobody reads at all."""
+    command = f"{sys.executable} -m anomalib_lite.train --help | true"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True, timeout=120)  # fmt: skip
     assert done.stderr == ""
