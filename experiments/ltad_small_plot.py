@@ -1,0 +1,110 @@
+"""Tables and plot of ltad_small's runs below the given folders: python experiments/ltad_small_plot.py DIR...
+
+The tables go to the standard output, the plot to experiments/ltad_small.png. Means are over cells, a profile and an
+order of the categories each; intervals are of 95 % over seeds within cells (Student's t, the cells' pooled variance).
+"""
+
+import json
+import math
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+from scipy.stats import t as student
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+METRICS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "aupro_30": "AUPRO@0.3"}
+GROUPS = ("head", "tail", "all")
+BASE = "ltad"
+Cells = dict[tuple[str, ...], dict[int, float]]  # (profile, order...) -> seed -> value
+
+
+def main() -> None:
+    values: dict[tuple[str, str, str], Cells] = defaultdict(lambda: defaultdict(dict))  # of (row, group, metric)
+    for folder in sys.argv[1:]:
+        for file in sorted(Path(folder).rglob("result.json")):
+            result = json.loads(file.read_text())
+            config = json.loads((file.parent / "checkpoints" / "config.json").read_text())["config"]
+            cell = (result["split"]["profile"], *result["split"]["order"])
+            for group in GROUPS:
+                found = result["metrics"] if group == "all" else result["groups"][group]
+                for metric in METRICS:
+                    values[named(result["method"], config), group, metric][cell][result["seed"]] = found[metric]
+    rows = sorted({row for row, _, _ in values})
+    for metric, title in METRICS.items():
+        print(f"\n| {title} | runs | exp, head | exp, tail | step, head | step, tail | all | tail, less LTAD's |")
+        print("|---|---|---|---|---|---|---|---|")
+        for row in rows:
+            parts = [(group, p) for p in ("exp", "step") for group in ("head", "tail")]
+            cells = [show(of(values[row, group, metric], profile)) for group, profile in parts]
+            tail, whole = values[row, "tail", metric], values[row, "all", metric]
+            less = show(paired(tail, values[BASE, "tail", metric]), "+")
+            runs = sum(len(seeds) for seeds in whole.values())
+            print(f"| {row} | {runs} | {' | '.join(cells)} | {show(whole)} | {less} |")
+
+    figure, axes = plt.subplots(1, len(METRICS), figsize=(11, 3.6), sharey=True, layout="constrained")
+    for axis, (metric, title) in zip(axes, METRICS.items(), strict=True):
+        for group, colour, shift in (("head", "C0", -0.12), ("tail", "C1", 0.12)):
+            points = [mean_and_half_width(values[row, group, metric]) for row in rows]
+            axis.errorbar(
+                [100 * mean for mean, _ in points],
+                [i + shift for i in range(len(rows))],
+                xerr=[100 * half for _, half in points],
+                fmt="o",
+                ms=4,
+                color=colour,
+                label=group,
+            )
+        axis.set(title=f"{title}, %", yticks=range(len(rows)), yticklabels=rows)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].invert_yaxis()
+    axes[-1].legend()
+    figure.savefig(Path(__file__).with_name("ltad_small.png"), dpi=110)
+
+
+def named(method: str, config: dict) -> str:
+    """ltad, ltad without semantic classifier, uniad balanced."""
+    settings = config["method"]
+    without = [] if settings.get("semantic", 1) else ["semantic classifier"]
+    without += [] if settings.get("fill", "") is not None else ["synthesis"]
+    balanced = ", balanced" if config["data"]["balanced"] else ""
+    return method + f" without {' and '.join(without)}" * bool(without) + balanced
+
+
+def of(cells: Cells, profile: str) -> Cells:
+    return {cell: seeds for cell, seeds in cells.items() if cell[0] == profile}
+
+
+def paired(cells: Cells, base: Cells) -> Cells:
+    """Differences of runs with the same split and seed."""
+    return {
+        cell: {s: v - base[cell][s] for s, v in seeds.items() if s in base.get(cell, {})}
+        for cell, seeds in cells.items()
+    }
+
+
+def mean_and_half_width(cells: Cells) -> tuple[float, float]:
+    """Mean of the cells' means; half the 95 % interval, NaN where no cell has two seeds."""
+    seeds = [list(values.values()) for values in cells.values() if values]
+    mean = statistics.mean(statistics.mean(values) for values in seeds)
+    free = sum(len(values) - 1 for values in seeds)
+    if not free:
+        return mean, math.nan
+    pooled = sum(statistics.variance(values) * (len(values) - 1) for values in seeds if len(values) > 1) / free
+    error = math.sqrt(sum(pooled / len(values) for values in seeds)) / len(seeds)
+    return mean, float(student.ppf(0.975, free)) * error
+
+
+def show(cells: Cells, sign: str = "") -> str:
+    if not any(cells.values()):
+        return ""
+    mean, half = mean_and_half_width(cells)
+    return f"{100 * mean:{sign}.1f} ± {100 * half:.1f}"
+
+
+if __name__ == "__main__":
+    main()
