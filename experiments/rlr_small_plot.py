@@ -1,0 +1,49 @@
+"""Table and held-out losses of rlr_small's runs below the given folders: python experiments/rlr_small_plot.py DIR...
+
+The table goes to the standard output, the plot to experiments/rlr_small.png.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+METRICS = ("image_auroc", "pixel_auroc", "aupro_30")
+
+
+def main() -> None:
+    runs = [file.parent for folder in sys.argv[1:] for file in sorted(Path(folder).rglob("result.json"))]
+    results = {run: json.loads((run / "result.json").read_text()) for run in runs}
+    categories = sorted({category for result in results.values() for category in result["categories"]})
+    print(f"| method | batches | {' | '.join(categories)} | mean | training, testing (s) |")
+    print("|---" * (len(categories) + 4) + "|")
+    curves = []
+    for run, result in results.items():
+        cells = [show(result["per_category"][category]) for category in categories] + [show(result["metrics"])]
+        timing = result["timing"]
+        times = f"{timing['fit_s']:.0f}, {timing['test_s']:.0f}"
+        print(f"| {result['method']} | {timing['steps']} | {' | '.join(cells)} | {times} |")
+        with (run / "metrics.csv").open(newline="") as file:
+            rows = [(int(r["step"]), float(r["held_out_loss"])) for r in csv.DictReader(file) if r.get("held_out_loss")]
+        if rows:
+            curves.append((result["method"], rows))
+
+    figure, axes = plt.subplots(1, len(curves), figsize=(4.5 * len(curves), 3.4), layout="constrained", squeeze=False)
+    for axis, (method, rows) in zip(axes[0], curves, strict=True):
+        axis.plot(*zip(*rows, strict=True), lw=1.2)
+        axis.set(xlabel="batch", ylabel="loss on held-out training images", title=method, yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    figure.savefig(Path(__file__).with_name("rlr_small.png"), dpi=110)
+
+
+def show(metrics: dict[str, float]) -> str:
+    return " / ".join(f"{100 * metrics[name]:.1f}" for name in METRICS)
+
+
+if __name__ == "__main__":
+    main()
