@@ -37,9 +37,9 @@ class ConditionalVAE(nn.Module):
     def forward(self, features: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(decoded [B, L, d], mean, log variance [B, L, latent])."""
         text = text[:, None].expand(-1, features.shape[1], -1)
-        mean, log_variance = self.encode(torch.cat((features, text), -1)).chunk(2, -1)
+        mean, log_variance = self.encode(torch.cat((features, text), -1)).to(features.dtype).chunk(2, -1)
         code = mean + (log_variance / 2).exp() * torch.randn_like(mean)
-        return self.decode(torch.cat((code, text), -1)), mean, log_variance
+        return self.decode(torch.cat((code, text), -1)).to(features.dtype), mean, log_variance
 
 
 class LTAD(UniAD):
@@ -141,10 +141,14 @@ class LTAD(UniAD):
         if self.names.requires_grad:
             loss = loss + F.cross_entropy(F.normalize(images, dim=-1) @ text.T / self.temperature, classes)
         if self.fill:
-            decoded, mean, log_variance = self.vae(tokens, text.detach()[classes])  # names learn from classes alone
+            decoded, mean, log_variance = self.coded(tokens, text.detach()[classes])  # names learn from classes alone
             divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(-1) / 2
             loss = loss + ((tokens - decoded).square().sum(-1) + self.beta * divergence).mean()
         return loss
+
+    def coded(self, tokens: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with self.autocast():
+            return self.vae(tokens, text)
 
     @torch.no_grad()
     def end_first_phase(self) -> None:
@@ -170,7 +174,7 @@ class LTAD(UniAD):
             return tokens, classes
         drawn = torch.multinomial(self.lacking, count, replacement=True)
         real, more = self.drawn(drawn)[0], drawn.to(self.device)
-        return torch.cat((tokens, self.vae(real, self.conditions[more])[0])), torch.cat((classes, more))
+        return torch.cat((tokens, self.coded(real, self.conditions[more])[0])), torch.cat((classes, more))
 
     def spoiled(self, tokens: Tensor, classes: Tensor) -> Tensor:
         """Abnormal tokens [B, L, C]: an image's, strongly jittered, or those of an image of another class."""
@@ -183,7 +187,9 @@ class LTAD(UniAD):
         """Log odds [B, L] that patches are abnormal: (cos with t_abnormal − cos with t_normal) / τ."""
         states = self.language.states(self.names.detach()) if self.language.learns_states else self.fixed_states
         normal, abnormal = F.normalize(states, dim=-1)[classes].unbind(1)
-        patches = F.normalize(self.project(tokens), dim=-1)
+        with self.autocast():
+            patches = self.project(tokens)
+        patches = F.normalize(patches.to(tokens.dtype), dim=-1)
         return (patches @ (abnormal - normal)[..., None])[..., 0] / self.temperature
 
     # --- the score ---
