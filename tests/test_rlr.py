@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from anomalib_lite.errors import UserError
-from anomalib_lite.methods.blocks import Attention, LocalWindow, jitter, near, sine_positions
+from anomalib_lite.methods.blocks import Attention, LocalWindow, jitter, largest_window, near, sine_positions
 from anomalib_lite.methods.rlr import RLR, Layer, Level, error
 from tests import runs
 from tests.levels import Levels, batch
@@ -310,6 +310,12 @@ def test_the_reference_is_projected_once_a_batch():
     assert sorted(rows) == [1, 1, 1, 3, 3]
 
 
+@pytest.mark.parametrize("grid", [(1, 1), (2, 2), (3, 3), (4, 4), (4, 7), (9, 5), (16, 16)])
+def test_the_largest_window_leaves_every_token_some(grid):
+    leaves = [w for w in range(1, 40, 2) if (~near(grid, w)).any(1).all()]
+    assert largest_window(grid) == max(leaves, default=-1)
+
+
 def test_published_windows_and_widths():
     class EfficientNetB6(Levels):
         reductions = (8, 16)
@@ -391,7 +397,10 @@ def test_zero_fill_makes_a_step_a_level():
         ({"windows": None}, r"method.windows: .* 16², 32² and 64² tokens, and a level has 8×8; give one odd number"),
         ({"windows": [3]}, r"method.windows=\[3\]: give one for each of the backbone's 2 levels"),
         ({"windows": [3, 4]}, r"method.windows=\[3, 4\]: 4 is not an odd number"),
-        ({"windows": [3, 5]}, r"method.windows=\[3, 5\]: 5 leaves nothing outside on a grid of 4×4"),
+        (
+            {"windows": [3, 5]},
+            r"method.windows=\[3, 5\]: 5 leaves nothing .* 4×4 tokens; give at most 3",
+        ),
         ({"dims": [16]}, r"method.dims=\[16\]: give one for each"),
         ({"dims": [16, 6]}, r"method.dims=\[16, 6\]: give multiples of 4 and of method.heads=2"),
         ({"mix": [0, 0]}, r"method.mix=\[0, 0\]: .*not both 0"),

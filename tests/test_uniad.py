@@ -214,7 +214,7 @@ def test_only_training_is_jittered_and_dropped_out():
     "options", [{"neighbours": 5}, {"neighbours": 7}, {"neighbours": 2}, {"neighbours": 0}, {"neighbours": -1}]
 )
 def test_a_mask_that_leaves_nothing_is_refused(options):
-    with pytest.raises(UserError, match=r"method.neighbours=-?\d: give null, or an odd number .* grid of 4×4"):
+    with pytest.raises(UserError, match=r"method.neighbours=-?\d: give null, or an odd number from 1 to 3, .* 4×4"):
         model(**options)
 
 

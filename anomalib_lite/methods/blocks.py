@@ -45,9 +45,9 @@ def near(grid: Grid, window: int) -> Tensor:
     return ((y[:, None] - y).abs() <= window // 2) & ((x[:, None] - x).abs() <= window // 2)
 
 
-def all_within(grid: Grid, window: int) -> bool:
-    """Whether some cell's window holds the whole grid: masked out, it would leave that cell nothing to attend to."""
-    return max(grid) // 2 <= window // 2
+def largest_window(grid: Grid) -> int:
+    """The largest odd window that, masked out, leaves every cell some others to attend to; -1 where there is none."""
+    return 2 * (max(grid) // 2) - 1
 
 
 class LocalWindow(nn.Module):

@@ -18,9 +18,9 @@ from anomalib_lite.methods.blocks import (
     Attention,
     Grid,
     LocalWindow,
-    all_within,
     feed_forward,
     jitter,
+    largest_window,
     linear,
     near,
     sine_positions,
@@ -195,9 +195,9 @@ def chosen_windows(windows: Sequence[int] | None, grids: list[Grid], masked: boo
     for window, grid in zip(per_level("windows", windows, grids), grids, strict=True):
         if window < 1 or window % 2 == 0:
             raise UserError(f"method.windows={list(windows)}: {window} is not an odd number from 1")
-        if masked and all_within(grid, window):
+        if masked and window > largest_window(grid):
             raise UserError(
                 f"method.windows={list(windows)}: {window} leaves nothing outside on a grid of {grid[0]}×{grid[1]} "
-                "tokens; give a smaller one"
+                f"tokens; give at most {largest_window(grid)}, or a larger data.image_size"
             )
     return list(windows)

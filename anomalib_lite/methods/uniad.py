@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
-from anomalib_lite.methods.blocks import ReconstructionTransformer, all_within, jitter
+from anomalib_lite.methods.blocks import ReconstructionTransformer, jitter, largest_window
 
 
 class UniAD(AnomalyModule):
@@ -46,10 +46,10 @@ class UniAD(AnomalyModule):
         assert self.backbone is not None
         reduction = self.backbone.reductions[-1]
         self.grid = (-(-self.image_size[0] // reduction), -(-self.image_size[1] // reduction))
-        if neighbours is not None and (neighbours < 1 or neighbours % 2 == 0 or all_within(self.grid, neighbours)):
+        if neighbours is not None and (neighbours < 1 or neighbours % 2 == 0 or neighbours > largest_window(self.grid)):
             raise UserError(
-                f"method.neighbours={neighbours}: give null, or an odd number small enough for a grid of "
-                f"{self.grid[0]}×{self.grid[1]} tokens: it must leave every token some to attend to"
+                f"method.neighbours={neighbours}: give null, or an odd number from 1 to {largest_window(self.grid)}, "
+                f"so that every one of {self.grid[0]}×{self.grid[1]} tokens has some to attend to"
             )
         self.jitter, self.clip, self.drop = jitter, clip, drop
         channels = sum(self.backbone.channels)
