@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import uuid
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,7 +26,7 @@ from anomalib_lite.data.transforms import Pipeline
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # raise it whenever a file's layout or a feature's computation changes: it is part of the key
+VERSION = 2  # raise it whenever a file's layout or a feature's computation changes: it is part of the key
 BATCH = 16  # images a forward pass, always: with another number a network's output may differ in its last bit
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -72,6 +73,10 @@ def table(levels: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat([level.movedim(1, -1).flatten(1).to(dtype) for level in levels], 1).cpu()
 
 
+def raw(rows: Tensor) -> memoryview:
+    return rows.view(torch.uint8).numpy().data
+
+
 def compact(levels: Sequence[Tensor]) -> torch.dtype:
     """The smallest type that holds these numbers exactly: bfloat16 where the backbone has computed in it."""
     exact = all(torch.equal(level, level.bfloat16().float()) for level in levels)
@@ -108,8 +113,8 @@ def image_key(path: str | Path) -> str:
 
 
 class FeatureFiles:
-    """The files below one folder that share a key. Every `NAME.json` (its images, a row each) stands for a complete
-    `NAME.features`: it is written last, so what a killed writer leaves behind is without one.
+    """The files below one folder that share a key. Every `NAME.json` (its images, a row each, and the rows' CRC-32)
+    stands for a complete `NAME.features`: it is written last, so what a killed writer leaves behind is without one.
 
     Every method may raise OSError: no disk space, no permission.
     """
@@ -148,6 +153,8 @@ class FeatureFiles:
                     # private, so that it needs no right to write; nothing is written, so it stays the file's memory
                     count = len(content["images"])
                     rows = torch.from_file(str(file), shared=False, size=count * size, dtype=dtype).view(count, size)
+                    if any(zlib.crc32(raw(rows[row])) != content["sums"][row] for _, row in wanted):
+                        raise ValueError("not what was written")  # a disk that lost blocks leaves the length
                     store.shapes = [tuple(shape) for shape in content["shapes"]]
                     store.rows.update((path, rows[row]) for path, row in wanted)
                     os.utime(file)  # used last now
@@ -195,7 +202,8 @@ class FeatureFiles:
                 return
             part = file.with_suffix(".part")
             kind = next(name for name, dtype in TYPES.items() if dtype == writer.dtype)
-            part.write_text(json.dumps({"type": kind, "shapes": writer.shapes, "images": writer.images}))
+            index = {"type": kind, "shapes": writer.shapes, "images": writer.images, "sums": writer.sums}
+            part.write_text(json.dumps(index))
             part.replace(file.with_suffix(".json"))
         except BaseException:
             with contextlib.suppress(OSError):
@@ -207,7 +215,7 @@ class Writer:
     """Rows of one file; all of one type, which `reserve` fixes."""
 
     def __init__(self, stream: BinaryIO):
-        self.stream, self.images = stream, list[str]()
+        self.stream, self.images, self.sums = stream, list[str](), list[int]()
         self.shapes: list[tuple[int, ...]] = []
         self.dtype = torch.float32
 
@@ -220,8 +228,9 @@ class Writer:
 
     def add(self, keys: Sequence[str], levels: Sequence[Tensor]) -> None:
         rows = table([level[: len(keys)] for level in levels], self.dtype)
-        self.stream.write(rows.view(torch.uint8).numpy().data)
+        self.stream.write(raw(rows))
         self.images.extend(keys)
+        self.sums.extend(zlib.crc32(raw(row)) for row in rows)
 
 
 def cache_folder() -> Path:

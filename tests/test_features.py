@@ -249,13 +249,17 @@ def damage(cache: Path, how: str) -> None:
         os.truncate(file, file.stat().st_size - 1)
     elif how == "gone":
         file.unlink()
+    elif how == "a hole":
+        with file.open("r+b") as stream:
+            stream.seek(file.stat().st_size // 2)
+            stream.write(bytes(64))
     elif how == "no json":
         index.write_text("{")
     else:
         index.write_text(json.dumps(json.loads(index.read_text()) | {"type": "float1"}))
 
 
-@pytest.mark.parametrize("how", ["truncated", "gone", "no json", "another version"])
+@pytest.mark.parametrize("how", ["truncated", "gone", "a hole", "no json", "another version"])
 def test_damaged_files_are_computed_again(how, root, cache, tmp_path):
     right = run(root, cache, tmp_path / "1")
     damage(cache, how)
