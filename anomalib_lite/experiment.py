@@ -15,7 +15,7 @@ import torch
 from hydra.utils import get_method, instantiate
 from torch.utils.data import DataLoader
 
-from anomalib_lite import __version__, evaluation, results
+from anomalib_lite import __version__, configuration, evaluation, results
 from anomalib_lite.backbones import Backbone, has_bf16
 from anomalib_lite.callbacks import Training, quiet
 from anomalib_lite.data.datamodule import AnomalyDataModule
@@ -50,12 +50,16 @@ def build(cfg: dict[str, Any], stored: bool = False) -> tuple[AnomalyDataModule,
 
 def make_backbone(cfg: dict[str, Any], **more: Any) -> Backbone | None:
     """The backbone, or None where there is none or the method has no use for it (as in a sweep over methods)."""
-    method: Any = None
-    with contextlib.suppress(Exception):  # a wrong name is told where the method is made
-        method = get_method(cfg["method"]["_target_"])
-    if cfg["backbone"]["name"] is None or not getattr(method, "uses_backbone", True):
+    if cfg["backbone"]["name"] is None or not getattr(_target(cfg), "uses_backbone", True):
         return None
     return instantiate(cfg["backbone"], precision=cfg["hardware"]["precision"], **more)
+
+
+def _target(cfg: dict[str, Any]) -> Any:
+    """The method's class; None for a wrong name, which is told where the method is made."""
+    with contextlib.suppress(Exception):
+        return get_method(cfg["method"]["_target_"])
+    return None
 
 
 def make_method(
@@ -68,6 +72,7 @@ def make_method(
         "categories": categories,
         "precision": cfg["hardware"]["precision"],
     }
+    configuration.check_types("method", _target(cfg), cfg["method"])
     model = instantiate(cfg["method"], backbone=backbone, scoring=cfg["scoring"], **context, _convert_="all")
     if open_keys := [key for key, value in model.scoring.items() if value == "auto"]:
         raise UserError(f"scoring.{open_keys[0]}=auto: this method has none of its own; give a value")

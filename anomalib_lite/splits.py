@@ -43,6 +43,8 @@ def show(arguments: Sequence[str]) -> None:
     for name in ("counts", "write", "format", "config-dir"):
         parser.add_argument(f"--{name}")
     options = parser.parse_intermixed_args(arguments)
+    if options.format and not options.write:
+        raise UserError(f"--format {options.format}: of which file? give --write FILE")
     cfg = composed(options.overrides, options.config_dir)
 
     if options.counts:
@@ -65,11 +67,24 @@ def show(arguments: Sequence[str]) -> None:
         file = Path(options.write).expanduser()
         form = options.format or ("prune" if file.name.startswith("prune_") else SUFFIXES.get(file.suffix.lower()))
         if form not in split_files.FORMATS:
-            raise UserError(f"--format {form or 'is not set'}: choose {', '.join(split_files.FORMATS)}")
+            which = f"--format {form}" if form else f"--write {file}: its name tells no format; give --format"
+            raise UserError(f"{which}: choose {', '.join(split_files.FORMATS)}")
         split_files.write(file, form, data, split.train)
         again = [o for o in options.overrides if o.startswith("data")]
         again += ["data.category=all"] * (not any(o.startswith("data.category=") for o in again))
-        print(f"written: {file} ({form}); its arguments: {shlex.join([*again, 'split=file', f'split.path={file}'])}")
+        again += ["split=file", f"split.path={file}", *read_as(split)]
+        print(f"written: {file} ({form}); its arguments: {shlex.join(again)}")
+
+
+def read_as(split: Any) -> list[str]:
+    """The arguments without which a file of this split would be read with another head and tail."""
+    from anomalib_lite.data.splits import halves, ordered
+
+    head, names = len(split.head), [*split.head, *split.tail]
+    if not head or halves(ordered(split.counts, "size")) == (split.head, split.tail):
+        return []
+    listed = ",".join(name if re.fullmatch(r"[A-Za-z_]\w*", name) else f'"{name}"' for name in names)
+    return [f"split.order=[{listed}]"] + [f"split.head={head}"] * (halves(names)[0] != split.head)
 
 
 def composed(overrides: Sequence[str], folder: str | None) -> dict[str, Any]:

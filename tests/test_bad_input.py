@@ -1,15 +1,19 @@
 """What a user gets wrong is one line on stderr that says what to do, exit code 2, and a folder that stays usable."""
 
+import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+from anomalib_lite import configuration
+from anomalib_lite.errors import UserError
 from tests.runs import Outcome, evaluate, folder_data, python, result_of, train
 from tests.trees import make_mvtec, make_visa, save_image, save_mask
 
@@ -120,7 +124,9 @@ OPTIONS = {
     "hardware.precision=16": "hardware.precision=16: give",
     "method.target=foo": "method.target=foo: choose point, shell or zero",
     "method.p=3": "method.p=3",
-    "method.norm=abc": "NormOCC: can't be made from its options",
+    "method.norm=abc": 'method.norm="abc": give a number',
+    "method.squared=maybe": 'method.squared="maybe": give true or false',
+    "method.dim=1.5": "method.dim=1.5: give a whole number, or null",
     "method.optimizer.lr=-1": "method.optimizer: .*learning rate",
     "method.optimizer.lr=abc": r"method.optimizer: .*check its values \(lr=abc, ",
     "resume=maybe": "resume=maybe: give true or false",
@@ -477,3 +483,45 @@ def test_traceback_on_request(data, tmp_path):
     assert shown.code == 1
     assert "Traceback" in shown.err
     assert "data.batch_size=0: give" in shown.err
+
+
+class Options:
+    def __init__(
+        self,
+        count: int = 1,
+        share: float | None = None,
+        flag: bool = True,
+        names: list[str] | None = None,
+        sizes: Sequence[int] = (),
+        parts: dict[str, float] | None = None,
+        anything: Any = None,
+    ):
+        pass
+
+
+class More(Options):
+    def __init__(self, name: str = "a", **context: Any):
+        super().__init__(**context)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("count", 1.5, "a whole number"),
+        ("count", True, "a whole number"),
+        ("share", "a", "a number, or null"),
+        ("flag", 1, "true or false"),
+        ("names", "a", r"a list such as \[a, b\], or null"),
+        ("names", [1], "a list"),
+        ("sizes", 3, r"a list such as \[3, 5\]"),
+        ("sizes", [3, 0.5], "a list"),
+        ("parts", {"a": "b"}, r"\{key: value, ...\}, or null"),
+        ("name", 3, "a name"),
+    ],
+)
+def test_an_option_of_a_wrong_type(option, value, wanted):
+    right = {"count": 2, "share": 1, "flag": False, "names": ["a"], "sizes": [1], "parts": {"a": 1}, "name": "b"}
+    configuration.check_types("method", More, right | {"anything": object(), "_target_": "x", "unknown": 1})
+    configuration.check_types("method", More, {"share": None, "names": None, "parts": None, "sizes": []})
+    with pytest.raises(UserError, match=rf"^method.{option}={re.escape(json.dumps(value))}: give {wanted}"):
+        configuration.check_types("method", More, right | {option: value})

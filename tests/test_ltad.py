@@ -393,8 +393,8 @@ def test_the_score_is_standardised_on_training_patches():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"class_names": "none"}, "class_names=none, .*give learned or fixed"),
-        ({"fill": "all"}, "fill=all: give .*median, largest or null"),
+        ({"class_names": "none"}, "class_names=none: choose learned or fixed"),
+        ({"fill": "all"}, "fill=all: choose median, largest or null"),
         ({"semantic": -1}, "semantic=-1"),
         ({"temperature": 0}, "temperature=0"),
     ],

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shlex
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -587,6 +588,19 @@ def test_program_writes_what_training_reads(form, root, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "split", [["split=exp", "split.order=reverse"], ["split=step", "split.order=[screw,bottle,cable]"], ["split=exp"]]
+)
+def test_the_arguments_of_a_written_split_keep_head_and_tail(split, root, tmp_path):
+    made = splits_program(*folder_data(root)[:2], *split, "split.imbalance=2", "--write", tmp_path / "split.json")
+    arguments = shlex.split(made.out.rpartition("its arguments: ")[2])
+    again = splits_program(*arguments)
+    rows = [re.findall(r"^ +(bottle|cable|screw) +(head|tail) +(\d+) ", out, re.M) for out in (made.out, again.out)]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 3
+    assert any("split.order" in a for a in arguments) == ("step" in split[0])  # the others come out in order of size
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["split=foo"], "split=foo: no such choice"),
@@ -595,7 +609,8 @@ def test_program_writes_what_training_reads(form, root, tmp_path):
         (["--counts", "bottle"], "--counts bottle: give mvtec, visa, or each class once"),
         (["--counts", "mvtec", "data.category=[candle]"], "data.category: 'candle' is not in --counts"),
         (["--counts", "mvtec", "--write", "x"], "--write x: a file lists images"),
-        (["--write", "x.dat"], "--format is not set: choose jsonl"),
+        (["--write", "x.dat"], "--write x.dat: its name tells no format; give --format: choose jsonl"),
+        (["--format", "csv"], "--format csv: of which file? give --write FILE"),
         (["--write", "good.txt", "--format", "prune"], "good.txt: a file called prune_"),
         (["--colour"], "unrecognized arguments: --colour"),
         (["data.root=/no"], "/no: no such folder"),

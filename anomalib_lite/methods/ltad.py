@@ -74,12 +74,14 @@ class LTAD(UniAD):
     ):
         super().__init__(**context)
         assert self.backbone is not None
-        if class_names not in ("learned", "fixed") or (fill is not None and fill not in FILL):
-            raise UserError(
-                f"method.class_names={class_names}, method.fill={fill}: give learned or fixed; median, largest or null"
-            )
-        if semantic < 0 or temperature <= 0:
-            raise UserError(f"method.semantic={semantic}, method.temperature={temperature}: from 0, and above 0")
+        if class_names not in ("learned", "fixed"):
+            raise UserError(f"method.class_names={class_names}: choose learned or fixed")
+        if fill is not None and fill not in FILL:
+            raise UserError(f"method.fill={fill}: choose {', '.join(FILL)} or null")
+        if semantic < 0:
+            raise UserError(f"method.semantic={semantic}: give a weight from 0")
+        if temperature <= 0:
+            raise UserError(f"method.temperature={temperature}: give a number above 0")
         self.semantic, self.fill, self.temperature, self.beta, self.strong = semantic, fill, temperature, beta, strong
         self.depth, count, channels = len(self.backbone.channels), len(self.categories), sum(self.backbone.channels)
         self.language: Any

@@ -131,7 +131,9 @@ class RLR(AnomalyModule):
         super().__init__(**context)
         assert self.backbone is not None
         if len(mix) != 2 or min(mix) < 0 or not any(mix):
-            raise UserError(f"method.mix={list(mix)}: give the two blocks' weights, such as [2,1]; not both 0")
+            raise UserError(f"method.mix={list(mix)}: give the two blocks' weights, such as [2,1]: from 0, not both 0")
+        if layers < 1 or heads < 1:
+            raise UserError(f"method.layers={layers}, method.heads={heads}: give numbers from 1")
         self.jitter, self.automatic_optimization = jitter, not zero_fill
         reductions = self.backbone.reductions
         grids: list[Grid] = [(-(-self.image_size[0] // r), -(-self.image_size[1] // r)) for r in reductions]
