@@ -162,7 +162,7 @@ def test_random_weights_need_no_weights_file(checkpoints, tmp_path):
     folder = shutil.copytree(checkpoints["clip"], tmp_path / "clip")
     (folder / "model.safetensors").unlink()
     VisionLanguage(str(folder), [0], weights="none")
-    with pytest.raises(UserError, match=r"backbone.name=.*: no such folder, or a checkpoint .* save_pretrained"):
+    with pytest.raises(UserError, match=r"backbone.name=.*: damaged or no checkpoint \(.*\); give .* save_pretrained"):
         VisionLanguage(str(folder), [0])
 
 
@@ -538,8 +538,14 @@ def test_prompts_need_a_place_for_the_class(checkpoints):
         LTAD(backbone=tower, image_size=(64, 64), neighbours=1, prompts={"normal": "a photo"})
 
 
-@pytest.mark.parametrize("given", [["backbone=align"], ["backbone=clip", "backbone.name=./nowhere/clip"]])
-def test_what_can_not_be_had_is_one_line(arguments, tmp_path, monkeypatch, given):
+@pytest.mark.parametrize(
+    ("given", "trouble"),
+    [
+        (["backbone=align"], "can't be had from the hub or its cache"),
+        (["backbone=clip", "backbone.name=./nowhere/clip"], "no such folder; give"),
+    ],
+)
+def test_what_can_not_be_had_is_one_line(arguments, tmp_path, monkeypatch, given, trouble):
     """Offline with an empty cache, and a folder that is not there; before training, and leaving no run."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -548,6 +554,7 @@ def test_what_can_not_be_had_is_one_line(arguments, tmp_path, monkeypatch, given
     assert outcome.code == 2
     assert outcome.err.count("\n") == 1
     assert "backbone.name=" in outcome.err
+    assert trouble in outcome.err
     assert "give a local folder" in outcome.err
     assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
 

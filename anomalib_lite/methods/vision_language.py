@@ -205,10 +205,13 @@ def _load(name: str, weights: str) -> tuple[Any, Any, tuple[Tensor, Tensor]]:
     except UserError:
         raise
     except Exception as error:  # whatever a hub client, a tokenizer or a damaged file raises
-        raise UserError(
-            f"{what}: no such folder, or a checkpoint that can't be had from the hub or its cache, or a damaged one "
-            f"({_line(error)}); give a local folder that save_pretrained has written"
-        ) from error
+        if Path(name).is_dir():
+            trouble = f"damaged or no checkpoint ({_line(error)})"
+        elif name.startswith(("/", ".", "~")) or name.count("/") > 1:  # no name on the hub has these
+            trouble = "no such folder"
+        else:
+            trouble = f"can't be had from the hub or its cache ({_line(error)})"
+        raise UserError(f"{what}: {trouble}; give a local folder that save_pretrained has written") from error
     if lacking := [*report["missing_keys"], *report["mismatched_keys"]]:
         raise UserError(
             f"{what}: the checkpoint lacks {len(lacking)} tensors of its model, {sorted(map(str, lacking))[0]}"
