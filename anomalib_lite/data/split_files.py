@@ -108,7 +108,8 @@ def select(
         if not any(s.category == category and not s.label for s in train):
             if prune:
                 raise UserError(f"{lines[category]}: leaves out the last training image of '{category}'; keep one")
-            last = f"{file} lines 1-{max(entry.line for entry in entries)}"
+            end = max(entry.line for entry in entries)
+            last = f"{file} lines 1-{end}" if end > 1 else f"{file} line 1"
             there = ",".join(sorted({s.category for s in train if not s.label})) or "others"
             raise UserError(
                 f"{last}: no normal training image of '{category}'; add some, or set data.category=[{there}]"
