@@ -42,7 +42,7 @@ def main() -> None:
             parts = [(group, p) for p in ("exp", "step") for group in ("head", "tail")]
             cells = [show(of(values[row, group, metric], profile)) for group, profile in parts]
             tail, whole = values[row, "tail", metric], values[row, "all", metric]
-            less = show(paired(tail, values[BASE, "tail", metric]), "+")
+            less = show(paired(tail, values[BASE, "tail", metric]), "+") if row != BASE else ""
             runs = sum(len(seeds) for seeds in whole.values())
             print(f"| {row} | {runs} | {' | '.join(cells)} | {show(whole)} | {less} |")
 
