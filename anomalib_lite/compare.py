@@ -28,8 +28,10 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from anomalib_lite import cli
-from anomalib_lite.comparison import formats, grouping, runset
+from anomalib_lite.cli import program as cli
+from anomalib_lite.comparison import export as formats
+from anomalib_lite.comparison import find_runs as runset
+from anomalib_lite.comparison import grouping
 from anomalib_lite.comparison.cells import COSTS, Cell, Column, Table
 from anomalib_lite.errors import UserError
 

@@ -16,8 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from anomalib_lite import cli, configuration
+from anomalib_lite.cli import program as cli
+from anomalib_lite.cli import schema as configuration
 from anomalib_lite.errors import UserError
+from anomalib_lite.paths import make_folder
 
 CHANGEABLE = ("scoring.", "hardware.", "data.root", "data.workers", "data.eval_batch_size", "data.check", "debug")
 
@@ -39,10 +41,10 @@ def evaluate(options: dict[str, Any]) -> None:
     configuration.check(cfg)
     if (output / "result.json").exists():
         raise UserError(f"{output} already holds results: choose another output=DIR")
-    cli.make_folder(output, "output")
+    make_folder(output, "output")
 
-    from anomalib_lite import results
-    from anomalib_lite.experiment import execute
+    from anomalib_lite.runs import artifacts as results
+    from anomalib_lite.runs.run import execute
 
     overrides = [argument for argument in sys.argv[1:] if "=" in argument]
     result = execute(cfg, output, names, checkpoint, overrides, [f"evaluated again from {run}"], fit=False)

@@ -19,8 +19,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from anomalib_lite import cli, configuration
+from anomalib_lite.cli import program as cli
+from anomalib_lite.cli import schema as configuration
 from anomalib_lite.errors import UserError
+from anomalib_lite.paths import make_folder
 
 DEFAULTS = {"category": None, "quantile": None, "batch_size": 32, "workers": 0, "device": "auto", "debug": False}
 TEXTS = ("run", "input", "output", "category")
@@ -58,9 +60,10 @@ def predict(options: dict[str, Any]) -> None:
     import torch
     from lightning.fabric.utilities import move_data_to_device
 
-    from anomalib_lite.callbacks import Bar, quiet
-    from anomalib_lite.experiment import load
-    from anomalib_lite.results import thresholds_of
+    from anomalib_lite.progress import Bar
+    from anomalib_lite.runs.artifacts import thresholds_of
+    from anomalib_lite.runs.callbacks import quiet
+    from anomalib_lite.runs.run import load
 
     quiet()
     limits = thresholds_of(run, options["category"] or None, options["quantile"])
@@ -69,7 +72,7 @@ def predict(options: dict[str, Any]) -> None:
     bf16 = torch.autocast(model.device.type, torch.bfloat16, enabled=cfg["hardware"]["precision"] == "bf16")
     base, bar = source if source.is_dir() else source.parent, Bar("images", len(files))
     left_out: list[str] = []
-    cli.make_folder(output, "output")
+    make_folder(output, "output")
     part = output / "scores.csv.part"
     with part.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -103,7 +106,7 @@ def draw(output: Path, base: Path, below: Path, amap: Any, limits: dict[str, Any
     import cv2
 
     from anomalib_lite.data.samples import load_rgb
-    from anomalib_lite.figures import colours, overlay
+    from anomalib_lite.runs.figures import colours, overlay
 
     image = load_rgb(base / below)
     amap = cv2.resize(amap, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)

@@ -22,7 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from anomalib_lite import cli, configuration
+from anomalib_lite.cli import program as cli
+from anomalib_lite.cli import schema as configuration
 from anomalib_lite.errors import UserError
 
 SUFFIXES = {".jsonl": "jsonl", ".json": "meta", ".csv": "csv", ".txt": "list"}

@@ -8,8 +8,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from anomalib_lite import cli
+from anomalib_lite.cli import program as cli
 from anomalib_lite.errors import UserError
+from anomalib_lite.paths import write_text
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,8 @@ def train(cfg: Any) -> float | None:
     from hydra.types import RunMode
     from omegaconf import OmegaConf
 
-    from anomalib_lite import configuration, ranks
+    from anomalib_lite.cli import schema as configuration
+    from anomalib_lite.runs import ranks
 
     hydra = HydraConfig.get()
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -37,9 +39,9 @@ def train(cfg: Any) -> float | None:
     if run is None:
         return None
 
-    from anomalib_lite import results
-    from anomalib_lite.experiment import execute
-    from anomalib_lite.wandb_run import finish
+    from anomalib_lite.runs import artifacts as results
+    from anomalib_lite.runs.run import execute
+    from anomalib_lite.tracking.wandb_logger import finish
 
     checkpoint = run / "checkpoints" / "last.ckpt"
     try:
@@ -70,7 +72,9 @@ def open_run(cfg: Any, plain: dict[str, Any], names: dict[str, str]) -> Path | N
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from anomalib_lite import configuration, ranks, results
+    from anomalib_lite.cli import schema as configuration
+    from anomalib_lite.runs import artifacts as results
+    from anomalib_lite.runs import ranks
 
     hydra = HydraConfig.get()
     run = Path(hydra.runtime.output_dir)
@@ -86,7 +90,7 @@ def open_run(cfg: Any, plain: dict[str, Any], names: dict[str, str]) -> Path | N
         results.show(run, results.read_result(run))
         return None
     (run / "checkpoints").mkdir(exist_ok=True)
-    results.write_text(stored, json.dumps({"config": plain, "names": names}, indent=1))
+    write_text(stored, json.dumps({"config": plain, "names": names}, indent=1))
     (run / ".hydra").mkdir(exist_ok=True)
     (run / ".hydra" / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
     (run / ".hydra" / "hydra.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create({"hydra": hydra})))

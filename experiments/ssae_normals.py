@@ -14,9 +14,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from anomalib_lite.data.corruptions import CONTENTS, corrupt
-from anomalib_lite.data.drawings import picture
-from anomalib_lite.experiment import load
-from anomalib_lite.scoring import smooth
+from anomalib_lite.data.synthetic_drawings import picture
+from anomalib_lite.methods.scoring import smooth
+from anomalib_lite.runs.run import load
 
 SEED, COUNT = 77, 60  # of the pictures; the data set's own is 0
 AREAS = ((0.002, 0.01), (0.01, 0.05))  # shares of the image

@@ -12,7 +12,7 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-from anomalib_lite.cli import HOME
+from anomalib_lite.paths import HOME
 
 
 class ClusterLauncher(Launcher):
@@ -26,7 +26,7 @@ class ClusterLauncher(Launcher):
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from anomalib_lite import sweep_cluster
+        from anomalib_lite.sweeps import cluster as sweep_cluster
 
         kind = getattr(sweep_cluster, self.kind)
         self.sweep = self.sweep or kind(self.options, self.config, self.context.config_loader)

@@ -32,7 +32,7 @@ class ProcessesLauncher(Launcher):
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from anomalib_lite.sweep import Sweep
+        from anomalib_lite.sweeps.sweep import Sweep
 
         self.sweep = self.sweep or Sweep(self.options, self.config, self.context.config_loader)
         return self.sweep.launch([list(overrides) for overrides in job_overrides], initial_job_idx)

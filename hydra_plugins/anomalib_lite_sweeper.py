@@ -36,7 +36,7 @@ class RandomSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        from anomalib_lite.sweep_random import search
+        from anomalib_lite.sweeps.search import search
 
         given = [f"{key}={value}" for key, value in self.params.items()]
         return search([*given, *arguments], self.n_trials, self.seed, self.config, self.context, self.launcher)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from anomalib_lite.comparison import statistics
-from anomalib_lite.comparison.runset import Run, some
+from anomalib_lite.comparison.find_runs import Run, some
 
 FEWEST_CATEGORIES = 6  # for a paired test
 LARGE = 3000  # runs times categories

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from anomalib_lite.cli.schema import flat
 from anomalib_lite.comparison.cells import Row, Table
-from anomalib_lite.comparison.runset import Run, inner, some
-from anomalib_lite.configuration import flat
+from anomalib_lite.comparison.find_runs import Run, inner, some
 
 DEVELOPMENT = ("bottle", "toothbrush", "capsules", "magnetic_tile")  # the package's defaults were chosen on them
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from anomalib_lite.comparison import formats
-from anomalib_lite.comparison.cases import CURVES, Case, Maps, chosen, run_of, worst_cases
+from anomalib_lite.comparison import export as formats
 from anomalib_lite.comparison.cells import COSTS, Cell, Row, Table
+from anomalib_lite.comparison.worst_cases import CURVES, Case, Maps, chosen, run_of, worst_cases
 
 MOST_CASES = 24  # a category
 MOST_TESTS = 300

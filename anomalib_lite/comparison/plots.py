@@ -4,9 +4,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from anomalib_lite.comparison.cases import CURVES, Maps, chosen, run_of
 from anomalib_lite.comparison.cells import Table
-from anomalib_lite.comparison.formats import heading, name_of
+from anomalib_lite.comparison.export import heading, name_of
+from anomalib_lite.comparison.worst_cases import CURVES, Maps, chosen, run_of
 
 MOST_ROWS = 40  # a dot plot can't show more legibly: the best
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader
 
-from anomalib_lite.data import check as checks
+from anomalib_lite.data import integrity as checks
 from anomalib_lite.data import splits
-from anomalib_lite.data.loading import (
+from anomalib_lite.data.dataset import (
     CORRUPTED,
     HOLD_OUT,
     ImageSet,

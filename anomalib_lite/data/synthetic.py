@@ -15,10 +15,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from anomalib_lite.data.drawings import CATEGORIES, picture
 from anomalib_lite.data.readers import read_folder
 from anomalib_lite.data.samples import DataSet
+from anomalib_lite.data.synthetic_drawings import CATEGORIES, picture
 from anomalib_lite.errors import UserError
+from anomalib_lite.paths import cache_folder
 
 VERSION = 1  # raise it whenever a pixel changes: it is part of the cache's key
 STAMP = "synthetic.json"
@@ -90,6 +91,5 @@ def read_synthetic(
 ) -> DataSet:
     """The set with these parameters, drawn first if it is not there; `root` None is a folder of the cache."""
     if root is None:
-        cache = os.environ.get("ANOMALIB_LITE_CACHE") or "~/.cache/anomalib_lite"
-        root = Path(cache) / "synthetic" / f"v{VERSION}-seed{seed}-size{size}-{train}-{good}-{defective}"
+        root = cache_folder() / "synthetic" / f"v{VERSION}-seed{seed}-size{size}-{train}-{good}-{defective}"
     return read_folder(generate(root, seed, size, train, good, defective), category)

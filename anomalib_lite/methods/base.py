@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anomalib_lite.backbones import Backbone, has_bf16
 from anomalib_lite.errors import UserError
-from anomalib_lite.features import FeatureStore
-from anomalib_lite.scoring import image_scores, smooth
+from anomalib_lite.features.backbones import Backbone, has_bf16
+from anomalib_lite.features.cache import FeatureStore
+from anomalib_lite.methods.scoring import image_scores, smooth
 
 Batch = dict[str, Any]
 

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
+from anomalib_lite.features.vision_language import PROMPTS, Prompts, TextFree, VisionLanguage
 from anomalib_lite.methods.base import Batch
-from anomalib_lite.methods.blocks import jitter
+from anomalib_lite.methods.transformer import jitter
 from anomalib_lite.methods.uniad import UniAD
-from anomalib_lite.methods.vision_language import PROMPTS, Prompts, TextFree, VisionLanguage
 
 FILL: dict[str, Callable[[list[int]], float]] = {"median": statistics.median, "largest": max}
 

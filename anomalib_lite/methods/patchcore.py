@@ -13,7 +13,7 @@ from torch import Tensor
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
 from anomalib_lite.methods.coreset import greedy_coreset
-from anomalib_lite.methods.norm_occ import patch_features
+from anomalib_lite.methods.patches import patch_features
 
 
 class PatchCore(AnomalyModule):

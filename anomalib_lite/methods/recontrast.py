@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anomalib_lite.backbones import Backbone
-from anomalib_lite.batch_norm import stabilise, sum_over_ranks, world_size
 from anomalib_lite.errors import UserError
+from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.methods.base import AnomalyModule, Batch
-from anomalib_lite.methods.rd4ad import Bottleneck, Decoder, blocks_of, check_levels, initialise
+from anomalib_lite.methods.batch_norm import stabilise, sum_over_ranks, world_size
+from anomalib_lite.methods.reverse_distillation import Bottleneck, Decoder, blocks_of, check_levels, initialise
 
 log = logging.getLogger(__name__)
 

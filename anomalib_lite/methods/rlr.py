@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
-from anomalib_lite.methods.blocks import (
+from anomalib_lite.methods.transformer import (
     Attention,
     Grid,
     LocalWindow,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
-from anomalib_lite.methods.blocks import ReconstructionTransformer, jitter, largest_window
+from anomalib_lite.methods.transformer import ReconstructionTransformer, jitter, largest_window
 
 
 class UniAD(AnomalyModule):

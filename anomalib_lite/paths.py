@@ -1,0 +1,42 @@
+"""Where things lie that runs share, and how a file is written whole or not at all. Imports nothing heavy."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from anomalib_lite.errors import UserError
+
+PACKAGE = Path(__file__).resolve().parent
+#: The folder that holds conf/ and experiments/: the package in a wheel, the checkout in an editable install.
+HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
+
+
+def cache_folder() -> Path:
+    """The folder of everything that runs share: ANOMALIB_LITE_CACHE, or ~/.cache/anomalib_lite."""
+    return Path(os.environ.get("ANOMALIB_LITE_CACHE") or "~/.cache/anomalib_lite").expanduser()
+
+
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A path beside `file` to write to; it replaces `file` when the block ends without an exception.
+
+    So a reader, or a run after a crash, finds the old file or the new one, never a part. The path keeps the suffix.
+    """
+    part = file.with_name(f"{file.stem}.part{file.suffix}")
+    yield part
+    part.replace(file)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replacing(file) as part:
+        part.write_text(text)
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Make the folder that the option names; UserError where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}; choose another {option}=DIR") from error

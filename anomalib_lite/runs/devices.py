@@ -1,0 +1,84 @@
+"""From the `hardware` group to what Lightning's Trainer takes."""
+
+import os
+import platform
+import resource
+import sys
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+
+from anomalib_lite.errors import UserError
+from anomalib_lite.methods.batch_norm import synchronise
+from anomalib_lite.runs import ranks
+
+
+class DDP(DDPStrategy):
+    """Lightning's, with batch norm over all devices, for methods without trainable weights too: there is nothing to
+    exchange then. Of a method with several phases, weights may have no part in a step."""
+
+    def configure_ddp(self) -> None:
+        if any(p.requires_grad for p in self.model.parameters()):  # type: ignore[union-attr]
+            self.model = synchronise(self.model, self.root_device)  # type: ignore[arg-type]
+            if getattr(self.lightning_module, "phases", 1) > 1:
+                self._ddp_kwargs["find_unused_parameters"] = True
+            super().configure_ddp()
+
+
+def lightning_options(hardware: dict[str, Any], multirun: bool) -> dict[str, Any]:
+    """`accelerator`, `devices`, `num_nodes`, `strategy` and `precision` of a Trainer; sets the CPU threads.
+
+    Raises:
+        UserError: no GPU, fewer GPUs than asked for, or a sweep in one process over several devices.
+    """
+    gpus = torch.cuda.device_count()
+    accelerator = hardware["accelerator"]
+    if accelerator == "gpu" and not gpus:
+        raise UserError("hardware.accelerator=gpu: no GPU is visible here; choose hardware=cpu or hardware=auto")
+    if accelerator == "auto":
+        accelerator = "gpu" if gpus else "cpu"
+    devices = hardware["devices"]
+    slurm = ranks.under_slurm(hardware)  # elsewhere, such as in evaluate, this process works alone
+    if slurm:
+        devices = ranks.slurm_tasks(hardware)
+    elif devices == "auto":
+        devices = gpus if accelerator == "gpu" else 1
+    if accelerator == "gpu" and devices > gpus:
+        raise UserError(f"hardware.devices={devices}: only {gpus} GPUs are visible here")
+    several = devices * hardware["nodes"] > 1
+    if several and multirun:
+        raise UserError(ranks.several_in_one_process(devices, "basic"))
+    # not shared out to the ranks: with another number of threads a network's output may differ in its last bit
+    threads = hardware["threads"] or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # or Lightning sets a number of its own
+    precision = "bf16-mixed" if hardware["precision"] == "bf16" else "32-true"
+    strategy: Any = DDP(process_group_backend="gloo" if accelerator == "cpu" else None) if several else "auto"
+    environment: dict[str, Any] = {}
+    if slurm:
+        environment["plugins"] = [SLURMEnvironment(auto_requeue=False)]  # submitit queues a job again
+    elif "SLURM_NTASKS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        environment["plugins"] = [LightningEnvironment()]  # or Lightning takes an allocation's shell for the ranks
+    return {
+        "accelerator": accelerator,
+        "devices": devices,
+        "num_nodes": hardware["nodes"],
+        "strategy": strategy,
+        "precision": precision,
+        **environment,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+
+
+def peak_memory_mb() -> dict[str, float]:
+    """Peak memory of this process, and of its GPU where there is one."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, else in KiB
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20}
+    if torch.cuda.is_available():
+        peak["gpu"] = torch.cuda.max_memory_allocated() / 2**20
+    return peak

@@ -1,0 +1,217 @@
+"""Several CPU ranks: as launched from the command line, and as processes that something else has started."""
+
+import multiprocessing
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from anomalib_lite.runs import artifacts as results
+from tests.helpers import run_programs as runs
+from tests.helpers.image_trees import make_mvtec
+
+BASE = ("backbone=resnet18", "backbone.weights=none", "data.image_size=48", "data.batch_size=4", "logger=csv")
+RANKS = ("hardware=ddp", "hardware.accelerator=cpu", "hardware.precision=32")
+FILES = {
+    ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "train.log", "checkpoints/last.ckpt",
+    "checkpoints/config.json", "result.json", "scores.csv", "maps.npz", "metrics.csv",
+}  # fmt: skip
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["anomalib_lite.runs.run", "tests.helpers.run_programs", "albumentations"])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """An odd number of test images, a category with as many as two ranks, and one with a single image."""
+    root = tmp_path_factory.mktemp("data")
+    make_mvtec(root, "bottle", train=8, good=4, defects={"broken": 3})
+    make_mvtec(root, "few", train=5, good=1, defects={"broken": 1})
+    return root
+
+
+def arguments(root: Path, run: Path, method: str, devices: int, category: str) -> list[str]:
+    options = [f"method={method}", *runs.folder_data(root, category), f"hydra.run.dir={run}"]
+    return [*BASE, *RANKS, f"hardware.devices={devices}", *options]
+
+
+@pytest.fixture(scope="module")
+def launched(root, tmp_path_factory):
+    """A run on two ranks from the command line: Lightning starts the second one."""
+    run = tmp_path_factory.mktemp("launched") / "a run"  # a space in its name
+    options = arguments(root, run, "norm_occ", 2, "[bottle,few]")
+    options[-1] = f'hydra.run.dir="{run}"'
+    budget = ("trainer.max_epochs=2", "trainer.max_steps=null")
+    cache = f"cache.folder={run.parent / 'cache'}"
+    outcome = runs.python("-m", "anomalib_lite.train", *options, *budget, cache, cwd=runs.ROOT)
+    assert outcome.code == 0, outcome.err
+    return run
+
+
+def on_ranks(program: str, options: list[str], ranks: int) -> None:
+    """Run a program on ranks that are started here, as torchrun or SLURM would."""
+    started = start_ranks(program, options, ranks)
+    for process in started:
+        process.join(90)
+    codes = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+    assert codes == [0] * ranks
+
+
+def start_ranks(program: str, options: list[str], ranks: int) -> list[Any]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
+    started: list[Any] = []
+    for rank in range(ranks):
+        environment = shared | {"LOCAL_RANK": str(rank)}
+        started.append(PROCESSES.Process(target=_program, args=(program, options, environment)))
+        started[-1].start()
+    return started
+
+
+def _program(program: str, options: list[str], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    outcome = runs.train(*options, small=False) if program == "train" else runs.evaluate(*options)
+    if outcome.code:
+        print(outcome.err)
+        os._exit(1)
+
+
+def files_of(run: Path) -> set[str]:
+    return {file.relative_to(run).as_posix() for file in run.rglob("*") if file.is_file()}
+
+
+def assert_same_outcome(first: Path, second: Path) -> None:
+    """All that was measured, to the last bit."""
+    a, b = results.read_result(first), results.read_result(second)
+    for key in ("metrics", "per_category", "thresholds", "validation", "data", "protocol"):
+        assert a[key] == b[key], key
+    assert (first / "scores.csv").read_bytes() == (second / "scores.csv").read_bytes()
+    maps = [np.load(run / "maps.npz") for run in (first, second)]
+    assert maps[0].files == maps[1].files
+    assert all(np.array_equal(maps[0][name], maps[1][name]) for name in maps[0].files)
+
+
+def weights_of(run: Path) -> dict[str, Any]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def test_files_are_written_once(launched):
+    assert files_of(launched) == FILES | {"figures/bottle.png", "figures/few.png"}
+    result = results.read_result(launched)
+    assert result["timing"]["steps"] == 8  # 13 images in global batches of 4, two epochs
+    assert result["cache"]["used"]
+    assert result["cache"]["computed"] == 22
+    assert len(list((launched.parent / "cache").glob("*/*.features"))) == 2  # each rank computed its share
+    rows = (launched / "scores.csv").read_text().splitlines()[1:]
+    assert len(rows) == len({row.split(",")[0] for row in rows}) == 9
+    assert result["data"]["test_counts"] == {
+        "bottle": {"good": 4, "defective": 3}, "few": {"good": 1, "defective": 1},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def on_one(launched, tmp_path_factory):
+    """The same weights, evaluated on one device."""
+    output = tmp_path_factory.mktemp("one") / "output"
+    outcome = runs.evaluate(f"run={launched}", f"output={output}", "hardware.devices=1")
+    assert outcome.code == 0, outcome.err
+    return output
+
+
+def test_two_ranks_measure_what_one_does(launched, on_one):
+    assert_same_outcome(launched, on_one)
+
+
+def test_evaluate_launches_ranks(launched, on_one, tmp_path):
+    options = (f"run={launched}", f"output={tmp_path / 'two'}", "hardware.devices=2")
+    outcome = runs.python("-m", "anomalib_lite.evaluate", *options, cwd=runs.ROOT)
+    assert outcome.code == 0, outcome.err
+    assert_same_outcome(tmp_path / "two", on_one)
+    assert files_of(tmp_path / "two") == files_of(on_one)
+    assert outcome.out.count("category ") == 1
+
+
+@pytest.mark.parametrize("batch", [1, 2, 32])
+def test_three_ranks_measure_what_one_does(launched, tmp_path, batch):
+    options = [f"run={launched}", f"data.eval_batch_size={batch}"]
+    on_ranks("evaluate", [*options, f"output={tmp_path / 'three'}", "hardware.devices=3"], 3)
+    outcome = runs.evaluate(*options, f"output={tmp_path / 'one'}", "hardware.devices=1")
+    assert outcome.code == 0, outcome.err
+    assert_same_outcome(tmp_path / "three", tmp_path / "one")
+
+
+@pytest.mark.parametrize("method", ["norm_occ", "norm_occ_closed_form"])
+def test_fewer_test_images_than_ranks(root, tmp_path, method):
+    run = tmp_path / "run"
+    options = [*arguments(root, run, method, 3, "few"), "trainer.max_steps=2", "data.batch_size=3"]
+    on_ranks("train", options, 3)
+    assert files_of(run) == FILES | {"figures/few.png"}
+    outcome = runs.evaluate(f"run={run}", f"output={tmp_path / 'one'}", "hardware.devices=1")
+    assert outcome.code == 0, outcome.err
+    assert_same_outcome(run, tmp_path / "one")
+
+
+@pytest.mark.parametrize("method", ["norm_occ", "norm_occ_closed_form"])
+def test_training_on_two_ranks_is_training_on_one(root, tmp_path, method):
+    """Global batches are the same, so the weights are, up to the rounding of sums."""
+    for devices in (1, 2):
+        options = [*arguments(root, tmp_path / str(devices), method, devices, "bottle"), "trainer.max_steps=6"]
+        if devices == 1:
+            assert runs.train(*options, small=False).code == 0
+        else:
+            on_ranks("train", options, 2)
+    one, two = weights_of(tmp_path / "1"), weights_of(tmp_path / "2")
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-5)
+    found = [np.loadtxt(tmp_path / n / "scores.csv", delimiter=",", skiprows=1, usecols=4) for n in "12"]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-2)
+
+
+def test_ranks_that_are_killed_and_started_again(root, tmp_path):
+    budget = ("trainer.max_steps=40", "trainer.log_every=1")
+    plain, killed = ([*arguments(root, tmp_path / name, "norm_occ", 2, "bottle"), *budget] for name in "pk")
+    on_ranks("train", plain, 2)
+    started = start_ranks("train", [*killed, "trainer.checkpoint_minutes=0"], 2)
+    end = time.monotonic() + 60
+    while not at_step(tmp_path / "k", 3):
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    for process in started:
+        process.kill()
+        process.join()
+    assert not (tmp_path / "k" / "result.json").exists()
+    on_ranks("train", [*killed, "resume=true"], 2)
+    assert files_of(tmp_path / "k") == files_of(tmp_path / "p")
+    assert_same_outcome(tmp_path / "k", tmp_path / "p")
+    assert (tmp_path / "k" / "metrics.csv").read_bytes() == (tmp_path / "p" / "metrics.csv").read_bytes()
+
+
+def at_step(run: Path, step: int) -> bool:
+    file = run / "metrics.csv"
+    return file.is_file() and f"\n{step}," in file.read_text()
+
+
+def test_validation_on_two_ranks(root, tmp_path):
+    options = [*arguments(root, tmp_path / "run", "norm_occ", 2, "bottle"), "trainer.max_steps=2"]
+    on_ranks("train", [*options, "data.val_fraction=0.3"], 2)
+    outcome = runs.evaluate(f"run={tmp_path / 'run'}", f"output={tmp_path / 'one'}", "hardware.devices=1")
+    assert outcome.code == 0, outcome.err
+    assert results.read_result(tmp_path / "run")["validation"]["image_auroc"] is not None
+    assert_same_outcome(tmp_path / "run", tmp_path / "one")
+
+
+def test_a_batch_that_ranks_can_not_share(root, tmp_path):
+    options = [*arguments(root, tmp_path / "run", "norm_occ", 3, "bottle"), "trainer.max_steps=2"]
+    outcome = runs.train(*options, small=False)
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: data.batch_size=4 can't be shared out to 3 devices evenly")
+    assert outcome.err.count("\n") == 1

@@ -1,0 +1,145 @@
+"""Runs of the programs inside the test's own process, where torch is already imported: a run takes a second or less."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+#: a run on one CPU core or two in about a second; later arguments override these
+SMALL = (
+    "hardware=cpu", "backbone=resnet18", "backbone.weights=none", "data.image_size=32", "data.batch_size=4",
+    "trainer.max_epochs=1", "logger=csv",
+)  # fmt: skip
+#: what methods need on images of 32 to 48 pixels with resnet18's three levels; their own settings are for large grids
+NEEDS = {
+    "rlr": ("method.windows=[3,1,1]", "method.dims=[16,16,16]", "method.layers=1", "scoring.image_smooth=same"),
+    "ltad": ("method.neighbours=1", "method.dim=16", "method.hidden=16", "scoring.image_smooth=same"),
+    "uniad": ("method.neighbours=1", "method.dim=16", "method.hidden=16", "scoring.image_smooth=same"),
+}
+
+
+@dataclass
+class Outcome:
+    """What a program left behind: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def method(name: str) -> list[str]:
+    """The arguments that choose a method, for images of the tests' size."""
+    return [f"method={name}", *NEEDS.get(name, ())]
+
+
+def train(*arguments: str | Path, small: bool = True) -> Outcome:
+    """`python -m anomalib_lite.train ARGUMENTS`, after those of SMALL that choose nothing else given here."""
+    from anomalib_lite.train import main
+
+    return run(main, *(defaults(*map(str, arguments)) if small else ()), *arguments)
+
+
+def evaluate(*arguments: str | Path) -> Outcome:
+    """`python -m anomalib_lite.evaluate ARGUMENTS`."""
+    from anomalib_lite.evaluate import main
+
+    return run(main, *arguments)
+
+
+def predict(*arguments: str | Path) -> Outcome:
+    """`python -m anomalib_lite.predict ARGUMENTS`."""
+    from anomalib_lite.predict import main
+
+    return run(main, *arguments)
+
+
+def result_of(*arguments: str | Path, run_dir: Path) -> dict[str, Any]:
+    """Train into `run_dir`, which must succeed, and give result.json."""
+    outcome = train(*arguments, f"hydra.run.dir={run_dir}")
+    assert outcome.code == 0, outcome.err
+    return json.loads((run_dir / "result.json").read_text())
+
+
+def folder_data(root: Path, category: str = "bottle") -> list[str]:
+    """The arguments that read a category in the MVTec layout below `root`."""
+    return ["data=folder", f"data.root={root}", f"data.category={category}"]
+
+
+def defaults(*arguments: str) -> list[str]:
+    """SMALL without the keys that are given: a sweep's `method=a,b` can't be given twice."""
+    given = {argument.lstrip("+").partition("=")[0] for argument in arguments}
+    return [small for small in SMALL if small.partition("=")[0] not in given]
+
+
+def run(main: Any, *arguments: str | Path) -> Outcome:
+    """A program's `main` with these arguments, in this process, which afterwards is as it was."""
+    out, err = io.StringIO(), io.StringIO()
+    code: Any = 0
+    with restored(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        sys.argv = ["program", *map(str, arguments)]
+        try:
+            main()
+        except SystemExit as end:
+            code = 0 if end.code is None else end.code
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def restored() -> Iterator[None]:
+    """Put back what a run changes in its process: environment, paths, random numbers, torch's and Hydra's settings."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.singleton import Singleton
+
+    GlobalHydra.instance().clear()
+    root = logging.getLogger()
+    before = os.environ.copy(), Path.cwd(), list(sys.argv), list(sys.path)
+    logs = list(root.handlers), root.level
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    numbers = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  those that a run seeds
+    cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before[0])
+        os.chdir(before[1])
+        sys.argv, sys.path[:] = before[2], before[3]
+        for handler in root.handlers:
+            if handler not in logs[0]:
+                handler.close()
+        root.handlers[:], root.level = logs
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        random.setstate(numbers[0])
+        np.random.set_state(numbers[1])  # noqa: NPY002
+        torch.set_rng_state(numbers[2])
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn
+        GlobalHydra.instance().clear()
+        Singleton._instances.pop(HydraConfig, None)
+
+
+def python(*arguments: str | Path, cwd: Path | None = None, timeout: float = 120, **environment: str) -> Outcome:
+    """`python ARGUMENTS` as a process of its own, with the checkout's package wherever it runs."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)

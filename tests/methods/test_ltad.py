@@ -1,0 +1,577 @@
+"""LTAD, our reading: its losses, score and synthesis beside literal readings; text encoders from disk; its runs."""
+
+import copy
+import json
+import math
+import sys
+from functools import partialmethod
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from anomalib_lite.errors import UserError
+from anomalib_lite.features.backbones import Backbone
+from anomalib_lite.features.cache import FeatureStore
+from anomalib_lite.features.vision_language import VisionLanguage
+from anomalib_lite.methods.ltad import LTAD
+from tests.helpers import run_programs as runs
+from tests.helpers.image_trees import make_mvtec
+
+NAMES = ("bottle", "metal_nut", "wood")
+WORDS = ["a", "photo", "of", "flawless", "damaged", "bottle", "metal", "nut", "wood"]
+
+
+# --- tiny checkpoints of the real classes ---
+
+
+def save_align(folder: Path) -> Path:
+    from transformers import AlignConfig, AlignModel, BertTokenizer, EfficientNetImageProcessor
+
+    tokens = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    text = {
+        "vocab_size": len(tokens), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 24, "max_position_embeddings": 16, "initializer_range": 0.5,
+    }  # fmt: skip
+    vision = {
+        "image_size": 64, "width_coefficient": 0.25, "depth_coefficient": 0.3, "depth_divisor": 4, "hidden_dim": 80,
+        "depthwise_padding": [],
+    }  # fmt: skip
+    torch.manual_seed(1)
+    model = AlignModel(AlignConfig(text_config=text, vision_config=vision, projection_dim=80))
+    model.save_pretrained(folder)
+    BertTokenizer(vocab=tokens).save_pretrained(folder)
+    EfficientNetImageProcessor(rescale_factor=1 / 127.5, rescale_offset=True, do_normalize=False).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def save_clip(folder: Path) -> Path:
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    letters = sorted(set("".join(WORDS)))
+    symbols = [*letters, *(x + "</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokens = {symbol: i for i, symbol in enumerate(symbols)}
+    text = {
+        "vocab_size": len(tokens), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 24, "max_position_embeddings": 40, "projection_dim": 12,
+        "bos_token_id": len(tokens) - 2, "eos_token_id": len(tokens) - 1, "initializer_factor": 10.0,
+    }  # fmt: skip
+    vision = {
+        "image_size": 32, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "intermediate_size": 24, "projection_dim": 12,
+    }  # fmt: skip
+    torch.manual_seed(2)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
+    CLIPTokenizer(vocab=tokens, merges=[]).save_pretrained(folder)
+    CLIPImageProcessor().save_pretrained(folder)
+    return folder
+
+
+SAVE = {"align": save_align, "clip": save_clip}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """kind -> the folder of a tiny checkpoint."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {kind: save(folder / kind) for kind, save in SAVE.items()}
+
+
+@pytest.fixture(params=["align", "clip"])
+def tower(request, checkpoints):
+    return VisionLanguage(str(checkpoints[request.param]), [0, 2], precision="32")
+
+
+def images(side: int = 32, count: int = 2) -> torch.Tensor:
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def test_text_equals_the_model_own_for_a_word_it_knows(tower):
+    """With a known word's embedding in the slot, the embedding is that of the text with the word in it."""
+    word = tower.ids("a")[1]  # one token in both tokenizers
+    found = tower.prompt("photo of {} wood", tower.table.weight[word].expand(2, -1))
+    given = tower.tokenizer("photo of a wood", return_tensors="pt")
+    expected = tower.net.get_text_features(**given).pooler_output
+    torch.testing.assert_close(found, expected.expand(2, -1))
+    moved = tower.prompt("photo of {} wood", 5 * torch.randn(1, tower.table.embedding_dim))
+    assert not torch.allclose(found[:1], moved, atol=1e-3)
+    assert not tower.table._forward_hooks
+
+
+def test_the_gradient_flows_into_the_slot_alone(tower):
+    tokens = torch.randn(3, tower.table.embedding_dim, requires_grad=True)
+    tower.prompt("a photo of a {}", tokens)[1].square().sum().backward()
+    assert tokens.grad is not None
+    reached = tokens.grad.abs().sum(1) > 0
+    assert reached.tolist() == [False, True, False]
+    assert all(p.grad is None and not p.requires_grad for p in tower.parameters())
+
+
+def test_image_towers_literally(tower):
+    """Blocks run one by one, and the image processor on the picture itself."""
+    from transformers import AutoImageProcessor
+
+    pixels = torch.randint(0, 256, (1, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    picture = (pixels / 255 - mean[:, None, None]) / std[:, None, None]
+    processor = AutoImageProcessor.from_pretrained(tower.name)
+    options = {
+        "do_resize": False,
+        "do_center_crop": False,
+        "return_tensors": "pt",
+        "input_data_format": "channels_first",
+    }
+    x = processor(pixels[0].byte().numpy(), **options)["pixel_values"]
+    vision = tower.net.vision_model
+    with torch.no_grad():
+        if tower.kind == "align":
+            outs = [vision.embeddings(x)]
+            for block in vision.encoder.blocks:
+                outs.append(block(outs[-1]))
+            by_side = {out.shape[-1]: out for out in outs}  # the last of each resolution
+            expected = [by_side[16], by_side[4], outs[-1].mean((2, 3))[..., None, None]]
+        else:
+            outs = [vision.pre_layrnorm(vision.embeddings(x))]
+            for block in vision.encoder.layers:
+                outs.append(block(outs[-1], None))
+            expected = [outs[i][:, 1:].mT.reshape(1, 16, 4, 4) for i in (1, 3)]
+            pooled = tower.net.visual_projection(vision.post_layernorm(outs[-1][:, 0]))
+            expected.append(pooled[..., None, None])
+    found = tower.embedding()(picture)
+    assert [level.shape[1] for level in found[:2]] == tower.channels
+    assert [32 // level.shape[-1] for level in found[:2]] == tower.reductions
+    assert found[2].shape[1] == tower.dim
+    for level, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(level, other, rtol=1e-3, atol=1e-4)
+
+
+def test_other_image_sizes(tower):
+    levels = tower(images(48))
+    assert [48 / level.shape[-1] for level in levels] == tower.reductions
+
+
+def test_random_weights_need_no_weights_file(checkpoints, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(checkpoints["clip"], tmp_path / "clip")
+    (folder / "model.safetensors").unlink()
+    VisionLanguage(str(folder), [0], weights="none")
+    with pytest.raises(UserError, match=r"backbone.name=.*: damaged or no checkpoint \(.*\); give .* save_pretrained"):
+        VisionLanguage(str(folder), [0])
+
+
+def test_faults_are_one_line(checkpoints, tmp_path, monkeypatch):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    with pytest.raises(UserError, match=r"layers=\[9\]: .* has the layers 0 to 2"):
+        VisionLanguage(str(checkpoints["clip"]), [9])
+    folder = shutil.copytree(checkpoints["clip"], tmp_path / "clip")
+    weights = load_file(folder / "model.safetensors")
+    del weights["text_projection.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"the checkpoint lacks 1 tensors of its model, text_projection.weight"):
+        VisionLanguage(str(folder), [0])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    with pytest.raises(UserError, match="a bert checkpoint; give one of ALIGN or CLIP"):
+        VisionLanguage(str(folder), [0])
+    with pytest.raises(UserError, match=r"backbone.weights=file: give auto or none"):
+        VisionLanguage(str(folder), [0], weights="file")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match=r"needs transformers: pip install 'anomalib-lite\[ltad\]'"):
+        VisionLanguage(str(folder), [0])
+
+
+# --- losses and score ---
+
+
+class Levels(Backbone):
+    """Stands where the backbone does, at 32²: two feature maps that the image's first pixels hold."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.frozen, self.reductions, self.channels = True, [4, 8], [3, 9]
+
+    def forward(self, images):
+        first, second = images.flatten(1)[:, :192], images.flatten(1)[:, 192:336]
+        return [first.unflatten(1, (3, 8, 8)), second.unflatten(1, (9, 4, 4))]
+
+
+def model(**options: Any) -> Any:
+    torch.manual_seed(0)
+    small: dict[str, Any] = {
+        "dim": 16,
+        "heads": 2,
+        "layers": 1,
+        "hidden": 24,
+        "neighbours": 3,
+        "dropout": 0.0,
+        "categories": NAMES,
+    }
+    ltad = LTAD(backbone=Levels(), image_size=(32, 32), precision=32, **small | options)
+    ltad.images = [["a", "b"], ["c"], ["d"]]
+    store = FeatureStore([(8, 8, 3), (4, 4, 9)])
+    for i, path in enumerate("abcd"):
+        store.add([path], torch.randn(1, 336, generator=torch.Generator().manual_seed(i)))
+    ltad.store = store
+    return ltad
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    return x / x.square().sum(-1, keepdim=True).sqrt()
+
+
+def mlp(net: Any, x: torch.Tensor, activation: Any) -> torch.Tensor:
+    weights = [part.detach().double() for part in (net[0].weight, net[0].bias, net[2].weight, net[2].bias)]
+    return activation(x @ weights[0].T + weights[1]) @ weights[2].T + weights[3]
+
+
+def test_first_phase_literally():
+    ltad = model(beta=0.3, temperature=0.2)
+    torch.manual_seed(5)
+    found = ltad.first_phase(4)
+    torch.manual_seed(5)
+    classes = torch.randint(3, (4,))
+    assert len(set(classes.tolist())) > 1
+    tokens, pooled = (x.double() for x in ltad.drawn(classes))
+    noise = torch.randn(4, 16, 64).double()
+    names = ltad.names.detach().double()
+    total = torch.zeros((), dtype=torch.float64)
+    for i, c in enumerate(classes.tolist()):
+        logits = torch.stack([unit(pooled[i]) @ unit(name) for name in names]) / 0.2
+        total += (torch.logsumexp(logits, 0) - logits[c]) / 4
+        for place in range(16):
+            f, t = tokens[i, place], unit(names[c])
+            code = mlp(ltad.vae.encode, torch.cat([f, t]), F.relu)
+            mean, sigma = code[:64], (code[64:] / 2).exp()
+            decoded = mlp(ltad.vae.decode, torch.cat([mean + sigma * noise[i, place], t]), F.relu)
+            divergence = sum(
+                -math.log(s) + (s * s + m * m) / 2 - 0.5 for m, s in zip(mean.tolist(), sigma.tolist(), strict=True)
+            )
+            total += (((f - decoded) ** 2).sum() + 0.3 * divergence) / (4 * 16)
+    assert found.item() == pytest.approx(total.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("fill", ["median", None])
+def test_names_learn_from_classes_alone(fill):
+    """The VAE's loss does not reach the names, and nothing but names and VAE learns in phase 1."""
+    grads = []
+    for beta in (1e-3, 100.0):
+        ltad = model(fill=fill, beta=beta)
+        torch.manual_seed(3)
+        ltad.first_phase(4).backward()
+        grads.append(ltad.names.grad)
+        reached = {name.partition(".")[0] for name, p in ltad.named_parameters() if p.grad is not None}
+        assert reached == {"names", "vae"} if fill else {"names"}
+    assert torch.equal(*grads)
+    assert grads[0].abs().sum() > 0
+
+
+def batch(count: int = 3) -> dict[str, Any]:
+    return {"image": images(32, count), "path": list("xyz")[:count], "category": torch.arange(count) % 3}
+
+
+def literal_logits(ltad: Any, tokens: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    states = (ltad.names[:, None] + ltad.language.offsets).detach().double()
+    out = torch.zeros(tokens.shape[:2], dtype=torch.float64)
+    for i, c in enumerate(classes.tolist()):
+        for place in range(tokens.shape[1]):
+            p = unit(mlp(ltad.project, tokens[i, place], F.gelu))
+            cosines = [p @ unit(state) / ltad.temperature for state in states[c]]
+            out[i, place] = cosines[1] - cosines[0]
+    return out
+
+
+@pytest.mark.parametrize("semantic", [1.0, 0.0])
+def test_second_phase_literally(semantic):
+    ltad, given = model(fill=None, jitter=0.0, strong=5.0, semantic=semantic), batch()
+    ltad.share = 0.0
+    tokens = ltad.tokens(given).double()
+    rebuilt = copy.deepcopy(ltad.net).double()(tokens)
+    expected = ((rebuilt - tokens) ** 2).mean()
+    torch.manual_seed(7)
+    found = ltad.second_phase({**given})
+    if semantic:
+        spoiled_with: list[torch.Tensor] = []
+        spoil = ltad.spoiled
+
+        def spoiled(*args):
+            spoiled_with.append(spoil(*args))
+            return spoiled_with[-1]
+
+        ltad.spoiled = spoiled
+        torch.manual_seed(7)
+        assert torch.equal(ltad.second_phase({**given}), found)
+        normal = literal_logits(ltad, tokens, given["category"]).sigmoid()
+        abnormal = literal_logits(ltad, spoiled_with[0].double(), given["category"]).sigmoid()
+        both = torch.cat([(1 - normal).log(), abnormal.log()])
+        expected = expected - both.mean()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    found.backward()
+    reached = {name.partition(".")[0] for name, p in ltad.named_parameters() if p.grad is not None}
+    assert reached == ({"net", "project", "language"} if semantic else {"net"})
+
+
+def test_abnormal_patches_are_anothers_or_jittered():
+    ltad = model(strong=40.0)
+    tokens, classes = torch.randn(6, 16, 12), torch.tensor([0, 0, 1, 1, 2, 2])
+    kinds = set()
+    for seed in range(6):
+        torch.manual_seed(seed)
+        for i, spoiled in enumerate(ltad.spoiled(tokens, classes)):
+            source = [j for j in range(6) if torch.equal(spoiled, tokens[j])]
+            assert len(source) <= 1
+            if source:
+                assert classes[source[0]] != classes[i]
+            else:
+                noise = (spoiled - tokens[i]) * 12 / 40 / tokens[i].norm(dim=-1, keepdim=True)
+                assert 0.75 < noise.std() < 1.25
+            kinds.add(bool(source))
+    assert kinds == {True, False}
+    only = ltad.spoiled(tokens, torch.zeros(6, dtype=torch.long))
+    assert not any(torch.equal(only[i], tokens[j]) for i in range(6) for j in range(6))
+
+
+@pytest.mark.parametrize(("fill", "lacking"), [("median", [0, 0, 3]), ("largest", [0, 3, 6]), (None, [0, 0, 0])])
+def test_tail_classes_are_filled_up(fill, lacking):
+    """Counts 8, 5, 2: as many synthetic images of each class as it lacks, on average."""
+    ltad = model(fill=fill, categories=NAMES)
+
+    counts = zip(NAMES, (8, 5, 2), strict=True)
+    samples = [SimpleNamespace(path="a", category=name, label=0) for name, number in counts for _ in range(number)]
+    ltad._trainer = SimpleNamespace(datamodule=SimpleNamespace(train_samples=samples))
+    type(ltad).on_train_start(ltad)
+    assert ltad.lacking.tolist() == lacking
+    ltad.end_first_phase()
+    torch.manual_seed(0)
+    seen = torch.zeros(3)
+    tokens, classes = torch.randn(5, 16, 12), torch.zeros(5, dtype=torch.long)
+    for _ in range(300):  # 1500 real images, a hundred epochs
+        both, more = ltad.filled_up(tokens, classes)
+        assert torch.equal(both[:5], tokens)
+        assert not both.requires_grad
+        seen += torch.bincount(more[5:], minlength=3)
+    assert (seen / 100).tolist() == pytest.approx(lacking, rel=0.15, abs=0)
+
+
+def test_score_literally():
+    ltad, given = model(semantic=2.5).eval(), batch()
+    ltad.error_mean.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    ltad.error_std.copy_(torch.tensor([0.5, 2.0, 1.0]))
+    maps = ltad.anomaly_map(given)
+    tokens = ltad.tokens(given).double()
+    errors = ((copy.deepcopy(ltad.net).double()(tokens) - tokens) ** 2).sum(-1)
+    classes = given["category"]
+    score = (errors - torch.tensor([1.0, 2.0, 3.0])[:, None]) / torch.tensor([0.5, 2.0, 1.0])[:, None]
+    score = score + 2.5 * literal_logits(ltad, tokens, classes).sigmoid()
+    expected = nn.UpsamplingBilinear2d(size=32)(score.view(3, 1, 4, 4))[:, 0]
+    assert maps.dtype == torch.float32
+    torch.testing.assert_close(maps.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_score_is_standardised_on_training_patches():
+    ltad = model(semantic=0.0)
+    given = [batch(3), {**batch(2), "category": torch.tensor([1, 1])}]
+    ltad.normal_batches = lambda: given
+    ltad.on_train_end()
+    ltad.eval()
+    errors = [ltad.errors(ltad.tokens(x)).double() for x in given]
+    for c, parts in enumerate(([errors[0][0]], [errors[0][1], *errors[1]], [errors[0][2]])):
+        patches = torch.cat(parts)
+        assert ltad.error_mean[c].item() == pytest.approx(patches.mean().item(), rel=1e-5)
+        assert ltad.error_std[c].item() == pytest.approx(patches.std(correction=0).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"class_names": "none"}, "class_names=none: choose learned or fixed"),
+        ({"fill": "all"}, "fill=all: choose median, largest or null"),
+        ({"semantic": -1}, "semantic=-1"),
+        ({"temperature": 0}, "temperature=0"),
+    ],
+)
+def test_wrong_options(options, match):
+    with pytest.raises(UserError, match=match):
+        model(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "phases"),
+    [
+        ({}, 2),
+        ({"semantic": 0}, 2),
+        ({"fill": None}, 2),
+        ({"class_names": "fixed"}, 2),
+        ({"class_names": "fixed", "fill": None}, 1),
+        ({"semantic": 0, "fill": None}, 1),
+    ],
+)
+def test_a_phase_that_has_nothing_to_learn_is_left_out(options, phases):
+    assert model(**options).phases == phases
+
+
+# --- runs ---
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    make_mvtec(root, "bottle", train=5, good=2, defects={"broken": 2})
+    make_mvtec(root, "metal_nut", train=1, good=2, defects={"scratch": 2})
+    return root
+
+
+@pytest.fixture(scope="module")
+def arguments(root, checkpoints):
+    """(kind) -> the command line of a run of three batches a phase."""
+
+    def make(kind: str = "resnet18") -> list[str]:
+        tower = ["backbone.layers=[1,2]"] if kind == "resnet18" else [f"backbone.name={checkpoints[kind]}"]
+        layers = {"align": ["backbone.layers=[1,2]"], "clip": ["backbone.layers=[0,2]", "backbone.weights=auto"]}
+        return [
+            *runs.method("ltad"), *runs.folder_data(root, "[bottle,metal_nut]"), f"backbone={kind}", *tower,
+            *layers.get(kind, []), *(["backbone.weights=auto"] if kind == "align" else []), "method.dim=16",
+            "method.layers=1", "method.optimizer.lr=1e-3", "data.image_size=32", "method.fill=largest",
+            "trainer.max_epochs=null", "trainer.max_steps=3", "trainer.log_every=1", "trainer.checkpoint_minutes=0",
+        ]  # fmt: skip
+
+    return make
+
+
+class Interrupted(Exception):  # noqa: N818
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("kind", ["resnet18", "align", "clip"])
+def test_fit_test_resume_predict(arguments, root, tmp_path, monkeypatch, kind):
+    """Resumed at every batch of both phases, and predicting from the run's folder."""
+    phases: list[int] = []
+    before: dict[int, dict[str, torch.Tensor]] = {}
+
+    def note(self, batch, batch_idx):
+        phases.append(1 if self.conditions[0, 0].isnan() else 2)
+        before.setdefault(len(phases), {k: p.detach().clone() for k, p in self.named_parameters()})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LTAD, "on_train_batch_start", note, raising=False)
+        result = runs.result_of(*arguments(kind), run_dir=tmp_path / "whole")
+    assert phases == [1, 1, 1, 1, 2, 2]  # the first phase ends within the fourth batch
+    assert result["timing"]["steps"] == 6
+    assert result["variant"] == (kind if kind != "resnet18" else "text_free")
+    changed = {k.partition(".")[0] for k in before[1] if not torch.equal(before[1][k], before[4][k])}
+    assert changed == {"names", "vae"}
+    later = {k.partition(".")[0] for k in before[4] if not torch.equal(before[4][k], before[6][k])}
+    assert later == {"net", "project", *(["language"] if kind == "resnet18" else [])}
+
+    def stop(self, step, outputs, batch, batch_idx):
+        if self.global_step == step:
+            raise Interrupted
+
+    run = tmp_path / "run"
+    for step in range(1, 7) if kind == "resnet18" else (2, 4):
+        with monkeypatch.context() as patch:
+            patch.setattr(LTAD, "on_train_batch_end", partialmethod(stop, step), raising=False)
+            with pytest.raises(Interrupted):
+                runs.train(*arguments(kind), *(["resume=true"] if run.exists() else []), f"hydra.run.dir={run}")
+    outcome = runs.train(*arguments(kind), "resume=true", f"hydra.run.dir={run}")
+    assert outcome.code == 0, outcome.err
+    assert (run / "scores.csv").read_bytes() == (tmp_path / "whole" / "scores.csv").read_bytes()
+    assert (run / "metrics.csv").read_bytes() == (tmp_path / "whole" / "metrics.csv").read_bytes()
+
+    photos = root / "metal_nut" / "test"
+    outcome = runs.predict(f"run={run}", f"input={photos}", f"output={tmp_path / 'out'}", "category=metal_nut")
+    assert outcome.code == 0, outcome.err
+    ours = {
+        line.split(",")[0]: float(line.split(",")[1]) for line in (tmp_path / "out/scores.csv").open().readlines()[1:]
+    }
+    stored = [line.split(",") for line in (run / "scores.csv").open().readlines()[1:]]
+    assert ours == pytest.approx(
+        {row[0].removeprefix("metal_nut/test/"): float(row[-1]) for row in stored if row[1] == "metal_nut"}, rel=1e-3
+    )
+
+
+def test_without_held_features(arguments, tmp_path):
+    """Drawn images are read anew: the same run, to the float's precision of another batch size."""
+    held = runs.result_of(*arguments(), f"cache.folder={tmp_path / 'cache'}", run_dir=tmp_path / "held")
+    options = ("cache.enabled=false", "hardware.feature_memory_gb=0")
+    read = runs.result_of(*arguments(), *options, run_dir=tmp_path / "read")
+    assert held["cache"]["used"]
+    assert not read["cache"]["used"]
+    assert read["metrics"]["pixel_auroc"] == pytest.approx(held["metrics"]["pixel_auroc"], abs=0.02)
+
+
+def test_budgets_hold_for_each_phase(arguments, tmp_path):
+    epochs = ("trainer.max_steps=null", "trainer.max_epochs=1")  # 6 images in batches of 4
+    assert runs.result_of(*arguments(), *epochs, run_dir=tmp_path / "two")["timing"]["steps"] == 4
+    one = ("method.semantic=0", "method.fill=null")
+    assert runs.result_of(*arguments(), *epochs, *one, run_dir=tmp_path / "one")["timing"]["steps"] == 2
+
+
+@pytest.mark.parametrize("kind", ["resnet18", "clip"])
+def test_ablations_run(arguments, tmp_path, kind):
+    for i, options in enumerate((["method.class_names=fixed"], ["method.fill=null"])):
+        runs.result_of(*arguments(kind), *options, "trainer.max_steps=1", run_dir=tmp_path / str(i))
+
+
+def test_fixed_names_are_the_mean_of_their_words(checkpoints):
+    tower = VisionLanguage(str(checkpoints["align"]), [2])
+    ltad = LTAD(backbone=tower, image_size=(64, 64), categories=NAMES, neighbours=1, class_names="fixed")
+    words = {word: row for row, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    table = tower.net.text_model.embeddings.word_embeddings.weight
+    assert not ltad.names.requires_grad
+    torch.testing.assert_close(ltad.names[0].data, table[words["bottle"]])
+    torch.testing.assert_close(ltad.names[1].data, (table[words["metal"]] + table[words["nut"]]) / 2)
+
+
+def test_prompts_need_a_place_for_the_class(checkpoints):
+    tower = VisionLanguage(str(checkpoints["align"]), [2])
+    with pytest.raises(UserError, match=r"method.prompts.normal=a photo: give a text"):
+        LTAD(backbone=tower, image_size=(64, 64), neighbours=1, prompts={"normal": "a photo"})
+
+
+@pytest.mark.parametrize(
+    ("given", "trouble"),
+    [
+        (["backbone=align"], "can't be had from the hub or its cache"),
+        (["backbone=clip", "backbone.name=./nowhere/clip"], "no such folder; give"),
+    ],
+)
+def test_what_can_not_be_had_is_one_line(arguments, tmp_path, monkeypatch, given, trouble):
+    """Offline with an empty cache, and a folder that is not there; before training, and leaving no run."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    options = [x for x in arguments() if not x.startswith("backbone")]
+    outcome = runs.train(*options, *given, "backbone.weights=auto", f"hydra.run.dir={tmp_path / 'run'}", small=False)
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    assert "backbone.name=" in outcome.err
+    assert trouble in outcome.err
+    assert "give a local folder" in outcome.err
+    assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_train(arguments, tmp_path):
+    """Weights that have no part in a phase don't stop the exchange of gradients."""
+    options = [x for x in arguments() if not x.startswith("hardware")]
+    run = tmp_path / "run"
+    command = [*options, "hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2", "backbone.weights=none"]
+    outcome = runs.python("-m", "anomalib_lite.train", *command, "logger=csv", f"hydra.run.dir={run}", cwd=tmp_path)
+    assert outcome.code == 0, outcome.err
+    assert json.loads((run / "result.json").read_text())["timing"]["steps"] == 6
+
+
+def test_the_configuration_composes(root):
+    outcome = runs.train("method=ltad", *runs.folder_data(root), "backbone=align", "--cfg", "job", small=False)
+    assert outcome.code == 0, outcome.err
+    assert "name: kakaobrain/align-base" in outcome.out
+    assert "max_epochs: 500" in outcome.out

@@ -1,0 +1,130 @@
+"""PatchCore: its coreset, its neighbours and its image score, each against a literal reading."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from anomalib_lite.methods.coreset import greedy_coreset
+from anomalib_lite.methods.patchcore import PatchCore, neighbours
+from tests.helpers.image_trees import make_mvtec
+from tests.helpers.run_programs import folder_data, predict, result_of, train
+
+
+def farthest_first(points: Tensor, count: int, first: int) -> Tensor:
+    """The greedy rule as it is written down, in float64."""
+    points, picks = points.double(), [first]
+    nearest = (points - points[first]).square().sum(1)
+    while len(picks) < count:
+        nearest[picks] = -1
+        picks.append(int(nearest.argmax()))
+        nearest = torch.minimum(nearest, (points - points[picks[-1]]).square().sum(1))
+    return torch.tensor(picks)
+
+
+def clouds(kind: str, count: int) -> Tensor:
+    """Points as features are: few directions, far from zero; in lumps; in many copies; hardly apart."""
+    torch.manual_seed(0)
+    points = torch.randn(count, 8) @ torch.randn(8, 24) + 0.1 * torch.randn(count, 24) + 5
+    if kind == "lumps":
+        points += 20 * torch.randn(10, 24)[torch.arange(count) % 10]
+    if kind == "copies":
+        points = points[torch.arange(count) % (count // 3)]
+    if kind == "close":
+        points = 100 + 1e-3 * points
+    return points
+
+
+@pytest.mark.parametrize("kind", ["directions", "lumps", "copies", "close"])
+@pytest.mark.parametrize(("count", "share"), [(700, 0.5), (6000, 0.02), (5000, 0.1)])
+def test_coreset_is_the_greedy_one(kind, count, share):
+    points = clouds(kind, count)
+    picks = int(count * share) if kind != "copies" else min(int(count * share), count // 3)
+    assert torch.equal(greedy_coreset(points, picks, 3), farthest_first(points, picks, 3))
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_coreset_of_few(count):
+    points = clouds("directions", 7)
+    assert torch.equal(greedy_coreset(points, count), farthest_first(points, count, 0))
+    assert sorted(greedy_coreset(torch.zeros(7, 3), count).tolist())[:count] == sorted(
+        farthest_first(torch.zeros(7, 3), count, 0).tolist()
+    )
+
+
+def test_neighbours_are_the_nearest():
+    bank, x = clouds("lumps", 500), clouds("lumps", 1500) + 0.01
+    distance, index = neighbours(x, bank)
+    every = torch.cdist(x.double(), bank.double())
+    torch.testing.assert_close(distance.double(), every.min(1).values, rtol=1e-5, atol=0)
+    assert torch.equal(index, every.argmin(1))
+
+
+class Given(torch.nn.Module):
+    """Stands for a backbone: its images are its features."""
+
+    channels, reductions, frozen = (5,), (1,), True
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [images]
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_image_score_is_equation_7(fitted):
+    """And a training image is scored without its own patches."""
+    torch.manual_seed(0)
+    backbone: Any = Given()
+    model = PatchCore(neighbours=3, backbone=backbone, scoring={"image_score": "own"}, image_size=(4, 4))
+    model.bank, model.owners = torch.randn(40, 5), torch.arange(40) % 9
+    images = torch.randn(6, 5, 4, 4)
+    batch = {"image": images, "path": ["?"] * 6, "index": torch.arange(6), "fitted": fitted}
+    scores = model.score(batch)
+    for i in range(6):
+        patches = torch.nn.functional.avg_pool2d(images[i], 3, 1, 1).double().flatten(1).T
+        bank = model.bank.double()
+        every = torch.cdist(patches, bank)
+        if fitted:
+            every[:, i::9] = torch.inf
+        test = int(every.min(1).values.argmax())
+        star = int(every[test].argmin())
+        around = (bank - bank[star]).norm(dim=1).argsort()[:3]
+        top = math.exp(every[test, star])
+        weight = 1 - top / sum(math.exp((patches[test] - bank[int(n)]).norm()) for n in around)
+        assert float(scores["score"][i]) == pytest.approx(weight * float(every[test, star]), rel=1e-4)
+        torch.testing.assert_close(scores["map"][i].double(), every.min(1).values.view(4, 4), rtol=1e-4, atol=1e-5)
+
+
+def test_a_run(tmp_path):
+    root = tmp_path / "data"
+    make_mvtec(root, "bottle")
+    how = ("method=patchcore", "hardware.precision=32")
+    result = result_of(*folder_data(root), *how, run_dir=tmp_path / "run")
+    assert result["timing"]["steps"] == 0
+    bank = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]["bank"]
+    assert bank.shape == (int(0.1 * 6 * 4 * 4), 384)
+    again = result_of(*folder_data(root), *how, "seed=1", run_dir=tmp_path / "other")
+    assert again["metrics"] != result["metrics"]
+    outcome = predict(f"run={tmp_path / 'run'}", f"input={root / 'bottle/test'}", f"output={tmp_path / 'out'}")
+    assert outcome.code == 0, outcome.err
+
+    def column(name):
+        lines = (tmp_path / name / "scores.csv").read_text().splitlines()
+        at = lines[0].split(",").index("score")
+        return sorted(float(line.split(",")[at]) for line in lines[1:])
+
+    assert column("out") == pytest.approx(column("run"), rel=1e-4)
+
+
+@pytest.mark.parametrize("argument", ["method.coreset=0", "method.coreset=1.5", "method.neighbours=0"])
+def test_values_that_mean_nothing(argument):
+    outcome = train("method=patchcore", argument)
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: method.coreset=")
+
+
+def test_no_score_of_its_own():
+    outcome = train("method=norm_occ", "scoring.image_score=own")
+    assert outcome.code == 2
+    assert outcome.err == "error: scoring.image_score=own: NormOCC has no image score of its own; give max\n"

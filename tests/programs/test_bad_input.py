@@ -1,0 +1,527 @@
+"""What a user gets wrong is one line on stderr that says what to do, exit code 2, and a folder that stays usable."""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from anomalib_lite.cli import schema as configuration
+from anomalib_lite.errors import UserError
+from tests.helpers.image_trees import make_mvtec, make_visa, save_image, save_mask
+from tests.helpers.run_programs import Outcome, evaluate, folder_data, python, result_of, train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A root in the MVTec layout with the category bottle."""
+    root = tmp_path_factory.mktemp("data")
+    make_mvtec(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """Weights files: resnet18, without_layer3, truncated, text, resnet34, resnet50; random numbers all of them."""
+    folder = tmp_path_factory.mktemp("weights")
+    for name in ("resnet18", "resnet34", "resnet50"):
+        save_file(timm.create_model(name).state_dict(), folder / f"{name}.safetensors")
+    state = load_file(folder / "resnet18.safetensors")
+    lacking = {key: tensor for key, tensor in state.items() if not key.startswith("layer3.")}
+    save_file(lacking, folder / "without_layer3.safetensors")
+    torch.save(lacking, folder / "without_layer3.pth")
+    whole = (folder / "resnet18.safetensors").read_bytes()
+    (folder / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.pth").write_text("these are no weights")
+    return folder
+
+
+def assert_one_line(outcome: Outcome, pattern: str) -> None:
+    assert outcome.code == 2, (outcome.code, outcome.out, outcome.err)
+    assert re.fullmatch(r"error: [^\n]+\n", outcome.err), outcome.err
+    assert "Traceback" not in outcome.out
+    assert re.search(pattern, outcome.err), outcome.err
+
+
+def assert_refused(pattern: str, *arguments: str | Path, run_dir: Path, small: bool = True) -> None:
+    """`train` with these arguments is refused by one line that matches, and `run_dir` holds no run afterwards."""
+    assert_one_line(train(*arguments, f"hydra.run.dir={run_dir}", small=small), pattern)
+    assert not list(run_dir.rglob("*.ckpt"))
+    assert not list(run_dir.rglob("*.json"))
+
+
+def assert_mended(*arguments: str | Path, run_dir: Path) -> None:
+    """The same folder takes the corrected run, without resume=true."""
+    assert result_of(*arguments, run_dir=run_dir)["timing"]["steps"] > 0
+
+
+# --- options ---
+
+OPTIONS = {
+    "method=foo": "method=foo: .*choose from .*norm_occ",
+    "hardware=foo": "hardware=foo: .*choose from auto, cpu, ddp, gpu",
+    "backbone=foo": "backbone=foo: .*resnet18.*--config-dir",
+    "split=foo": "split=foo: .*full",
+    "+experiments=foo": "experiments=foo: .*no such choice",
+    "--config-name=foo": "foo",
+    "--config-dir=nowhere": "--config-dir nowhere: no such folder",
+    "method=null": "method=null: .*name of a choice",
+    "backbone.name=foo": "backbone.name=foo: ",
+    "backbone.name=resnet81": "backbone.name=resnet81: .*did you mean resnet18",
+    "backbone.name=resnet18.foo": "backbone.name=resnet18.foo: .*tv_in1k",
+    "backbone.layers=[9]": r"backbone.layers=\[9\]: resnet18.tv_in1k has no such layer",
+    "backbone.layers=[]": r"backbone.layers=\[\]: give",
+    "backbone.layers=3": "backbone.layers=3: give",
+    "backbone.layers=[3,2]": "backbone.layers=.*ascending",
+    "backbone.weights=null": "backbone.weights=null: give auto, none, or a file",
+    "backbone=none": "backbone=none: NormOCC needs one",
+    "data.foo=1": r"data.foo: no such option; data has .*batch_size.*\+data.foo=VALUE",
+    "trainer.max_step=3": "trainer.max_step: no such option; did you mean trainer.max_steps",
+    "method.nrm=1": "method.nrm: no such option; did you mean method.norm",
+    "foo=1": "foo: no such option; the configuration has .*seed",
+    "+method.foo=1": "NormOCC: can't be made from its options .*'foo'",
+    "seed=abc": "seed=abc: give a whole number",
+    "seed=-1": "seed=-1: give",
+    "seed=null": "seed=null: give",
+    "seed=1.5": "seed=1.5: give",
+    "seed=4294967296": "seed=4294967296: give",
+    "seed=true": "seed=true: give",
+    "seed=1,2": "seed=1,2.*--multirun",
+    "data.batch_size=0": "data.batch_size=0: give a whole number from 1",
+    "data.batch_size=8.0": "data.batch_size=8.0: give",
+    "data.eval_batch_size=0": "data.eval_batch_size=0: give",
+    "data.image_size=3": "data.image_size=3: give",
+    "data.image_size=[32,32,3]": "data.image_size=.*give",
+    "data.workers=-1": "data.workers=-1: give",
+    "data.val_fraction=2": "data.val_fraction=2: give a share",
+    "data.check=foo": "data.check=foo: give fast or thorough",
+    "data.normalize=foo": "data.normalize=foo: give imagenet or none",
+    "data.resample=foo": "data.resample=foo .*bilinear",
+    "data.drop_last=maybe": "data.drop_last=maybe: give true or false",
+    "data.transform=[foo]": r"data.transform=\['foo'\] must be a list of albumentations",
+    "data.augment=foo": "data.augment=foo must be a list",
+    "data.reader=foo": "data.reader=foo must be a _target_",
+    "data.split=foo": "split=foo must be a _target_",
+    "data.category=": "data.category is empty",
+    "data.category=[]": r"data.category=\[\]: give a name",
+    "trainer.max_epochs=-1": "trainer.max_epochs=-1: give",
+    "trainer.max_epochs=null trainer.max_steps=null": "trainer.max_epochs and trainer.max_steps are both null",
+    "trainer.max_steps=0": "trainer.max_steps=0: give",
+    "trainer.log_every=0": "trainer.log_every=0: give",
+    "trainer.checkpoint_minutes=foo": "trainer.checkpoint_minutes=foo: give",
+    "scoring.image_score=best": "scoring.image_score=best: give max, mean",
+    "scoring.pixel_smooth=-1": "scoring.pixel_smooth=-1: give",
+    "scoring.quantile=2": "scoring.quantile=2: give",
+    "scoring.fpr_limits=[2]": "scoring.fpr_limits=.*give",
+    "hardware.devices=0": "hardware.devices=0: give",
+    "hardware.accelerator=tpu": "hardware.accelerator=tpu: give auto, cpu or gpu",
+    "hardware.precision=16": "hardware.precision=16: give",
+    "method.target=foo": "method.target=foo: choose point, shell or zero",
+    "method.p=3": "method.p=3",
+    "method.norm=abc": 'method.norm="abc": give a number',
+    "method.squared=maybe": 'method.squared="maybe": give true or false',
+    "method.dim=1.5": "method.dim=1.5: give a whole number, or null",
+    "method.optimizer.lr=-1": "method.optimizer: .*learning rate",
+    "method.optimizer.lr=abc": r"method.optimizer: .*check its values \(lr=abc, ",
+    "resume=maybe": "resume=maybe: give true or false",
+    "seed=${foo}": "seed: .*'foo' not found",
+    "data.category=[a": r"data.category=\[a: can't be read",
+    "data.category={a": r"data.category=\{a: can't be read",
+    "foo": "foo: can't be read .*KEY=VALUE",
+    "--foo": "--foo: no such argument",
+    "--cfg=foo": "--cfg.*'foo'.*--help",
+    "--resolve": "--resolve: goes with --cfg",
+    "--multirun --run": "--run and --multirun: give one of them",
+    "method._target_=no.such.Thing": "no.such.Thing: can't be imported .*No module named 'no'",
+    "method._target_=anomalib_lite.methods.norm_occ.Foo": r"methods.norm_occ.Foo: can't be imported .*_target_",
+    "method.optimizer._target_=torch.optim.Foo": "torch.optim.Foo: can't be imported",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("argument", OPTIONS)
+def test_option(argument, data, tmp_path):
+    given = {part.partition("=")[0] for part in argument.split()}
+    sound = [each for each in folder_data(data) if each.partition("=")[0] not in given]
+    assert_refused(OPTIONS[argument], *sound, *argument.split(), run_dir=tmp_path / "run")
+
+
+@pytest.mark.parametrize("argument", ["method.target=foo", "data.batch_size=0", "backbone.layers=[9]"])
+def test_the_folder_takes_the_corrected_run(argument, data, tmp_path):
+    assert_refused(re.escape(argument), *folder_data(data), argument, run_dir=tmp_path)
+    assert_mended(*folder_data(data), run_dir=tmp_path)
+    again = train(*folder_data(data), f"hydra.run.dir={tmp_path}")
+    assert_one_line(again, "already holds a run: add resume=true")  # a run that was begun is not overwritten
+
+
+def test_flags_stand_anywhere(data):
+    outcome = train(*folder_data(data), "--cfg", "job", "seed=7")
+    assert outcome.code == 0
+    assert "seed: 7" in outcome.out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_gpu_without_gpu(data, tmp_path):
+    assert_refused(
+        "hardware.accelerator=gpu: no GPU.*hardware=cpu", *folder_data(data), "hardware=gpu", run_dir=tmp_path
+    )
+    assert_mended(*folder_data(data), run_dir=tmp_path)
+
+
+def test_batch_size_that_devices_cant_share(data, tmp_path):
+    devices = ["hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2"]
+    assert_refused(
+        "data.batch_size=3 can't be shared out to 2",
+        *folder_data(data),
+        *devices,
+        "data.batch_size=3",
+        run_dir=tmp_path,
+    )
+
+
+def test_sweep_over_several_devices(data, tmp_path):
+    devices = ["hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2"]
+    sweep = ("hydra/launcher=basic", "seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    outcome = train("-m", *folder_data(data), *devices, *sweep)
+    assert_one_line(outcome, "hardware.devices=2 in a sweep with hydra/launcher=basic")
+
+
+def test_sweep_over_a_wrong_choice(data, tmp_path):
+    outcome = train("-m", *folder_data(data), "method=norm_occ,foo", f"hydra.sweep.dir={tmp_path}")
+    assert_one_line(outcome, "method=foo: no such choice")
+
+
+@pytest.mark.parametrize("place", ["below_a_file", "in_proc"])
+def test_output_that_cant_be_written(place, data, tmp_path):
+    (tmp_path / "file").write_text("")
+    if place == "in_proc" and not sys.platform.startswith("linux"):
+        pytest.skip("no /proc")
+    folder = tmp_path / "file" / "run" if place == "below_a_file" else Path("/proc/anomalib_lite")
+    assert_refused(f"{folder}: .*hydra.run.dir=DIR", *folder_data(data), run_dir=folder)
+    outcome = train("-m", *folder_data(data), "seed=0,1", f"hydra.sweep.dir={folder}")
+    assert_one_line(outcome, str(folder))
+
+
+# --- data ---
+
+
+def test_root_not_set(tmp_path):
+    assert_refused("data.root is not set: .*data.root=DIR", "data=folder", run_dir=tmp_path)
+
+
+def test_no_such_root(tmp_path):
+    assert_refused(f"{tmp_path}/none: no such folder; set data.root", *folder_data(tmp_path / "none"), run_dir=tmp_path)
+
+
+def test_root_without_categories(tmp_path):
+    assert_refused("no category in this folder; set data.root", *folder_data(tmp_path), run_dir=tmp_path / "run")
+
+
+@pytest.mark.parametrize("category", ["botle", "[bottle,cap]", "[bottle,bottle]", "3"])
+def test_unknown_category(category, data, tmp_path):
+    pattern = "data.category.*bottle"
+    assert_refused(pattern, *folder_data(data, category), run_dir=tmp_path)
+
+
+def test_data_set_that_is_not_there(tmp_path):
+    assert_refused("data=foo: no such choice; choose from folder, mvtec", "data=foo", run_dir=tmp_path)
+
+
+def test_category_of_the_synthetic_set(tmp_path):
+    root = f"data.root={tmp_path / 'set'}"
+    small = [
+        f"+data.reader.{key}={value}" for key, value in {"size": 64, "train": 1, "good": 1, "defective": 1}.items()
+    ]
+    assert_refused("no category 'foo'", "data=synthetic", root, *small, "data.category=foo", run_dir=tmp_path / "run")
+
+
+def no_training_images(folder: Path) -> None:
+    for path in (folder / "train" / "good").iterdir():
+        path.unlink()
+
+
+def truncate(part: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        path = folder / part
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    return spoil
+
+
+def text_as_image(folder: Path) -> None:
+    (folder / "train" / "good" / "001.png").write_text("no picture")
+
+
+def mask_missing(folder: Path) -> None:
+    (folder / "ground_truth" / "broken" / "001_mask.png").unlink()
+
+
+def mask_of_another_size(folder: Path) -> None:
+    save_mask(folder / "ground_truth" / "broken" / "001_mask.png", size=16)
+
+
+def mask_for_no_image(folder: Path) -> None:
+    save_mask(folder / "ground_truth" / "broken" / "007_mask.png")
+
+
+def mask_folder_for_no_images(folder: Path) -> None:
+    save_mask(folder / "ground_truth" / "cut" / "000_mask.png")
+
+
+def defective_training_image(folder: Path) -> None:
+    save_image(folder / "train" / "broken" / "000.png")
+
+
+SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no training images": (no_training_images, "train/good: no training images"),
+    "truncated training image": (truncate("train/good/002.png"), "train/good/002.png: can't be decoded"),
+    "truncated test image": (truncate("test/broken/002.png"), "test/broken/002.png: can't be decoded"),
+    "truncated mask": (truncate("ground_truth/broken/002_mask.png"), "broken/002_mask.png: can't be decoded"),
+    "text file named .png": (text_as_image, "train/good/001.png: can't be decoded .*no image"),
+    "defective image without mask": (mask_missing, "test/broken/001.png: no mask for this defective image; add"),
+    "mask of another size": (mask_of_another_size, "001_mask.png: the mask is 16x16, its image 001.png 32x32"),
+    "mask for no image": (mask_for_no_image, "007_mask.png: a mask for no image"),
+    "masks for no folder": (mask_folder_for_no_images, "cut/000_mask.png: a mask for no image"),
+    "defects among the training images": (defective_training_image, "train/broken: train may hold only .*good"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_spoilt_folder(case, tmp_path):
+    spoil, pattern = SPOILT[case]
+    spoil(make_mvtec(tmp_path / "data"))
+    assert_refused(pattern, *folder_data(tmp_path / "data"), run_dir=tmp_path / "run")
+
+
+def test_spoilt_folder_mended(tmp_path):
+    folder = make_mvtec(tmp_path / "data")
+    mask_missing(folder)
+    assert_refused("no mask", *folder_data(tmp_path / "data"), run_dir=tmp_path / "run")
+    save_mask(folder / "ground_truth" / "broken" / "001_mask.png")
+    assert_mended(*folder_data(tmp_path / "data"), run_dir=tmp_path / "run")
+
+
+def test_damage_that_only_decoding_shows(tmp_path):
+    """The fast check reads headers and ends; what it can't see is met in the run, in a worker process as well."""
+    path = make_mvtec(tmp_path / "data") / "test" / "broken" / "001.png"
+    content = bytearray(path.read_bytes())
+    content[100:1000] = bytes(900)
+    path.write_bytes(content)
+    run = [*folder_data(tmp_path / "data"), f"hydra.run.dir={tmp_path / 'run'}"]
+    for more in ([], ["data.workers=1"]):
+        assert_one_line(train(*run, *more, "resume=true"), "test/broken/001.png: can't be decoded")
+    assert_refused(
+        "test/broken/001.png: can't be decoded", *run[:-1], "data.check=thorough", run_dir=tmp_path / "checked"
+    )
+
+
+def visa(root: Path) -> list[str]:
+    return ["data=visa", f"data.root={root}", "data.category=candle"]
+
+
+def test_visa_without_its_table(tmp_path):
+    make_visa(tmp_path / "visa").unlink()
+    assert_refused("split_csv/1cls.csv is missing", *visa(tmp_path / "visa"), run_dir=tmp_path / "run")
+
+
+def test_visa_without_a_file_of_its_table(tmp_path):
+    make_visa(tmp_path / "visa")
+    (tmp_path / "visa" / "candle" / "Data" / "Images" / "Normal" / "0001.JPG").unlink()
+    assert_refused(
+        r"1cls.csv line \d+: .*candle/Data/Images/Normal/0001.JPG is missing; restore",
+        *visa(tmp_path / "visa"),
+        run_dir=tmp_path / "run",
+    )
+
+
+def test_visa_table_of_another_kind(tmp_path):
+    make_visa(tmp_path / "visa").write_text("a,b\n1,2\n")
+    assert_refused("1cls.csv: its header must be", *visa(tmp_path / "visa"), run_dir=tmp_path / "run")
+
+
+def test_no_good_test_images_is_no_error(tmp_path):
+    make_mvtec(tmp_path / "data", good=0)
+    result = result_of(*folder_data(tmp_path / "data"), run_dir=tmp_path / "run")
+    assert result["metrics"]["image_auroc"] is None
+    assert any("image_auroc" in note and "no good test images" in note for note in result["notes"])
+    assert result["metrics"]["pixel_auroc"] is not None
+
+
+# --- weights ---
+
+WEIGHTS = {
+    "missing.safetensors": "missing.safetensors: no such file; give a weights file",
+    "truncated.safetensors": "truncated.safetensors: damaged, or not a weights file",
+    "text.pth": "text.pth: damaged, or not a weights file",
+    "resnet34.safetensors": r"resnet34.safetensors: these are not the weights of resnet18.tv_in1k \(layer1.2",
+    "resnet50.safetensors": r"resnet50.safetensors: these are not the weights of resnet18.tv_in1k \(size mismatch",
+    "without_layer3.safetensors": r"lacks \d+ tensors that layers \[2, 3\] of resnet18.tv_in1k need, layer3",
+    "without_layer3.pth": r"lacks \d+ tensors .*other layers or another file",
+}
+
+
+@pytest.mark.parametrize("file", WEIGHTS)
+def test_weights(file, weights, data, tmp_path):
+    path = f"backbone.weights={weights / file}"
+    assert_refused(WEIGHTS[file], *folder_data(data), path, "backbone.layers=[2,3]", run_dir=tmp_path)
+
+
+def test_weights_without_an_unused_layer_are_fine(weights, data, tmp_path):
+    path = f"backbone.weights={weights / 'without_layer3.safetensors'}"
+    assert_refused("lacks", *folder_data(data), path, "backbone.layers=[2,3]", run_dir=tmp_path)
+    assert_mended(*folder_data(data), path, "backbone.layers=[1,2]", run_dir=tmp_path)
+
+
+# --- a user's own method ---
+
+
+def own_method(folder: Path, code: str) -> list[str]:
+    (folder / "conf" / "method").mkdir(parents=True)
+    (folder / "conf" / "method" / "mine.yaml").write_text("# @package _global_\nmethod:\n  _target_: mine.Mine\n")
+    (folder / "mine.py").write_text(code)
+    return ["--config-dir", str(folder / "conf"), "method=mine", "trainer.max_epochs=1"]
+
+
+BROKEN = {
+    "import": (
+        "import no_such_module\n",
+        "mine.Mine: can't be imported .*No module named 'no_such_module'.*debug=true",
+    ),
+    "syntax": ("class Mine(:\n", r"mine.Mine: can't be imported \(SyntaxError: .*mine.py, line 1"),
+    "name": ("class Other:\n    pass\n", "mine.Mine: can't be imported"),
+    "construction": (
+        "class Mine:\n    def __init__(self, **options):\n        1 / 0\n",
+        "mine.Mine: can't be made from its options .*division by zero.*debug=true",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_own_method_that_is_broken(case, data, tmp_path, monkeypatch):
+    code, pattern = BROKEN[case]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    arguments = own_method(tmp_path, code)
+    assert_refused(pattern, *arguments, *folder_data(data), run_dir=tmp_path / "run")
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+
+
+def test_own_configuration_that_is_no_yaml(data, tmp_path):
+    arguments = own_method(tmp_path, "")
+    (tmp_path / "conf" / "method" / "mine.yaml").write_text("method: [1,\n")
+    assert_refused("mine.yaml", *arguments, *folder_data(data), run_dir=tmp_path / "run")
+
+
+# --- evaluate ---
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("finished")
+    result_of(*folder_data(data), run_dir=run)
+    return run
+
+
+EVALUATE = {
+    "nothing": ([], "run=DIR.*output=DIR"),
+    "no output": (["run={run}"], "run=DIR.*output=DIR"),
+    "no such run": (["run={run}/none", "output={out}"], "run=.*none: no such folder"),
+    "a folder that is no run": (["run={run}/figures", "output={out}"], "no such file; is run=.* a finished run"),
+    "key that is trained on": (["run={run}", "output={out}", "seed=1"], "seed can't be changed without training anew"),
+    "method": (["run={run}", "output={out}", "method.norm=1"], "method.norm can't be changed"),
+    "unknown key": (["run={run}", "output={out}", "scoring.foo=1"], "scoring.foo: the run's configuration has no such"),
+    "bad value": (["run={run}", "output={out}", "scoring.image_score=best"], "scoring.image_score=best: give"),
+    "no value": (["run={run}", "output={out}", "seed"], "seed: arguments are KEY=VALUE"),
+    "unreadable value": (["run={run}", "output={out}", "hardware.devices=[1"], r"hardware.devices=\[1: not a value"),
+    "root that is gone": (["run={run}", "output={out}", "data.root={run}/none"], "none: no such folder; set data.root"),
+    "output that is taken": (["run={run}", "output={run}"], "already holds results: choose another output=DIR"),
+    "output below a file": (["run={run}", "output={run}/result.json/out"], "result.json/out: .*output=DIR"),
+    "output in proc": (["run={run}", "output=/proc/anomalib_lite"], "/proc/anomalib_lite: .*output=DIR"),
+}
+
+
+@pytest.mark.parametrize("case", EVALUATE)
+def test_evaluate(case, finished, tmp_path):
+    arguments, pattern = EVALUATE[case]
+    assert_one_line(evaluate(*(text.format(run=finished, out=tmp_path / "out") for text in arguments)), pattern)
+
+
+def test_evaluate_without_checkpoint(finished, tmp_path):
+    stored = tmp_path / "run" / "checkpoints" / "config.json"
+    stored.parent.mkdir(parents=True)
+    arguments = [f"run={tmp_path / 'run'}", f"output={tmp_path / 'out'}"]
+    stored.write_text((finished / "checkpoints" / "config.json").read_text())
+    assert_one_line(evaluate(*arguments), "last.ckpt: no such file; is run=.* the folder of a finished run")
+    whole = (finished / "checkpoints" / "last.ckpt").read_bytes()
+    (stored.parent / "last.ckpt").write_bytes(whole[: len(whole) // 2])
+    assert_one_line(evaluate(*arguments), "last.ckpt: damaged")
+    stored.write_text("{")
+    assert_one_line(evaluate(*arguments), "config.json: damaged")
+
+
+# --- as processes of their own ---
+
+
+def test_no_weights_without_a_network(data, tmp_path):
+    """In a process of its own: the hub's client reads its settings when it is imported."""
+    arguments = ["backbone=resnet18", "hardware=cpu", "logger=csv", *folder_data(data), f"hydra.run.dir={tmp_path}"]
+    outcome = python(
+        "-m", "anomalib_lite.train", *arguments, HF_HOME=str(tmp_path / "empty"), HF_HUB_OFFLINE="1", timeout=60
+    )
+    assert_one_line(outcome, "backbone.weights=auto: the weights of resnet18.tv_in1k could not be had.*local file")
+
+
+def test_traceback_on_request(data, tmp_path):
+    arguments = ["-m", "anomalib_lite.train", *folder_data(data), "data.batch_size=0", f"hydra.run.dir={tmp_path}"]
+    assert_one_line(python(*arguments), "data.batch_size=0: give")
+    shown = python(*arguments, "debug=true")
+    assert shown.code == 1
+    assert "Traceback" in shown.err
+    assert "data.batch_size=0: give" in shown.err
+
+
+class Options:
+    def __init__(
+        self,
+        count: int = 1,
+        share: float | None = None,
+        flag: bool = True,
+        names: list[str] | None = None,
+        sizes: Sequence[int] = (),
+        parts: dict[str, float] | None = None,
+        anything: Any = None,
+    ):
+        pass
+
+
+class More(Options):
+    def __init__(self, name: str = "a", **context: Any):
+        super().__init__(**context)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("count", 1.5, "a whole number"),
+        ("count", True, "a whole number"),
+        ("share", "a", "a number, or null"),
+        ("flag", 1, "true or false"),
+        ("names", "a", r"a list such as \[a, b\], or null"),
+        ("names", [1], "a list"),
+        ("sizes", 3, r"a list such as \[3, 5\]"),
+        ("sizes", [3, 0.5], "a list"),
+        ("parts", {"a": "b"}, r"\{key: value, ...\}, or null"),
+        ("name", 3, "a name"),
+    ],
+)
+def test_an_option_of_a_wrong_type(option, value, wanted):
+    right = {"count": 2, "share": 1, "flag": False, "names": ["a"], "sizes": [1], "parts": {"a": 1}, "name": "b"}
+    configuration.check_types("method", More, right | {"anything": object(), "_target_": "x", "unknown": 1})
+    configuration.check_types("method", More, {"share": None, "names": None, "parts": None, "sizes": []})
+    with pytest.raises(UserError, match=rf"^method.{option}={re.escape(json.dumps(value))}: give {wanted}"):
+        configuration.check_types("method", More, right | {option: value})

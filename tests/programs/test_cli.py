@@ -1,0 +1,265 @@
+"""The command line: quick answers, what composes with what, who overrides whom, methods from outside the package."""
+
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from anomalib_lite.cli import schema as configuration
+from anomalib_lite.cli.program import HOME
+from tests.helpers.image_trees import make_mvtec
+from tests.helpers.run_programs import ROOT, python, result_of, train
+
+HEAVY = ("torch", "lightning", "timm", "numpy", "albumentations", "wandb", "matplotlib")
+
+
+def choices(group: str) -> list[str]:
+    """The names that a user may give a group."""
+    return sorted(path.stem for path in (HOME / "conf" / group).glob("*.yaml") if not path.stem.startswith("_"))
+
+
+@pytest.fixture(autouse=True)
+def _no_hydra_left():
+    GlobalHydra.instance().clear()
+    yield
+    GlobalHydra.instance().clear()
+
+
+def composed(*overrides: str, config_dir: Path | None = None) -> dict[str, Any]:
+    search = [f"hydra.searchpath=[file://{config_dir}]"] * bool(config_dir)
+    with initialize_config_dir(str(HOME / "conf"), version_base="1.3"):
+        cfg: Any = OmegaConf.to_container(compose("train", [*overrides, *search]), resolve=True)
+    return cfg
+
+
+# --- at once ---
+
+
+def cpu_seconds() -> float:
+    """Processor time of all child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"]], ids=" ".join)
+def test_answers_at_once(arguments, tmp_path):
+    """Under 1.5 s at best of three, of processor time: the machine may be busy."""
+    took = []
+    for _ in range(3):
+        start = cpu_seconds()
+        outcome = python("-m", "anomalib_lite.train", *arguments, cwd=tmp_path)
+        took.append(cpu_seconds() - start)
+        assert outcome.code == 0, outcome.err
+        assert "batch_size: 8" in outcome.out
+    assert min(took) < 1.5
+    assert not list(tmp_path.iterdir())  # nothing is left behind
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--cfg job", "--info", "data.batch_size=0", "method=foo"])
+def test_nothing_heavy_is_imported(arguments, tmp_path):
+    outcome = python("-X", "importtime", "-m", "anomalib_lite.train", *arguments.split(), cwd=tmp_path)
+    imported = set(re.findall(r"^import time:.*\| +(\S+)$", outcome.err, re.MULTILINE))
+    assert "omegaconf" in imported
+    assert not {name.partition(".")[0] for name in imported} & set(HEAVY)
+
+
+def test_help_of_evaluate(tmp_path):
+    outcome = python("-X", "importtime", "-m", "anomalib_lite.evaluate", "--help", cwd=tmp_path)
+    assert outcome.code == 0
+    assert "run=DIR output=DIR" in outcome.out
+    assert not re.search(r"\| +(torch|lightning)$", outcome.err, re.MULTILINE)
+
+
+# --- composition ---
+
+
+@pytest.mark.parametrize("backbone", choices("backbone"))
+@pytest.mark.parametrize("method", choices("method"))
+def test_everything_composes(method, backbone):
+    """Every pair of choices of two groups, and every method with every backbone and data set."""
+    hardwares, shift = choices("hardware"), choices("backbone").index(backbone)
+    for number, data in enumerate(choices("data")):
+        hardware = hardwares[(number + shift) % len(hardwares)]
+        cfg = composed(f"method={method}", f"backbone={backbone}", f"data={data}", f"hardware={hardware}")
+        assert set(cfg) >= {"data", "split", "hardware", "trainer", "backbone", "scoring", "logger", "method", "seed"}
+        assert cfg["data"]["name"] == data
+        assert cfg["data"]["seed"] == cfg["seed"]
+        assert (cfg["backbone"]["name"] or "none").split("/")[-1].startswith(backbone)
+        assert cfg["hardware"]["accelerator"] == (hardware if hardware in ("cpu", "gpu") else "auto")
+        configuration.check(cfg)
+
+
+@pytest.mark.parametrize("group", ["split", "trainer", "scoring", "logger"])
+def test_other_groups_compose(group):
+    for name in choices(group):
+        more = ["split.path=FILE"] if name == "file" else []
+        configuration.check(composed(f"{group}={name}", *more))
+
+
+STUDY = """# @package _global_
+defaults:
+  - override /method: norm_occ
+  - override /backbone: resnet50
+backbone:
+  layers: [1, 2]
+trainer:
+  max_epochs: 7
+method:
+  norm: 0.7
+"""
+
+
+def test_who_overrides_whom(tmp_path):
+    """A method overrides the groups before it, an experiment overrides a method, the command line overrides both."""
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "study.yaml").write_text(STUDY)
+
+    method = composed("method=norm_occ")
+    assert method["backbone"]["name"] == "wide_resnet50_2.tv_in1k"
+    assert method["backbone"]["layers"] == [2, 3]
+    assert set(method["trainer"].values()) - set(composed("method=norm_occ_closed_form")["trainer"].values())
+
+    study = composed("+experiments=study", config_dir=tmp_path)
+    assert study["backbone"]["name"] == "resnet50.tv_in1k"
+    assert (study["backbone"]["layers"], study["trainer"]["max_epochs"], study["method"]["norm"]) == ([1, 2], 7, 0.7)
+    assert study["method"]["target"] == "point"
+
+    ours = ["backbone=resnet18", "backbone.layers=[3]", "trainer.max_epochs=1", "method.norm=0.2"]
+    for study in (composed(*ours), composed("+experiments=study", *ours, config_dir=tmp_path)):
+        assert study["backbone"]["name"] == "resnet18.tv_in1k"
+        assert (study["backbone"]["layers"], study["trainer"]["max_epochs"]) == ([3], 1)
+        assert study["method"]["norm"] == 0.2
+    other = composed("+experiments=study", "method=norm_occ_closed_form", config_dir=tmp_path)
+    assert other["method"]["_target_"].endswith("NormOCCClosedForm")
+
+
+def test_experiments_are_found(tmp_path):
+    """Those in a folder of the user's and those of the package, which are the checkout's experiments/."""
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "study.yaml").write_text(STUDY)
+    outcome = train("--config-dir", tmp_path, "+experiments=study", "--cfg", "job", small=False)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "max_epochs: 7" in outcome.out
+    assert (HOME / "conf" / "experiments").resolve() == (ROOT / "experiments").resolve()
+    for file in (ROOT / "experiments").glob("*.yaml"):
+        outcome = train(f"+experiments={file.stem}", "--cfg", "job", small=False)
+        assert outcome.code == 0
+        for budget in re.findall(r"max_steps: (.*)", outcome.out):
+            assert re.fullmatch(r"null|\d+|\$\{.*\}", budget), file  # no comment that became part of the value
+
+
+def test_flags_after_overrides_and_between(tmp_path):
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "study.yaml").write_text(STUDY)
+    outcome = train("seed=3", "--config-dir", tmp_path, "+experiments=study", "--cfg", "job", small=False)
+    assert outcome.code == 0, outcome.err
+    assert "seed: 3" in outcome.out
+    assert "max_epochs: 7" in outcome.out
+
+
+def test_seed_zero_is_a_seed(tmp_path):
+    make_mvtec(tmp_path / "data", train=4, good=1, defects={"cut": 1})
+    result = result_of("data=folder", f"data.root={tmp_path / 'data'}", "seed=0", run_dir=tmp_path / "run")
+    assert result["seed"] == 0
+    assert "seed=0" in result["overrides"]
+
+
+def test_categories_named_by_numbers(tmp_path):
+    """BTAD's are 01, 02, 03."""
+    for category in ("01", "3"):
+        make_mvtec(tmp_path / "data", category, train=4, good=1, defects={"cut": 1})
+    for category in ("01", "3", "[01,3]"):
+        arguments = ["data=folder", f"data.root={tmp_path / 'data'}", f"data.category={category}"]
+        result = result_of(*arguments, run_dir=tmp_path / f"run_{len(category)}")
+        assert result["categories"] == category.strip("[]").split(",")
+
+
+# --- a method from outside the package ---
+
+METHOD = '''"""The mean image: a pixel is as anomalous as it differs from the training images' mean."""
+
+import torch
+
+from anomalib_lite.methods.base import AnomalyModule
+
+
+class MeanImage(AnomalyModule):
+    def __init__(self, power: float = 1.0, **context):
+        super().__init__(**context)
+        self.power = power
+        self.mean = torch.nn.Parameter(torch.zeros(3, *self.image_size))
+
+    def training_step(self, batch, batch_idx):
+        return (batch["image"] - self.mean).square().mean()
+
+    def anomaly_map(self, batch):
+        return (batch["image"] - self.mean).abs().mean(1) ** self.power
+'''
+METHOD_YAML = """# @package _global_
+defaults:
+  - override /backbone: none
+method:
+  _target_: mean_image.MeanImage
+  power: 2.0
+  optimizer:
+    _target_: torch.optim.SGD
+    _partial_: true
+    lr: 1.0
+data:
+  batch_size: 4
+trainer:
+  max_epochs: 3
+"""
+
+
+@pytest.fixture
+def elsewhere(tmp_path) -> Path:
+    """A folder outside the checkout with a method, its configuration, and data."""
+    (tmp_path / "my_conf" / "method").mkdir(parents=True)
+    (tmp_path / "mean_image.py").write_text(METHOD)
+    (tmp_path / "my_conf" / "method" / "mine.yaml").write_text(METHOD_YAML)
+    make_mvtec(tmp_path / "data")
+    return tmp_path
+
+
+def test_method_from_outside(elsewhere):
+    arguments = ["--config-dir", "my_conf", "method=mine", "data=folder", "data.root=data", "data.category=bottle"]
+    arguments += ["data.image_size=32", "hardware=cpu", "logger=csv", "hydra.run.dir=run"]
+    outcome = python("-m", "anomalib_lite.train", *arguments, "method.power=1.5", cwd=elsewhere)
+    assert outcome.code == 0, outcome.err
+    assert outcome.err == ""
+    assert "mine on folder" in outcome.out
+    result = OmegaConf.to_container(OmegaConf.load(elsewhere / "run" / "result.json"))
+    assert isinstance(result, dict)
+    assert (result["method"], result["backbone"], result["timing"]["steps"]) == ("mine", None, 6)
+    assert 0 <= result["metrics"]["image_auroc"] <= 1
+    assert "power: 1.5" in (elsewhere / "run" / ".hydra" / "config.yaml").read_text()
+    again = python("-m", "anomalib_lite.evaluate", "run=run", "output=again", cwd=elsewhere)
+    assert again.code == 0, again.err
+    same = OmegaConf.to_container(OmegaConf.load(elsewhere / "again" / "result.json"))
+    assert isinstance(same, dict)
+    assert same["metrics"] == result["metrics"]
+
+
+def test_console_script_finds_the_current_folder(elsewhere):
+    """A console script's sys.path begins with the script's folder, not with the current one."""
+    code = "import sys; sys.path[:] = [p for p in sys.path if p]; from anomalib_lite.train import main; main()"
+    arguments = ["--config-dir=my_conf", "method=mine", "data=folder", "data.root=data", "data.image_size=32"]
+    outcome = python("-c", code, *arguments, "hardware=cpu", "logger=csv", "hydra.run.dir=run", cwd=elsewhere)
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_reader_that_goes_away(tmp_path):
+    """`--help | head` is no error; here nobody reads at all."""
+    command = f"{sys.executable} -m anomalib_lite.train --help | true"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.stderr == ""

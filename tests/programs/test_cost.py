@@ -1,0 +1,217 @@
+"""What a method costs, metrics per kind of defect, and runs on data that have no test images."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from anomalib_lite.cli import schema as configuration
+from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.data.readers import read_folder
+from anomalib_lite.data.samples import Sample
+from anomalib_lite.features import shapes, table
+from anomalib_lite.features.backbones import Backbone
+from anomalib_lite.methods.base import AnomalyModule
+from anomalib_lite.metrics.functional import image_metrics, pixel_metrics
+from anomalib_lite.runs.efficiency import efficiency
+from anomalib_lite.runs.run import build
+from anomalib_lite.runs.test_outputs import defect_metrics
+from tests.helpers.image_trees import make_mvtec
+from tests.helpers.run_programs import ROOT, Outcome, evaluate, folder_data, predict, restored, result_of, train
+from tests.helpers.run_programs import method as choose
+
+METHODS = sorted(file.stem for file in (ROOT / "conf" / "method").glob("*.yaml"))
+LIMITS = [0.3, 0.05]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    make_mvtec(root, "bottle", train=5, good=4, defects={"broken": 3, "bent": 2})
+    make_mvtec(root, "wood", train=5, good=3, defects={"bent": 2, "scratch": 1})
+    make_mvtec(root, "goodless", train=5, good=0, defects={"scratch": 2, "hole": 1})
+    make_mvtec(root, "maskless", train=5, good=2, defects={"scratch": 2}, masks=False)
+    for name in ("untested", "new"):
+        make_mvtec(root, name, train=5)
+        shutil.rmtree(root / name / "test")
+        shutil.rmtree(root / name / "ground_truth")
+    return root
+
+
+# --- cost ---
+
+
+class Plain(AnomalyModule):
+    """Two convolutions, the first of them frozen, and a linear layer a pixel, on a grid of half the input's sides."""
+
+    def __init__(self, **context: Any):
+        super().__init__(**context)
+        self.first = nn.Conv2d(3, 8, 3, stride=2, padding=1).requires_grad_(False)
+        self.second = nn.Conv2d(8, 6, 1, bias=False)
+        self.last = nn.Linear(6, 1)
+
+    def anomaly_map(self, batch: dict[str, Any]) -> torch.Tensor:
+        x = self.second(self.first(batch["image"]).relu())
+        return self.last(x.movedim(1, -1))[..., 0]
+
+
+@pytest.mark.parametrize(
+    ("smoothing", "taps"), [(None, 0), ({"box": 3}, 3), ({"box": 5, "times": 2}, 10), (1.0, 9)], ids=str
+)
+def test_flops_counted_by_hand(smoothing, taps, root):
+    """A multiply-add is 2; biases, ReLU and the map's enlargement count nothing; smoothing is a part of the score."""
+    data = AnomalyDataModule(read_folder, root, "bottle", image_size=(32, 48))
+    data.setup()
+    model = Plain(scoring={"pixel_smooth": smoothing}, image_size=(32, 48)).eval()
+    cost, speed = efficiency(model, data, 12)  # more than there are test images
+    grid = 16 * 24
+    network = 2 * grid * (3 * 3 * 3 * 8 + 8 * 6 + 6)
+    assert cost["flops_per_image"] == network + 2 * 2 * 32 * 48 * taps  # rows, then columns
+    assert cost["parameters"] == (3 * 3 * 3 * 8 + 8) + 8 * 6 + (6 + 1)
+    assert cost["trainable"] == 8 * 6 + (6 + 1)
+    assert speed["batch_size"] == 12
+    assert speed["latency_ms"] > 0
+    assert speed["images_per_s"] > 0
+
+
+def test_flops_of_a_backbone(root):
+    """Those of its convolutions, counted from the shapes that pass through them; held features don't hide them."""
+    data = AnomalyDataModule(read_folder, root, "bottle", image_size=64)
+    data.setup()
+    backbone = Backbone("resnet18.tv_in1k", [1, 2], "none", "32")
+
+    class Sum(AnomalyModule):
+        def anomaly_map(self, batch):
+            return self.features(batch)[0].sum(1)
+
+    model = Sum(backbone=backbone, image_size=(64, 64)).eval()
+    flops = 0
+
+    def count(module: nn.Conv2d, inputs: Any, output: torch.Tensor) -> None:
+        nonlocal flops
+        flops += 2 * output[0].numel() * module.in_channels * module.kernel_size[0] * module.kernel_size[1]
+
+    hooks = [m.register_forward_hook(count) for m in backbone.modules() if isinstance(m, nn.Conv2d)]
+    batch = next(iter(data.test_dataloader()))
+    levels = backbone(batch["image"])
+    for hook in hooks:
+        hook.remove()
+    model.store.shapes = shapes(levels)
+    model.store.add(batch["path"], table(levels, torch.float32))
+    cost, _ = efficiency(model, data, 2)
+    assert cost["flops_per_image"] == flops
+    assert flops > 2 * 64 * 3 * 49 * 32 * 32  # the first convolution alone
+    assert cost["trainable"] == 0
+    assert model.store.holds(batch["path"])  # as before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_of_a_run(method, root, tmp_path):
+    result = result_of(*folder_data(root), *choose(method), run_dir=tmp_path)
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    with restored():
+        _, model, _ = build(configuration.read_run(tmp_path)[1])
+    named = dict(model.named_parameters())
+    assert result["efficiency"]["parameters"] == sum(state[name].numel() for name in named)
+    assert result["efficiency"]["trainable"] == sum(p.numel() for p in named.values() if p.requires_grad)
+    assert 0 < result["efficiency"]["flops_per_image"] < 1e12
+    assert {"latency_ms", "images_per_s", "batch_size", "peak_memory_mb"} <= set(result["timing"])
+
+
+# --- per kind of defect ---
+
+
+def collected(run: Path) -> tuple[list[Sample], dict[str, np.ndarray], dict[str, bool]]:
+    """The test samples of a run, the arrays that its metrics come from (computed anew), and which have masks."""
+    checkpoint, cfg, _ = configuration.read_run(run)
+    with restored(), torch.no_grad():
+        data, model, _ = build(cfg)
+        model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
+        model.eval()
+        batches = list(data.test_dataloader())
+        scored = [model.score(batch) for batch in batches]
+    arrays = {
+        "scores": torch.cat([x["score"] for x in scored]).double().numpy(),
+        "labels": torch.cat([batch["label"] for batch in batches]).numpy(),
+        "maps": torch.cat([x["map"] for x in scored]).numpy(),
+        "masks": torch.cat([batch["mask"] for batch in batches]).numpy(),
+    }
+    return data.test_samples, arrays, data.has_masks
+
+
+@pytest.mark.parametrize("category", ["bottle", "[bottle,goodless,wood,maskless]"])
+def test_metrics_per_kind_of_defect(category, root, tmp_path):
+    """A kind's images beside the good ones of its category, whatever other categories have a kind of that name."""
+    result = result_of(*folder_data(root, category), run_dir=tmp_path)
+    samples, arrays, has_masks = collected(tmp_path)
+    kinds = {
+        "bottle": {"bent": 2, "broken": 3}, "wood": {"bent": 2, "scratch": 1}, "goodless": {"hole": 1, "scratch": 2},
+        "maskless": {"scratch": 2},
+    }  # fmt: skip
+    assert list(result["per_defect"]) == result["categories"]
+    for name in result["categories"]:
+        found = result["per_defect"][name]
+        assert {kind: found[kind]["images"] for kind in found} == kinds[name]
+        for kind in found:
+            rows = [i for i, s in enumerate(samples) if s.category == name and s.defect in ("good", kind)]
+            expected = image_metrics(arrays["scores"][rows], arrays["labels"][rows])
+            if has_masks[name]:
+                expected |= pixel_metrics(arrays["maps"][rows], arrays["masks"][rows])
+            assert {key: found[kind][key] for key in expected} == pytest.approx(expected, abs=1e-6)
+            assert (found[kind]["image_auroc"] is None) == (name == "goodless")
+            assert (found[kind]["pixel_auroc"] is None) == (name == "maskless")
+            assert set(found[kind]) == {"images", *result["metrics"]}
+
+
+def test_a_kind_is_compared_with_good_images_of_its_category_alone():
+    samples = [
+        Sample(Path(name), category, defect, int(defect != "good"), None)
+        for name, category, defect in (
+            ("0", "a", "good"), ("1", "a", "hole"), ("2", "a", "cut"), ("3", "b", "good"), ("4", "b", "hole"),
+        )
+    ]  # fmt: skip
+    arrays = {"scores": np.array([0.5, 0.7, 0.1, 0.9, 1.0]), "labels": np.array([0, 1, 1, 0, 1])}
+    found = defect_metrics(samples, ["a", "b"], arrays, {"a": False, "b": False}, LIMITS)
+    aurocs = {(c, kind): metrics["image_auroc"] for c in found for kind, metrics in found[c].items()}
+    assert aurocs == {("a", "hole"): 1.0, ("a", "cut"): 0.0, ("b", "hole"): 1.0}
+
+
+# --- no test images ---
+
+
+def succeeded(outcome: Outcome) -> None:
+    assert (outcome.code, outcome.err) == (0, ""), outcome
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("category", ["untested", "[untested,new]", "[untested,bottle]"])
+def test_without_test_images(category, method, root, tmp_path):
+    """A user's own folder with nothing but normal images: trained, thresholds set, ready for prediction."""
+    options = (*folder_data(root, category), *choose(method))
+    succeeded(train(*options, f"hydra.run.dir={tmp_path / 'run'}"))
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    names = category.strip("[]").split(",")
+    tested = "bottle" in names
+    assert result["metrics"].keys() == result["per_category"]["untested"].keys()
+    assert all(value is None for value in result["per_category"]["untested"].values())
+    assert all((value is not None) == tested for value in result["metrics"].values())
+    assert result["per_defect"]["untested"] == {}
+    assert any(note.startswith("untested: image_auroc") and "no test images" in note for note in result["notes"])
+    assert [result["thresholds"]["per_category"][name]["images"] for name in names] == [5] * len(names)
+    assert result["efficiency"]["flops_per_image"] > 0
+    count = 9 if tested else 0
+    assert np.load(tmp_path / "run" / "maps.npz")["maps"].shape == (count, 64, 64)
+    with (tmp_path / "run" / "scores.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == count
+    arguments = (f"run={tmp_path / 'run'}", f"input={root / 'wood' / 'test'}", f"output={tmp_path / 'out'}")
+    succeeded(predict(*arguments, "category=untested", "quantile=0.5"))
+    succeeded(evaluate(f"run={tmp_path / 'run'}", f"output={tmp_path / 'again'}"))
+    again = json.loads((tmp_path / "again" / "result.json").read_text())
+    for key in ("metrics", "per_category", "thresholds"):
+        assert again[key] == result[key]

@@ -1,0 +1,403 @@
+"""A run that is killed at any moment and started again ends as if nothing had happened, bit for bit."""
+
+import csv
+import json
+import multiprocessing
+import os
+import random
+import re
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from anomalib_lite.methods.base import AnomalyModule
+from anomalib_lite.runs import artifacts as results
+from tests.helpers import run_programs as runs
+from tests.helpers.image_trees import make_mvtec
+
+CONFIG = """
+# @package _global_
+defaults:
+  - override /backbone: none
+method:
+  _target_: {module}.{name}
+  pause: 0.0
+  optimizer: {{_target_: torch.optim.Adam, _partial_: true, lr: 1e-2}}
+  scheduler: {{_target_: torch.optim.lr_scheduler.StepLR, _partial_: true, step_size: 2, gamma: 0.7}}
+data:
+  batch_size: 4
+  augment: [{{_target_: albumentations.HorizontalFlip}}]
+trainer:
+  max_epochs: 3
+"""
+EPOCH, STEPS = 3, 9  # 10 images in batches of 4, three epochs
+FREE = {"timing", "environment", "overrides", "cache"}
+
+
+class Interrupted(Exception):  # noqa: N818
+    """Stands for a kill, where no process of its own is needed."""
+
+
+class Noisy(AnomalyModule):
+    """Needs every random number there is in its training step: torch's, NumPy's and Python's."""
+
+    stop_at: int | None = None  # after this many batches; 0 is the beginning of testing
+
+    def __init__(self, pause: float = 0.0, **context: Any):
+        super().__init__(**context)
+        self.pause = pause
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2, 1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Dropout(0.3),
+            nn.Conv2d(8, 12, 1),
+            nn.PixelShuffle(2),
+        )
+
+    def loss(self, batch):
+        images = batch["image"]
+        noisy = images + 0.1 * torch.randn_like(images) + 0.1 * float(np.random.normal())  # noqa: NPY002
+        return (self.net(noisy) - random.uniform(0.9, 1.1) * images).square().mean()
+
+    def training_step(self, batch, batch_idx):
+        time.sleep(self.pause)
+        return self.loss(batch)
+
+    def held_out_loss(self, batch):
+        return (self.net(batch["image"]) - batch["image"]).square().mean((1, 2, 3))
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):  # after the checkpoint of this batch
+        if self.stop_at and self.trainer.callbacks[0].steps == self.stop_at:  # type: ignore[attr-defined]
+            raise Interrupted
+
+    def on_test_start(self):
+        if self.stop_at == 0:
+            raise Interrupted
+
+    def anomaly_map(self, batch):
+        return (self.net(batch["image"]) - batch["image"]).square().mean(1)
+
+
+class TwoOptimizers(Noisy):
+    """Steps its optimizers itself, each for half of the network, and one of them only every second batch."""
+
+    def __init__(self, **context: Any):
+        super().__init__(**context)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(part.parameters(), 1e-2) for part in (self.net[:2], self.net[2:])]
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        first, second = self.optimizers()  # type: ignore[attr-defined]
+        first.zero_grad()
+        second.zero_grad()
+        self.manual_backward(loss)
+        first.step()
+        if batch_idx % 2:
+            second.step()
+        return loss
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    make_mvtec(root, train=10)
+    return root
+
+
+@pytest.fixture(scope="module")
+def conf(tmp_path_factory):
+    """A folder with the methods of this file."""
+    folder = tmp_path_factory.mktemp("conf")
+    (folder / "method").mkdir()
+    for method in (Noisy, TwoOptimizers):
+        file = folder / "method" / f"{method.__name__.lower()}.yaml"
+        file.write_text(CONFIG.format(module=__name__, name=method.__name__))
+    return folder
+
+
+@pytest.fixture
+def arguments(root, conf):
+    """(run's folder, more) -> the command line."""
+
+    def make(run: Path, *more: str, method: str = "noisy") -> list[str]:
+        return [
+            f"--config-dir={conf}", "hardware=cpu", "logger=csv", f"method={method}", *runs.folder_data(root),
+            "data.image_size=32", "trainer.log_every=1", "trainer.checkpoint_minutes=0", *more, f"hydra.run.dir={run}",
+        ]  # fmt: skip
+
+    return make
+
+
+def finish(arguments: list[str]) -> None:
+    outcome = runs.train(*arguments, small=False)
+    assert outcome.code == 0, outcome.err
+
+
+def interrupt(arguments: list[str], stop_at: int) -> None:
+    Noisy.stop_at = stop_at
+    try:
+        with pytest.raises(Interrupted):
+            runs.train(*arguments, small=False)
+    finally:
+        Noisy.stop_at = None
+
+
+def state_of(run: Path) -> dict[str, Any]:
+    """Everything of a finished run that must not depend on interruptions."""
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        "weights": checkpoint["state_dict"],
+        "optimizers": checkpoint["optimizer_states"],
+        "schedulers": checkpoint["lr_schedulers"],
+        "rows": rows,
+        "scores": (run / "scores.csv").read_text(),
+        "result": {key: value for key, value in results.read_result(run).items() if key not in FREE},
+        "steps": results.read_result(run)["timing"]["steps"],
+    }
+
+
+def assert_equal(found: Any, expected: Any, where: str = "") -> None:
+    """Nested containers, tensors to the last bit."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            assert_equal(found[key], expected[key], f"{where}.{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            assert_equal(a, b, f"{where}[{i}]")
+    else:
+        assert found == expected, where
+
+
+@pytest.fixture(scope="module")
+def undisturbed(root, conf, tmp_path_factory):
+    """(method, budget) -> the state of a run without interruption, made once."""
+    made: dict[Any, dict[str, Any]] = {}
+
+    def get(arguments, *more: str, method: str = "noisy") -> dict[str, Any]:
+        key = (method, more)
+        if key not in made:
+            run = tmp_path_factory.mktemp("undisturbed") / "run"
+            finish(arguments(run, *more, "trainer.checkpoint_minutes=5", method=method))
+            made[key] = state_of(run)
+        return made[key]
+
+    return get
+
+
+# --- at every batch, in this process ---
+
+
+@pytest.mark.parametrize("stop_at", range(STEPS + 1))
+def test_stopped_after_each_batch(arguments, undisturbed, tmp_path, stop_at):
+    """In the middle of an epoch, at its end, at the last batch, and (0) when all is trained and testing begins."""
+    interrupt(arguments(tmp_path / "run"), stop_at)
+    finish(arguments(tmp_path / "run", "resume=true"))
+    state = state_of(tmp_path / "run")
+    assert state["steps"] == STEPS
+    assert [int(row["step"]) for row in state["rows"]] == list(range(1, STEPS + 1))
+    assert_equal(state, undisturbed(arguments))
+
+
+@pytest.mark.parametrize("stop_at", [3, 6, 7, 0])
+@pytest.mark.parametrize("budget", ["trainer.max_steps=7", "trainer.max_epochs=null trainer.max_steps=7"])
+def test_a_budget_that_ends_within_an_epoch(arguments, undisturbed, tmp_path, stop_at, budget):
+    interrupt(arguments(tmp_path / "run", *budget.split()), stop_at)
+    finish(arguments(tmp_path / "run", *budget.split(), "resume=true"))
+    state = state_of(tmp_path / "run")
+    assert state["steps"] == 7
+    assert_equal(state, undisturbed(arguments, *budget.split()))
+
+
+def test_a_budget_of_steps_that_ends_with_an_epoch(arguments, undisturbed, tmp_path):
+    budget = ("trainer.max_epochs=null", "trainer.max_steps=6")
+    interrupt(arguments(tmp_path / "run", *budget), 0)
+    finish(arguments(tmp_path / "run", *budget, "resume=true"))
+    assert_equal(state_of(tmp_path / "run"), undisturbed(arguments, *budget))
+
+
+@pytest.mark.parametrize("stop_at", [1, EPOCH, EPOCH + 2, STEPS - 1, 0])
+def test_a_method_that_steps_its_own_optimizers(arguments, undisturbed, tmp_path, stop_at):
+    interrupt(arguments(tmp_path / "run", method="twooptimizers"), stop_at)
+    finish(arguments(tmp_path / "run", "resume=true", method="twooptimizers"))
+    state = state_of(tmp_path / "run")
+    assert state["steps"] == STEPS
+    assert_equal(state, undisturbed(arguments, method="twooptimizers"))
+
+
+@pytest.mark.parametrize("stop_at", [2, EPOCH])
+def test_with_loader_processes(arguments, undisturbed, tmp_path, stop_at):
+    interrupt(arguments(tmp_path / "run", "data.workers=1"), stop_at)
+    finish(arguments(tmp_path / "run", "resume=true", "data.workers=1"))
+    assert_equal(state_of(tmp_path / "run"), undisturbed(arguments))
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 6, 0])
+def test_with_losses_of_held_out_images(arguments, undisturbed, tmp_path, stop_at):
+    """2 batches of 4 images an epoch; the loss is logged before the checkpoint of the epoch's last batch."""
+    held_out = "data.val_fraction=0.2"
+    interrupt(arguments(tmp_path / "run", held_out), stop_at)
+    finish(arguments(tmp_path / "run", held_out, "resume=true"))
+    state = state_of(tmp_path / "run")
+    assert [int(row["step"]) for row in state["rows"] if row["held_out_loss"]] == [2, 4, 6]
+    assert_equal(state, undisturbed(arguments, held_out))
+
+
+@pytest.mark.parametrize("stops", [(2, 3, 4, 8), (3, 6), (3, 6, 9), (1, 3, 5, 6, 7)])
+def test_stopped_again_and_again(arguments, undisturbed, tmp_path, stops):
+    """Also at the ends of several epochs: Lightning's count of them then lags in the epochs that follow."""
+    budget = "trainer.max_epochs=5"
+    interrupt(arguments(tmp_path / "run", budget), stops[0])
+    for stop_at in stops[1:]:
+        interrupt(arguments(tmp_path / "run", budget, "resume=true"), stop_at)
+    finish(arguments(tmp_path / "run", budget, "resume=true"))
+    assert_equal(state_of(tmp_path / "run"), undisturbed(arguments, budget))
+
+
+def test_other_hardware_and_logging_may_change(arguments, undisturbed, tmp_path):
+    interrupt(arguments(tmp_path / "run"), 4)
+    changed = ("trainer.checkpoint_minutes=5", "data.check=thorough", "hardware.feature_memory_gb=1", "debug=true")
+    finish(arguments(tmp_path / "run", "resume=true", *changed))
+    assert_equal(state_of(tmp_path / "run"), undisturbed(arguments))
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("seed=1", "data.seed=1|seed=1"),
+        ("data.image_size=48", "data.image_size=48"),
+        ("method.optimizer.lr=0.1", r"method\.optimizer\.lr=0\.1"),
+        ("trainer.max_epochs=4", "trainer.max_epochs=4"),
+        ("+method.more=1", "method.more=1"),
+        ("scoring.pixel_smooth=null", "scoring.pixel_smooth=None"),
+    ],
+)
+def test_a_changed_configuration_is_refused_by_its_key(arguments, interrupted, change, key):
+    before = (interrupted / "checkpoints" / "last.ckpt").read_bytes()
+    outcome = runs.train(*arguments(interrupted, "resume=true", change), small=False)
+    assert outcome.code == 2
+    assert re.fullmatch(rf"error: ({key}) but the run in .* was begun with .*\n", outcome.err)
+    assert (interrupted / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def interrupted(root, conf, tmp_path_factory):
+    run = tmp_path_factory.mktemp("interrupted") / "run"
+    options = ["hardware=cpu", "logger=csv", "method=noisy", *runs.folder_data(root), "data.image_size=32"]
+    interrupt([f"--config-dir={conf}", *options, "trainer.checkpoint_minutes=0", f"hydra.run.dir={run}"], 4)
+    return run
+
+
+def test_an_interrupted_run_is_not_overwritten(arguments, interrupted):
+    outcome = runs.train(*arguments(interrupted), small=False)
+    assert outcome.code == 2
+    assert "already holds a run: add resume=true" in outcome.err
+
+
+def test_changed_data_are_refused(arguments, root, tmp_path):
+    copied = make_mvtec(tmp_path / "data", train=10).parent
+    options = [x if not x.startswith("data.root=") else f"data.root={copied}" for x in arguments(tmp_path / "run")]
+    interrupt(options, 4)
+    make_mvtec(copied, train=11)
+    outcome = runs.train(*options, "resume=true", small=False)
+    assert outcome.code == 2
+    assert "data.root" in outcome.err
+
+
+def test_a_leftover_of_a_half_written_checkpoint_is_harmless(arguments, undisturbed, tmp_path):
+    interrupt(arguments(tmp_path / "run"), 4)
+    part = tmp_path / "run" / "checkpoints" / "last.part"
+    part.write_bytes((tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes()[:1000])
+    finish(arguments(tmp_path / "run", "resume=true"))
+    assert not part.exists()
+    assert_equal(state_of(tmp_path / "run"), undisturbed(arguments))
+
+
+# --- by SIGKILL, in processes of their own ---
+
+PROCESSES = multiprocessing.get_context("forkserver")  # a server that has imported everything starts them in no time
+PROCESSES.set_forkserver_preload(["anomalib_lite.runs.run", "tests.helpers.run_programs", "albumentations"])
+
+
+def process(arguments: list[str]) -> Any:
+    started = PROCESSES.Process(target=_train, args=(arguments,))
+    started.start()
+    return started
+
+
+def _train(arguments: list[str]) -> None:
+    outcome = runs.train(*arguments, small=False)
+    if outcome.code:
+        print(outcome.err)
+        os._exit(1)
+
+
+def kill_when(started: Any, reached: Any, patience: float = 60) -> None:
+    """SIGKILL as soon as `reached()`."""
+    end = time.monotonic() + patience
+    while not reached():
+        assert started.is_alive(), "the run ended before the moment to kill it"
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    started.kill()
+    started.join()
+    assert started.exitcode == -9
+
+
+def at_step(run: Path, step: int) -> bool:
+    """Whether the checkpoint's step is reached, read off what is logged with each checkpoint."""
+    try:
+        return f"\n{step}," in (run / "metrics.csv").read_text()
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("moment", ["begun", "step 1", "step 3", "step 5", "half a checkpoint", "tested"])
+def test_killed(arguments, undisturbed, tmp_path, moment):
+    file = {"begun": "checkpoints/config.json", "half a checkpoint": "checkpoints/last.part", "tested": "scores.csv"}
+    for attempt in range(5):  # a checkpoint is written in a moment, which may be missed nine times
+        run = tmp_path / str(attempt) / "run"
+        started = process(arguments(run, "method.pause=0.05"))
+        there = (run / file[moment]).exists if moment in file else partial(at_step, run, int(moment.split()[1]))
+        try:
+            kill_when(started, there)
+            break
+        except AssertionError:
+            if moment != "half a checkpoint" or attempt == 4:
+                raise
+    assert not (run / "result.json").exists()
+    resumed = process(arguments(run, "resume=true", "method.pause=0.05"))
+    resumed.join()
+    assert resumed.exitcode == 0
+    assert not list(run.rglob("*.part"))
+    assert_equal(state_of(run), undisturbed(arguments, "method.pause=0.05"))
+
+
+def test_killed_at_random_until_it_is_done(arguments, undisturbed, tmp_path):
+    run, rng = tmp_path / "run", random.Random(0)
+    for attempt in range(12):
+        started = process(arguments(run, "method.pause=0.05", *(["resume=true"] if attempt else [])))
+        started.join(rng.uniform(0.2, 0.7))
+        started.kill()
+        started.join()
+        if (run / "result.json").exists():
+            break
+    else:
+        finish(arguments(run, "method.pause=0.05", "resume=true"))
+    assert json.loads((run / "result.json").read_text())["timing"]["steps"] == STEPS
+    assert_equal(state_of(run), undisturbed(arguments, "method.pause=0.05"))

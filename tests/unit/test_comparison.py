@@ -1,0 +1,280 @@
+"""Statistics against SciPy, scikit-learn and plain loops; tables of runs whose numbers are known."""
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import wilcoxon
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+
+from anomalib_lite.comparison import statistics
+from anomalib_lite.comparison.cells import Over
+from tests.helpers.written_runs import Writer, compare, real_run, tables
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> Path:
+    return real_run(tmp_path_factory.mktemp("real"))
+
+
+@pytest.fixture
+def write(real, tmp_path) -> Writer:
+    return Writer(real, tmp_path / "runs")
+
+
+# statistics
+
+
+def plain_auroc(labels, scores) -> float:
+    pairs = [(x > y) + 0.5 * (x == y) for x in scores[labels == 1] for y in scores[labels == 0]]
+    return float(np.mean(pairs))
+
+
+def plain_f1max(labels, scores) -> float:
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    return float(np.max(2 * precision * recall / np.maximum(precision + recall, 1e-12)))
+
+
+PLAIN = {
+    "image_auroc": [plain_auroc, roc_auc_score],
+    "image_ap": [average_precision_score],
+    "image_f1max": [plain_f1max],
+}
+
+
+@pytest.mark.parametrize("metric", PLAIN)
+def test_draws_are_the_metric_of_each_resample(metric):
+    rng = np.random.default_rng(1)
+    labels = np.array([1] * 9 + [0] * 6)
+    scores = np.round(rng.normal(labels, size=(3, 15)), 1)  # with ties; three seeds
+    drawn = statistics.resamples(labels, 40, seed=5)
+    assert (drawn[:, labels == 1].sum(1) == 9).all()
+    assert (drawn[:, labels == 0].sum(1) == 6).all()
+    found = statistics.DRAWS[metric](drawn, labels, scores)
+    for draws, counts in zip(found, drawn.astype(int), strict=True):
+        rows = np.repeat(np.arange(15), counts)
+        for plain in PLAIN[metric]:
+            assert draws == pytest.approx(np.mean([plain(labels[rows], one[rows]) for one in scores]), abs=1e-12)
+
+
+def test_interval_against_a_plain_loop():
+    rng = np.random.default_rng(2)
+    labels = np.array([1] * 40 + [0] * 30)
+    scores = rng.normal(labels)
+    found = statistics.interval(statistics.auroc_draws(statistics.resamples(labels), labels, scores[None]))
+    loop = []
+    for _ in range(2000):
+        bad, good = rng.choice(scores[:40], 40), rng.choice(scores[40:], 30)
+        loop.append(np.mean(bad[:, None] > good))
+    assert found == pytest.approx(tuple(np.quantile(loop, [0.025, 0.975])), abs=0.012)
+    assert found == statistics.interval(
+        statistics.auroc_draws(statistics.resamples(labels), labels, scores[None])
+    )  # seeded
+
+
+def test_holm_by_hand():
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([0.6, 0.9]).tolist() == [1, 1]
+
+
+def test_wilcoxon():
+    a, b = np.random.default_rng(0).uniform(size=(2, 9))
+    assert statistics.wilcoxon(a, b) == pytest.approx(wilcoxon(a, b).pvalue, rel=1e-12)
+    for n in (6, 11, 15, 40):
+        x, y = np.random.default_rng(n).normal(0.4, size=(2, n)) * [[1], [0.5]]
+        assert statistics.wilcoxon(x, y) == pytest.approx(wilcoxon(x, y, method="exact").pvalue, rel=1e-9)
+    x, y = np.array([1, 1, 2, 3, 3, 5, 0]), np.array([0, 2, 0, 0, 6, 0, 0])  # ties, and a pair that is equal
+    assert statistics.wilcoxon(x, y) == pytest.approx(wilcoxon((x - y)[:-1]).pvalue)
+    # all six better: the exact two-sided p is 2 / 2^6
+    assert statistics.wilcoxon(np.arange(1, 7), np.zeros(6)) == pytest.approx(2 / 64)
+    assert statistics.wilcoxon([0.1 + 0.2, 1], [0.3, 1]) == 1
+
+
+def test_disagreement():
+    labels, scores = np.array([1, 0, 1, 0, 0]), np.array([0.1, 0.9, 0.8, 0.2, 0.2])
+    assert statistics.disagreement(labels, scores).tolist() == [1, 1, 0.25, 0.375, 0.375]
+
+
+# tables
+
+
+def test_seeds_are_averaged_and_other_keys_are_not(write):
+    for norm in (0.1, 10):
+        for seed in (0, 1, 2):
+            for category in ("bottle", "cable"):
+                write("norm_occ", (category,), seed, config={"norm": norm, "target": "point"})
+    (table,) = tables(write)
+    assert [row.label for row in table.rows] == ["norm_occ (norm=0.1)", "norm_occ (norm=10)"]
+    for row in table.rows:
+        values = {
+            c: [
+                json.loads((run.folder / "result.json").read_text())["per_category"][c]["pixel_ap"]
+                for run in of.values()
+            ]
+            for c, of in row.runs.items()
+        }
+        cells = table.cells(row, "pixel_ap")
+        for category in ("bottle", "cable"):
+            assert cells[category].mean == pytest.approx(np.mean(values[category]))
+            assert cells[category].sd == pytest.approx(np.std(values[category], ddof=1))
+            assert cells[category].seeds == 3
+        by_seed = np.mean([values["bottle"], values["cable"]], 0)
+        assert cells[Over.MEAN].mean == pytest.approx(by_seed.mean())
+        assert cells[Over.MEAN].sd == pytest.approx(by_seed.std(ddof=1))
+
+
+def test_labels(write):
+    write("a", config={"target": "point", "norm": 1})
+    write("a", config={"target": "shell", "norm": 1})
+    write("b", backbone__name="wide_resnet50_2.tv_in1k")
+    again = write("c", notes=[f"evaluated again from {write('c')}"], protocol__scoring__pixel_smooth=2)
+    shutil.rmtree(again / "checkpoints")
+    (table,) = tables(write)
+    name = json.loads((write.root / "run0000" / "result.json").read_text())["backbone"]["name"]
+    assert [row.label for row in table.rows] == [
+        f"a {name} (target=point)",
+        f"a {name} (target=shell)",
+        "b wide_resnet50_2.tv_in1k",
+        f"c {name} (pixel_smooth=2)",
+        f"c {name} (pixel_smooth=4)",
+    ]
+    assert any("protocol.scoring.pixel_smooth differs" in note for note in table.notes)
+
+
+def test_ties_within_rounding_are_all_best(write):
+    for method, value in (("a", 0.9811), ("b", 0.9812), ("c", 0.9799)):
+        write(method, per_category={"bottle": {"image_auroc": value}})
+    (table,) = tables(write)
+    marked = [cells["bottle"].best for _, cells in table.body("image_auroc")["single"]]
+    assert marked == [True, True, False]
+
+
+def test_missing_categories_and_null_metrics(write):
+    write("a", ("bottle",))
+    write("a", ("cable",))
+    write("b", ("bottle",))
+    write("c", ("bottle",), per_category={"bottle": {"image_auroc": None, "image_ap": 0.5}})
+    write("c", ("cable",))
+    (table,) = tables(write)
+    cells = {row.label: table.cells(row, "image_auroc") for row in table.rows}
+    assert {label: Over.MEAN in of for label, of in cells.items()} == {"a": True, "b": False, "c": False}
+    assert table.missing("image_auroc") == [
+        "without image_auroc of cable, so no mean: b",
+        "without image_auroc of bottle, so no mean: c",
+    ]
+    outcome = compare(write.root)
+    assert outcome.code == 0
+    assert "development data: bottle" in outcome.out
+    assert "–" in outcome.out
+
+
+def test_paired_tests(write):
+    names = [f"k{i}" for i in range(6)]
+    for i, name in enumerate(names):
+        for method, value in (("a", 0.9 - 0.01 * i), ("b", 0.8 - 0.013 * i), ("c", 0.5 + 0.1 * (i % 2))):
+            for seed in (0, 1):
+                write(method, (name,), seed, per_category={name: {"image_auroc": value + 0.001 * seed}})
+    (table,) = tables(write)
+    tests, told = table.tests("image_auroc")
+    raw = {}
+    for a, b in (("a", "b"), ("a", "c"), ("b", "c")):
+        x, y = ([table.means(row, "image_auroc")[n] for n in names] for row in table.rows if row.label in (a, b))
+        raw[a, b] = wilcoxon(np.round(np.subtract(x, y), 12)).pvalue
+    expected = dict(zip(raw, statistics.holm(list(raw.values())), strict=True))
+    assert {(a, b): p for a, b, _, p, n in tests if n == 6} == pytest.approx(expected)
+    assert "3 pairs" in told
+    shutil.rmtree(write.root / "run0000")
+    shutil.rmtree(write.root / "run0001")  # a has five categories now
+    assert len(tables(write)[0].tests("image_auroc")[0]) == 1
+
+
+def test_fewer_than_six_categories_are_not_tested(write):
+    for name in "vwxyz":
+        write("a", (name,))
+        write("b", (name,))
+    assert tables(write)[0].tests("image_auroc") == ([], "no paired tests: fewer than 6 categories in common")
+
+
+def test_what_does_not_compare_is_apart_and_named(write):
+    write("a")
+    write("b", protocol__data__map_size=[64, 64])
+    write("c", data__fingerprint="other")
+    write("d", split={"name": "exp100"})
+    write("e", dataset="visa")
+    found = tables(write)
+    assert [[row.label for row in table.rows] for table in found] == [["a"], ["b"], ["c"], ["d"], ["e"]]
+    assert "protocol.data.map_size differs ([64, 64], there [32, 32])" in found[1].notes[0]
+    assert "data.fingerprint differs; here: " in found[2].notes[0]
+    assert "split.profile differs" in found[3].notes[0]
+    assert not any("does not compare" in note for note in found[4].notes)
+    outcome = compare(write.root)
+    assert outcome.code == 0
+    assert "table 2: " in outcome.out
+    assert "run0001" in outcome.out
+
+
+def test_unified_and_single_are_row_groups(write):
+    write("a", ("bottle", "cable"))
+    write("a", ("bottle",))
+    write("a", ("cable",))
+    (table,) = tables(write)
+    assert list(table.settings) == ["single", "unified"]
+
+
+def test_head_and_tail_means_with_intervals(write):
+    names = ("bottle", "cable", "screw")
+    long_tail = {"name": "exp100", "profile": "exp", "imbalance": 100, "order": "size", "seed": 0}
+    long_tail |= {"head": ["cable", "screw"], "tail": ["bottle"]}
+    for method in ("a", "b"):
+        for seed in (0, 1):
+            write(method, names, seed, split=long_tail)
+    write("c", names, split=long_tail | {"name": "exp"})  # the same split, written split=exp split.imbalance=100
+    write("a", names, split=long_tail | {"imbalance": 20})
+    first, second = tables(write)
+    assert (first.title, second.title) == ("folder, split exp100", "folder, split exp20")
+    assert [row.label for row in first.rows] == ["a", "b", "c"]
+    assert first.columns == [*names, Over.HEAD, Over.TAIL, Over.MEAN]
+    for row in first.rows:
+        for metric in ("image_auroc", "pixel_ap"):
+            cells, members = first.cells(row, metric), ((Over.HEAD, ["cable", "screw"]), (Over.TAIL, ["bottle"]))
+            for over, of in members:
+                results = [json.loads((r.folder / "result.json").read_text()) for r in row.runs["bottle"].values()]
+                by_seed = [float(np.mean([r["per_category"][c][metric] for c in of])) for r in results]
+                assert cells[over].mean == pytest.approx(np.mean(by_seed))
+                assert cells[over].sd == (pytest.approx(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None)
+    row = first.rows[0]
+    each = [first.draws(row, c, "image_auroc") for c in ("cable", "screw")]
+    draws = np.mean([one for one in each if one is not None], axis=0)
+    assert first.cells(row, "image_auroc")[Over.HEAD].interval == pytest.approx(np.quantile(draws, [0.025, 0.975]))
+    out = compare(write.root, "--csv", write.root / "all.csv", "--html", write.root / "page.html")
+    assert re.search(r"screw +head +tail +mean", out.out)
+    assert "head: cable, screw" in out.out
+    rows = list(csv.DictReader((write.root / "all.csv").read_text().splitlines()))
+    assert {(row["category"], row["group"]) for row in rows} == {
+        ("bottle", "tail"),
+        ("cable", "head"),
+        ("screw", "head"),
+    }
+    assert '<button type="button">tail</button>' in (write.root / "page.html").read_text()
+
+
+def test_intervals_come_from_the_scores_of_the_result(write, tmp_path):
+    folder = write("a", quality=1)
+    (table,) = tables(write)
+    assert table.cells(table.rows[0], "image_auroc")["bottle"].interval
+    (folder / "scores.csv").write_text((write("b", quality=-3) / "scores.csv").read_text())
+    (table,) = tables(write)
+    assert [table.cells(row, "image_auroc")["bottle"].interval is None for row in table.rows] == [True, False]
+    assert "gives another image_auroc" in table.problems[0]
+
+
+def test_the_same_seed_twice_counts_once(write):
+    write(timing__date="2026-01-01T00:00:00", per_category={"bottle": {"image_auroc": 0.25}})
+    write(timing__date="2026-01-02T00:00:00", per_category={"bottle": {"image_auroc": 0.75}})
+    (table,) = tables(write)
+    assert table.cells(table.rows[0], "image_auroc")["bottle"].mean == 0.75
+    assert any("run0000" in note for note in table.notes)

@@ -1,0 +1,387 @@
+import hashlib
+import re
+import shutil
+from itertools import chain, pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import albumentations as A
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from anomalib_lite.data import splits
+from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.data.dataset import CORRUPTED, TrainBatches
+from anomalib_lite.data.readers import read_folder
+from anomalib_lite.errors import UserError
+from tests.helpers.image_trees import make_mvtec, save_image
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    make_mvtec(root, "bottle", train=11, good=3, defects={"broken": 2})
+    make_mvtec(root, "wood", train=8, good=2, defects={"scratch": 1}, masks=False)
+    return root
+
+
+def module(root, rank=None, world=1, **options):
+    defaults: dict[str, Any] = {"reader": read_folder, "category": "all", "image_size": 16, "batch_size": 6}
+    options = defaults | options
+    data = AnomalyDataModule(root=root, **options)
+    data.setup("fit")
+    if rank is not None:
+        device = SimpleNamespace(root_device=torch.device("cpu"))
+        trainer: Any = SimpleNamespace(global_rank=rank, world_size=world, strategy=device)
+        data.trainer = trainer
+    return data
+
+
+def order(loader, epoch=0):
+    """Positions of the batches of an epoch, asked for the way Lightning does."""
+    loader.batch_sampler.sampler.set_epoch(epoch)
+    return [batch["index"].tolist() for batch in loader]
+
+
+def flat(lists):
+    return list(chain.from_iterable(lists))
+
+
+def equal(a, b):
+    same = [torch.equal(a[k], b[k]) for k in a if k != "path"]
+    return a.keys() == b.keys() and a["path"] == b["path"] and all(same)
+
+
+def test_setup_tells_what_there_is(root):
+    data = module(root, name="folder", split=splits.full)
+    assert data.categories == ["bottle", "wood"]
+    assert data.train_counts == {"bottle": 11, "wood": 8}
+    assert data.test_counts == {"bottle": {"good": 3, "defective": 2}, "wood": {"good": 2, "defective": 1}}
+    assert data.has_masks == {"bottle": True, "wood": False}
+    assert data.notes == ["wood: no ground_truth, pixel metrics are left out"]
+    assert data.val_dataloader() == []
+    samples = data.train_samples
+    data.setup("test")
+    assert data.train_samples is samples
+
+
+def test_batches(root):
+    data = module(root)
+    batch = next(iter(data.train_dataloader()))
+    assert batch["image"].shape == (6, 3, 16, 16)
+    assert batch["mask"].shape == (6, 16, 16)
+    kinds = {key: batch[key].dtype for key in ("image", "mask", "label", "category", "index")}
+    assert list(kinds.values()) == [torch.float32, torch.bool, torch.int64, torch.int64, torch.int64]
+    assert batch["path"] == [str(data.train_samples[i].path) for i in batch["index"]]
+    for batch in data.test_dataloader():
+        for i, index in enumerate(batch["index"].tolist()):
+            sample = data.test_samples[index]
+            assert data.categories[batch["category"][i]] == sample.category
+            assert batch["label"][i] == sample.label
+            assert batch["mask"][i].any() == (sample.mask is not None)
+
+
+def test_fingerprint_follows_the_data_only(root, tmp_path):
+    first = module(root)
+    moved = shutil.copytree(root, tmp_path / "elsewhere", copy_function=shutil.copyfile)  # new times of change
+    assert module(moved).fingerprint == first.fingerprint == module(root, category=["wood", "bottle"]).fingerprint
+    assert module(moved, category="bottle").fingerprint != first.fingerprint
+    save_image(moved / "wood" / "train" / "good" / "000.png", seed=12345, size=33)
+    changed = module(moved)
+    assert changed.fingerprint != first.fingerprint
+    (moved / "wood" / "test" / "scratch" / "000.png").rename(moved / "wood" / "test" / "good" / "100.png")
+    assert module(moved).fingerprint != changed.fingerprint
+
+
+# --- the order of training ---
+
+
+def test_shuffling_follows_seed_and_epoch(root):
+    loader = module(root).train_dataloader()
+    epochs = [order(loader, e) for e in range(3)]
+    assert [len(batch) for batch in epochs[0]] == [6, 6, 6, 1]
+    assert all(sorted(flat(epoch)) == list(range(19)) for epoch in epochs)
+    assert all(a != b for a, b in pairwise(epochs))
+    again = module(root).train_dataloader()
+    assert [order(again, e) for e in (2, 0, 1)] == [epochs[2], epochs[0], epochs[1]]
+    assert order(module(root, seed=1).train_dataloader()) != epochs[0]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_global_batches(root, world):
+    alone = order(module(root).train_dataloader(), 4)
+    shares = [order(module(root, rank, world).train_dataloader(), 4) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1
+    unions = [flat(parts) for parts in zip(*shares, strict=True)]
+    assert [sorted(union) for union in unions[:-1]] == [sorted(batch) for batch in alone[:-1]]
+    # The last batch of one image is filled up from the epoch's beginning, so that no rank goes without.
+    assert unions[-1] == alone[-1] + alone[0][: world - 1]
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 6, 7, 12, 13])
+def test_no_rank_goes_without(length):
+    for world in (1, 2, 3):
+        for drop_last in (False, True):
+            shares = [list(TrainBatches(length, 6, 0, rank, world, drop_last)) for rank in range(world)]
+            wanted = max(1, length // 6) if drop_last else -(-length // 6)
+            assert {len(share) for share in shares} == {wanted}
+            assert len(TrainBatches(length, 6, 0, 0, world, drop_last)) == wanted
+            for parts in zip(*shares, strict=True):
+                assert len({len(part) for part in parts}) == 1
+                assert len(parts[0]) > 0
+
+
+def test_drop_last(root):
+    assert [len(batch) for batch in order(module(root, drop_last=True).train_dataloader())] == [6, 6, 6]
+    assert [len(batch) for batch in order(module(root, drop_last=True, batch_size=50).train_dataloader())] == [19]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_continues_the_undisturbed_order(root, workers):
+    options = {"workers": workers, "augment": [A.HorizontalFlip(p=0.5), A.GaussNoise(p=0.5)]}
+
+    def epoch_of(loader, epoch):
+        loader.batch_sampler.sampler.set_epoch(epoch)
+        return list(loader)
+
+    loader = module(root, **options).train_dataloader()
+    undisturbed = [epoch_of(loader, e) for e in (3, 4)]
+    data = module(root, **options)
+    done = 14
+    data.batches_done = lambda: done
+    loader = data.train_dataloader()
+    assert len(loader) == 4
+    resumed = [list(loader)]
+    done = 16
+    resumed.append(list(loader))
+    assert [len(epoch) for epoch in resumed] == [2, 4]
+    for a, b in zip(undisturbed[0][2:] + undisturbed[1], flat(resumed), strict=True):
+        assert equal(a, b)
+
+
+def test_loaders_leave_the_global_generator_alone(root):
+    data = module(root)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(data.train_dataloader())
+    list(data.test_dataloader())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Recorder(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen, self.tested = [], []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((self.current_epoch, batch["index"].tolist()))
+        return self.weight * batch["image"].mean()
+
+    def test_step(self, batch, batch_idx):
+        self.tested += batch["index"].tolist()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_in_a_trainer(root, tmp_path, workers):
+    """Lightning finds the sampler's set_epoch, also past persistent workers."""
+    data, model = module(root, workers=workers), Recorder()
+    trainer = L.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        devices=1,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(model, datamodule=data)
+    trainer.test(model, datamodule=data, verbose=False)
+    loader = module(root).train_dataloader()
+    assert model.seen == [(e, batch) for e in range(3) for batch in order(loader, e)]
+    assert model.tested == list(range(8))
+
+
+# --- evaluation ---
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_evaluation_shares_the_batches_of_one_device(root, world):
+    """Unevenly and whole: 5 test images in batches of 2 are 3 batches; a fourth rank has none."""
+    shares = [module(root, rank, world, category="bottle", eval_batch_size=2) for rank in range(world)]
+    indices = [[batch["index"].tolist() for batch in data.test_dataloader()] for data in shares]
+    assert indices == [[[0, 1], [2, 3], [4]][rank::world] for rank in range(world)]
+
+
+def test_normal_dataloader(root):
+    data = module(root, 1, 2, augment=[A.HorizontalFlip(p=1)], eval_batch_size=8)
+    batches = list(data.normal_dataloader())
+    assert flat(b["index"].tolist() for b in batches) == list(range(19))
+    plain = next(iter(module(root, eval_batch_size=8).normal_dataloader()))
+    assert torch.equal(plain["image"], batches[0]["image"])
+    sharded = data.normal_dataloader(sharded=True)
+    assert flat(b["index"].tolist() for b in sharded) == list(range(8, 16))
+
+
+def test_without_images_nothing_is_decoded(root, tmp_path):
+    moved = shutil.copytree(root, tmp_path / "data")
+    data = module(moved, workers=2)
+    for sample in data.train_samples:
+        sample.path.unlink()
+    data.images_needed = False
+    for loader in (data.train_dataloader(), data.normal_dataloader()):
+        assert loader.num_workers == 0
+        assert {frozenset(batch) for batch in loader} == {frozenset({"label", "category", "index", "path"})}
+    assert order(data.train_dataloader(), 1) == order(module(root).train_dataloader(), 1)
+    assert "image" in next(iter(data.test_dataloader()))
+
+
+# --- reproducible pixels ---
+
+
+def test_workers_change_nothing(root):
+    options = {"augment": [A.RandomBrightnessContrast(p=0.7), A.VerticalFlip(p=0.5)], "val_fraction": 0.3}
+    alone, helped = module(root, **options), module(root, workers=2, **options)
+    for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        pairs = list(zip(getattr(alone, loader)(), getattr(helped, loader)(), strict=True))
+        assert pairs
+        assert all(equal(a, b) for a, b in pairs)
+
+
+def test_augmentation_differs_from_epoch_to_epoch(root):
+    loader = module(root, augment=[A.GaussNoise(p=1)], batch_size=19).train_dataloader()
+
+    def pixels(epoch):
+        loader.batch_sampler.sampler.set_epoch(epoch)
+        (batch,) = loader
+        return batch["image"][batch["index"].argsort()]
+
+    assert torch.equal(pixels(1), pixels(1))
+    assert all((a != b).any() for a, b in zip(pixels(1), pixels(2), strict=True))
+
+
+def test_held_out_images(root):
+    data = module(root, val_fraction=0.4)
+    assert data.train_counts == {"bottle": 7, "wood": 5}
+    assert [(s.category, s.label) for s in data.val_samples] == [
+        *[("bottle", 0), ("bottle", 1)] * 2,
+        *[("wood", 0), ("wood", 1), ("wood", 0)],
+    ]
+    assert not {s.path for s in data.train_samples} & {s.path for s in data.val_samples}
+    assert "data.val_fraction=0.4: 7 training images held out for validation" in data.notes
+    (batch,) = data.val_dataloader()
+    assert batch["mask"].flatten(1).any(1).tolist() == [s.defect == CORRUPTED for s in data.val_samples]
+    assert batch["label"].tolist() == [s.label for s in data.val_samples]
+    assert all(equal(batch, again) for again in data.val_dataloader())
+    alone = module(root, val_fraction=0.4, category="wood")  # what is held out does not depend on other categories
+    assert alone.val_samples == data.val_samples[4:]
+    assert module(root, val_fraction=0.4, seed=1).val_samples != data.val_samples
+
+
+def test_holding_out_leaves_something(root, tmp_path):
+    make_mvtec(tmp_path, "one", train=1)
+    make_mvtec(tmp_path, "two", train=2)
+    data = module(tmp_path, val_fraction=0.9)
+    assert data.train_counts == {"one": 1, "two": 1}
+    assert data.notes[0] == "one: 1 training images are too few to validate on a share of them"
+    assert module(root, val_fraction=0.001).train_counts == {"bottle": 10, "wood": 7}
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_file_is_one_line(tmp_path, workers):
+    folder = make_mvtec(tmp_path)
+    data = module(tmp_path, workers=workers)
+    whole = folder / "test" / "good" / "001.png"
+    whole.write_bytes(whole.read_bytes()[:-200])
+    with pytest.raises(UserError) as caught:
+        list(data.test_dataloader())
+    assert re.fullmatch(rf"{whole}: can't be decoded as an image \(.*\); replace or remove the file", str(caught.value))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sizes_differ(tmp_path, workers):
+    save_image(make_mvtec(tmp_path) / "train" / "good" / "000.png", size=48)
+    with pytest.raises(UserError, match=r"^/.*\.png: another size .* add a Resize to data.transform$"):
+        list(module(tmp_path, transform=[], workers=workers).normal_dataloader())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"root": None}, "data.root is not set"),
+        ({"batch_size": 0}, "data.batch_size=0 must be"),
+        ({"eval_batch_size": "x"}, "data.eval_batch_size=x must be"),
+        ({"workers": -1}, "data.workers=-1 must be"),
+        ({"val_fraction": 1}, "data.val_fraction=1 must be"),
+        ({"check": "slow"}, "data.check=slow is not known"),
+        ({"normalize": "x"}, "data.normalize=x is not known"),
+        ({"resample": "x"}, "data.resample=x is not known"),
+        ({"image_size": -3}, "data.image_size=-3 must be"),
+        ({"split": lambda data: splits.Split([], {"bottle": 11, "wood": 8})}, "it left no training images of 'bottle'"),
+    ],
+)
+def test_options_are_checked(root, options, message):
+    with pytest.raises(UserError, match=message):
+        module(**({"root": root} | options))
+
+
+def test_batch_size_must_divide(root):
+    with pytest.raises(UserError, match=r"data\.batch_size=6 must divide by the 4 devices"):
+        module(root, 0, 4).train_dataloader()
+
+
+# --- configuration ---
+
+
+@pytest.mark.parametrize("name", ["mvtec", "visa", "folder", "synthetic"])
+def test_configuration(name, root):
+    conf = Path(__file__).parents[2] / "conf"
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        config = compose(overrides=[f"+data={name}", "+split=full", "+seed=3", f"data.root={root}"])
+    built = instantiate(config.data)
+    assert (built.name, built.seed) == (name, 3)
+    assert built.split.func is splits.full
+    assert built.reader.func.__name__ == f"read_{name}"
+    if name == "mvtec":
+        built.setup()
+        assert built.train_counts == {"bottle": 11}
+
+
+def test_transforms_from_configuration(root):
+    config = {
+        "_target_": "anomalib_lite.data.datamodule.AnomalyDataModule",
+        "_convert_": "all",
+        "reader": {"_target_": "anomalib_lite.data.readers.read_folder", "_partial_": True},
+        "root": str(root),
+        "transform": [
+            {"_target_": "anomalib_lite.data.transforms.Resize", "size": [20, 24], "resample": "lanczos"},
+            {"_target_": "albumentations.CenterCrop", "height": 16, "width": 16},
+        ],
+    }
+    data = instantiate(OmegaConf.create(config))
+    data.setup()
+    assert next(iter(data.test_dataloader()))["image"].shape == (8, 3, 16, 16)
+
+
+def test_reading_leaves_the_files_alone(root):
+    def state():
+        return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.rglob("*.png"))}
+
+    before = state()
+    list(module(root, val_fraction=0.3).val_dataloader())
+    assert state() == before
+    assert np.all([p.suffix == ".png" for p in root.rglob("*") if p.is_file()])
