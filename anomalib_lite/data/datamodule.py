@@ -1,5 +1,6 @@
 """The one LightningDataModule: reads, checks, splits and holds out once, then serves batches as plain dicts."""
 
+import copy
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -14,17 +15,9 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from anomalib_lite.data import integrity as checks
 from anomalib_lite.data import splits
-from anomalib_lite.data.dataset import (
-    CORRUPTED,
-    HOLD_OUT,
-    ImageSet,
-    MapSize,
-    NewImages,
-    TrainBatches,
-    collate,
-    collate_readable,
-    one_thread,
-)
+from anomalib_lite.data.dataset import CORRUPTED, HOLD_OUT, AnomalyDataset, MapSize, NewImages, collate_readable
+from anomalib_lite.data.loader import AnomalyLoader, StoredFeatures
+from anomalib_lite.data.sampler import TrainBatchSampler, rank_and_world
 from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.data.transforms import Crop, Pipeline, Resize, build, pair
 from anomalib_lite.errors import UserError
@@ -64,13 +57,15 @@ class AnomalyDataModule(L.LightningDataModule):
             test and prediction the whole image, both at `texture_size`. "auto": by TEXTURES.
         texture_size: A side, [height, width], or "original", where nothing is resized and images are evaluated one by
             one, with maps of their own sizes.
-        map_size: At which evaluated masks come as `truth` too: (H, W), or "original" for each image's own size, which
-            then comes as `size`; see `loading.ImageSet`. Not with a `transform`, which may move pixels.
+        map_size: Size at which evaluated masks come as `gt_mask`: (H, W), or "original" for each image's own size,
+            which then comes as `size`. Not with a `transform`, which may move pixels.
+        first_batch: Number of batches that a resumed run has trained on: the training loader continues after them.
 
-    Set `images_needed = False` before asking for a loader, and training and normal batches come without `image` and
-    `mask`, nothing is decoded and no worker started. With `batches_done`, a function that gives the number of batches
-    trained on, training loaders made after go on from there. A Trainer needs `use_distributed_sampler=False`: ranks are
-    dealt with here. Raises UserError for whatever a user can mend, also out of workers.
+    `with_features` gives a copy whose loaders add a frozen backbone's stored features to their batches. A Trainer needs
+    `use_distributed_sampler=False`: the DataModule itself shares the batches out to the ranks.
+
+    Raises:
+        UserError: whatever a user can correct, also from loader processes.
     """
 
     def __init__(
@@ -97,6 +92,7 @@ class AnomalyDataModule(L.LightningDataModule):
         treatment: str = "object",
         texture_size: int | Sequence[int] | str = "original",
         map_size: int | Sequence[int] | str | None = None,
+        first_batch: int = 0,
     ):
         super().__init__()
         self.reader, self.root, self.category, self.name = reader, root, category, name
@@ -122,9 +118,10 @@ class AnomalyDataModule(L.LightningDataModule):
         self._validate()
         names = [category] if isinstance(category, str | int) else list(category)
         self._build_pipelines([] if category == "all" else [str(name) for name in names])
-        self.images_needed = True
+        self.first_batch = first_batch
+        self.stored: StoredFeatures | None = None
+        self.uses_images = True
         self._ready = False
-        self.batches_done: Callable[[], int] | None = None
 
     def _validate(self) -> None:
         for option in ("batch_size", "eval_batch_size"):
@@ -166,9 +163,9 @@ class AnomalyDataModule(L.LightningDataModule):
         if self.test_size == "original":
             self.eval_batch_size, self.map_size = 1, self.map_size or "original"
         self.eval_pipeline = build(transform, normalize=self.normalize)
-        self.train_pipeline = build(transform, [*crop, *self.augment] if crop else self.augment, self.normalize)
-        #: whether training sees images as test does, so that their frozen features may be computed once
-        self.varies = bool(crop or self.augment or self.corrupt)
+        augment = [*crop, *self.augment]
+        # The same object where training prepares images as test does: features are stored for one pipeline.
+        self.train_pipeline = build(transform, augment, self.normalize) if augment else self.eval_pipeline
 
     def setup(self, stage: str | None = None) -> None:
         """Read, check, split and hold out, once; `stage` does not matter."""
@@ -220,36 +217,53 @@ class AnomalyDataModule(L.LightningDataModule):
 
     # --- loaders ---
 
-    def train_dataloader(self) -> DataLoader:
-        rank, world = self._rank_and_world()
-        if self.batch_size % world:
-            raise UserError(f"data.batch_size={self.batch_size} must divide by the {world} devices that share it")
+    def with_features(self, stored: StoredFeatures, uses_images: bool = True) -> "AnomalyDataModule":
+        """A copy whose loaders add stored features to the batches of all images that have them.
+
+        Where training needs no images (`uses_images` is False), those batches come without `image` and `mask`, nothing
+        is decoded for them and no loader process is started.
+        """
+        module = copy.copy(self)
+        module.stored, module.uses_images = stored, uses_images
+        return module
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return len(self._train_batches())
+
+    def _train_batches(self, first_batch: int = 0) -> TrainBatchSampler:
+        rank, world = rank_and_world()
         classes = [s.category for s in self.train_samples] if self.balanced else None
-        how = (self.batch_size, self.seed, rank, world, self.drop_last, self.batches_done, classes)
-        batches = TrainBatches(len(self.train_samples), *how)
-        dataset = ImageSet(
-            self.train_samples,
-            self.categories,
-            self.train_pipeline,
-            self.seed,
-            self.images_needed,
-            corrupt=self.corrupt,
-        )
-        return self._loader(dataset, persistent=True, batch_sampler=batches)
+        how = (self.batch_size, self.seed, rank, world, self.drop_last, first_batch, classes)
+        return TrainBatchSampler(len(self.train_samples), *how)
 
-    def normal_dataloader(self, sharded: bool = False) -> DataLoader:
-        """Training images in order without augmentation: all of them on each rank, or its share if `sharded`."""
-        samples = self._images(self.train_samples, self.eval_pipeline, self.images_needed, self.map_size)
-        return self._in_order(samples, sharded)
+    def train_dataloader(self) -> AnomalyLoader:
+        """Training batches from `first_batch` on."""
+        return self.loader_from(self.first_batch)
 
-    def val_dataloader(self) -> DataLoader | list:
+    def loader_from(self, first_batch: int) -> AnomalyLoader:
+        """Training batches from this one on, counted from the start of training."""
+        return self._loader(self._train_images(), persistent=True, batch_sampler=self._train_batches(first_batch))
+
+    def fit_dataloader(self) -> AnomalyLoader:
+        """The training images once, in order, prepared as in the first epoch: for methods in closed form."""
+        return self._in_order(self._train_images(), sharded=False)
+
+    def train_eval_dataloader(self, sharded: bool = False) -> AnomalyLoader:
+        """The training images once, in order, prepared as in test: all of them on each rank, or a share of them."""
+        return self._in_order(self._images(self.train_samples, self.eval_pipeline, self.map_size), sharded)
+
+    def training_batch(self, indices: Sequence[int], epoch: int) -> dict[str, Any]:
+        """A batch of these training images, prepared as in this epoch, on this rank."""
+        keys = [(epoch, index) for index in indices]
+        return next(iter(self._loader(self._train_images(), persistent=False, workers=0, batch_sampler=[keys])))
+
+    def val_dataloader(self) -> AnomalyLoader | list:
         if not self.val_samples:
             return []
-        dataset = self._evaluated(self.val_samples)
-        dataset.pairs = self.corrupt is not None
-        return self._in_order(dataset, sharded=True, persistent=True)
+        return self._in_order(self._evaluated(self.val_samples, pairs=self.corrupt is not None), True, persistent=True)
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> AnomalyLoader:
         return self._in_order(self._evaluated(self.test_samples), sharded=True)
 
     def new_dataloader(self, files: Sequence[Path], category: int, batch_size: int, workers: int) -> DataLoader:
@@ -258,45 +272,53 @@ class AnomalyDataModule(L.LightningDataModule):
         batch_size = 1 if self.test_size == "original" else batch_size
         return DataLoader(images, batch_size, num_workers=workers, collate_fn=collate_readable)
 
-    def clean_dataloader(self, paths: Sequence[str], batch_size: int) -> DataLoader:
-        """These images of the data set, in order and unaugmented, on this rank."""
+    def plain_dataloader(self, paths: Sequence[str], batch_size: int) -> DataLoader:
+        """These images of the data set, in order and prepared as in test, on this rank: what features are made of."""
         samples = {str(sample.path): sample for sample in [*self.test_samples, *self.train_samples]}
-        images = self._images([replace(samples[path], mask=None) for path in paths], self.eval_pipeline)
+        chosen = [replace(samples[path], mask=None) for path in paths]
+        images = AnomalyDataset(chosen, self.categories, self.eval_pipeline, self.seed)
         return self._loader(images, persistent=False, batch_size=batch_size)
 
-    def _rank_and_world(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+    def _train_images(self) -> AnomalyDataset:
+        return self._images(self.train_samples, self.train_pipeline, corrupt=self.corrupt)
 
     def _images(
-        self, samples: list[Sample], pipeline: Pipeline, images: bool = True, map_size: MapSize = None
-    ) -> ImageSet:
-        return ImageSet(samples, self.categories, pipeline, self.seed, images, map_size)
+        self, samples: list[Sample], pipeline: Pipeline, map_size: MapSize = None, **more: Any
+    ) -> AnomalyDataset:
+        """Training images, which are decoded only where it takes an image."""
+        dataset = AnomalyDataset(samples, self.categories, pipeline, self.seed, map_size=map_size, **more)
+        held = self.stored is not None and self.stored.rows_of(dataset) is not None
+        dataset.images = self.uses_images or not held
+        return dataset
 
-    def _evaluated(self, samples: list[Sample]) -> ImageSet:
-        return self._images(samples, self.eval_pipeline, map_size=self.map_size)
+    def _evaluated(self, samples: list[Sample], pairs: bool = False) -> AnomalyDataset:
+        return AnomalyDataset(
+            samples, self.categories, self.eval_pipeline, self.seed, map_size=self.map_size, pairs=pairs
+        )
 
-    def _in_order(self, dataset: ImageSet, sharded: bool, persistent: bool = False) -> DataLoader:
+    def _in_order(self, dataset: AnomalyDataset, sharded: bool, persistent: bool = False) -> AnomalyLoader:
         """Rank r's share is every world-th batch from the r-th on, without padding.
 
         The batches are those of one device: beside other images a network's output may differ in its last bit.
         """
-        rank, world = self._rank_and_world() if sharded else (0, 1)
+        rank, world = rank_and_world() if sharded else (0, 1)
         batches = list(BatchSampler(range(len(dataset)), self.eval_batch_size, drop_last=False))
         return self._loader(dataset, persistent, batch_sampler=batches[rank::world])
 
-    def _loader(self, dataset: ImageSet, persistent: bool, **how: Any) -> DataLoader:
-        workers = self._worker_count() if dataset.images else 0
-        on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return DataLoader(
+    def _loader(
+        self, dataset: AnomalyDataset, persistent: bool, workers: int | None = None, **options: Any
+    ) -> AnomalyLoader:
+        if workers is None:
+            workers = self._worker_count() if dataset.images else 0
+        return AnomalyLoader(
             dataset,
+            self.stored,
             num_workers=workers,
-            collate_fn=collate,
-            pin_memory=on_cuda and dataset.images,
+            pin_memory=torch.cuda.is_initialized() and dataset.images,
             persistent_workers=persistent and workers > 0,
-            worker_init_fn=one_thread if workers else None,
             # Its own generator: each iteration draws a number, which must not move the global one that training uses.
             generator=torch.Generator().manual_seed(self.seed),
-            **how,
+            **options,
         )
 
     def _worker_count(self) -> int:
@@ -306,7 +328,7 @@ class AnomalyDataModule(L.LightningDataModule):
         if not torch.cuda.is_available():
             return 0
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        devices = max(1, torch.cuda.device_count()) if self._rank_and_world()[1] > 1 else 1
+        devices = max(1, torch.cuda.device_count()) if rank_and_world()[1] > 1 else 1
         return min(4, max(1, cpus // devices))
 
 

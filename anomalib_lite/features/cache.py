@@ -1,7 +1,7 @@
-"""A frozen backbone's features of unaugmented images: computed once, and kept in files that runs share.
+"""Files in which runs share a frozen backbone's features of unaugmented images.
 
-A run asks for the features of its images. Those that an earlier run, another seed, method or job of a sweep has left
-are mapped from disk; the others are computed and appended. Everything they depend on is in the key.
+A run asks for the features of its images. Those that an earlier run, seed, method or job of a sweep has left are mapped
+from disk, the others are computed and added. Everything that features depend on is in the key of their folder.
 """
 
 import contextlib
@@ -11,87 +11,42 @@ import json
 import logging
 import os
 import platform
+import shutil
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from anomalib_lite.data.loader import StoredFeatures
 from anomalib_lite.data.transforms import Pipeline
 from anomalib_lite.features.backbones import Backbone
+from anomalib_lite.paths import replacing
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # raise it whenever a file's layout or a feature's computation changes: it is part of the key
-BATCH = 16  # images a forward pass, always: with another number a network's output may differ in its last bit
+VERSION = 3  # Raise it whenever the files' layout or the computation of features changes: it is part of the key.
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+CHUNK_IMAGES, CHUNK_BYTES = 1000, 2**28  # A file holds at most so much: a killed extraction loses one file.
+FILES = "*.safetensors"
 
 
-class FeatureStore:
-    """Features by image path. A table [N, Σ H_i·W_i·C_i] has an image a row, its levels one after the other, channels
-    last; it lies in memory or is mapped from a file."""
+def key(backbone: Backbone, pipeline: Pipeline, device: torch.device, dtype: str) -> dict[str, Any]:
+    """Everything but the image that its features depend on, to the last bit, as plain Python.
 
-    def __init__(self, shapes: Sequence[Sequence[int]] = ()):
-        self.shapes = [tuple(shape) for shape in shapes]  # (H_i, W_i, C_i)
-        self.rows: dict[str, Tensor] = {}
-
-    def holds(self, paths: Iterable[str]) -> bool:
-        return all(path in self.rows for path in paths)
-
-    def get(self, paths: Sequence[str]) -> list[Tensor]:
-        """Of these images, list of float32 [B, C_i, H_i, W_i] in channels-last memory; KeyError if one is not held."""
-        first = self.rows[paths[0]]
-        rows = torch.empty(len(paths), len(first), dtype=first.dtype)
-        for row, path in zip(rows, paths, strict=True):
-            row.copy_(self.rows[path])  # not stack, which autocast takes for its own
-        levels, at = [], 0
-        for shape in self.shapes:
-            level = rows[:, at : at + row_size(shape)].view(-1, *shape).float()
-            levels.append(level.contiguous().movedim(-1, 1))
-            at += row_size(shape)
-        return levels
-
-    def add(self, paths: Sequence[str], table: Tensor) -> None:
-        self.rows.update(zip(paths, table, strict=True))
-
-
-def row_size(shape: Sequence[int]) -> int:
-    return shape[0] * shape[1] * shape[2]
-
-
-def shapes(levels: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    """(H_i, W_i, C_i) of levels [B, C_i, H_i, W_i]."""
-    return [tuple(level.movedim(1, -1).shape[1:]) for level in levels]
-
-
-def table(levels: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Levels [B, C_i, H_i, W_i] as rows [B, Σ H_i·W_i·C_i] on the CPU."""
-    return torch.cat([level.movedim(1, -1).flatten(1).to(dtype) for level in levels], 1).cpu()
-
-
-def raw(rows: Tensor) -> memoryview:
-    return rows.view(torch.uint8).numpy().data
-
-
-def compact(levels: Sequence[Tensor]) -> torch.dtype:
-    """The smallest type that holds these numbers exactly: bfloat16 where the backbone has computed in it."""
-    exact = all(torch.equal(level, level.bfloat16().float()) for level in levels)
-    return torch.bfloat16 if exact else torch.float32
-
-
-def key(backbone: Backbone, pipeline: Pipeline, device: torch.device, kind: str) -> dict[str, Any]:
-    """Everything but the image that its features depend on, to the last bit; plain Python.
-
-    Raises TypeError or NotImplementedError where a transform can't be described.
+    Raises:
+        TypeError, NotImplementedError: a transform can't be described.
     """
     weights = hashlib.sha256()
     for name, tensor in backbone.net.state_dict().items():
         weights.update(name.encode())
-        weights.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        weights.update(_bytes(tensor.cpu().contiguous().flatten()))
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "version": VERSION,
@@ -100,21 +55,27 @@ def key(backbone: Backbone, pipeline: Pipeline, device: torch.device, kind: str)
         "weights": weights.hexdigest(),
         "pipeline": pipeline.description(),
         "bf16": backbone.low_precision(device),
-        "type": kind,
+        "type": dtype,
         "computed": [f"torch {torch.__version__}", f"timm {timm.__version__}", on]
         + ([] if device.type == "cuda" else [f"{torch.get_num_threads()} threads"]),
     }
 
 
 def image_key(path: str | Path) -> str:
-    """A file by its place, size and time of change."""
+    """A file is known by its absolute path, its size and the time of its last change."""
     stat = Path(path).stat()
     return hashlib.sha256(f"{Path(path).absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:24]
 
 
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.view(torch.uint8).numpy().data
+
+
 class FeatureFiles:
-    """The files below one folder that share a key. Every `NAME.json` (its images, a row each, and the rows' CRC-32)
-    stands for a complete `NAME.features`: it is written last, so what a killed writer leaves behind is without one.
+    """The feature files below `root` that share a key, each with up to CHUNK_IMAGES rows.
+
+    A file is written beside its place and renamed, so it is complete or absent. Its metadata names the images (one per
+    row) and holds a CRC-32 of every row, because a disk that lost blocks leaves the length of a file as it was.
 
     Every method may raise OSError: no disk space, no permission.
     """
@@ -129,105 +90,75 @@ class FeatureFiles:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """One writer at a time; the system gives the lock back for a process that was killed."""
+        """One run writes at a time. The system releases the lock of a killed process.
+
+        What killed writers left behind is removed first.
+        """
         with (self.folder / "lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 log.info("waiting for another run that computes features with the same backbone")
                 fcntl.flock(file, fcntl.LOCK_EX)
+            for part in self.folder.glob(f"*.part{FILES[1:]}"):
+                part.unlink()
             yield
 
-    def load(self, keys: dict[str, str]) -> FeatureStore:
-        """What the files hold of these images (path -> image key), mapped; damaged files count as absent."""
-        store, paths = FeatureStore(), {key: path for path, key in keys.items()}
-        for index in sorted(self.folder.glob("*.json")):
-            try:
-                content = json.loads(index.read_text())
-                wanted = [(paths[key], row) for row, key in enumerate(content["images"]) if key in paths]
-                if wanted:
-                    file, dtype = index.with_suffix(".features"), TYPES[content["type"]]
-                    size = sum(map(row_size, content["shapes"]))
-                    if file.stat().st_size != len(content["images"]) * size * dtype.itemsize:
-                        raise ValueError("truncated")
-                    # private, so that it needs no right to write; nothing is written, so it stays the file's memory
-                    count = len(content["images"])
-                    rows = torch.from_file(str(file), shared=False, size=count * size, dtype=dtype).view(count, size)
-                    if any(zlib.crc32(raw(rows[row])) != content["sums"][row] for _, row in wanted):
-                        raise ValueError("not what was written")  # a disk that lost blocks leaves the length
-                    store.shapes = [tuple(shape) for shape in content["shapes"]]
-                    store.rows.update((path, rows[row]) for path, row in wanted)
-                    os.utime(file)  # used last now
-            except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-                log.warning("%s: damaged (%s); its features are computed again", index, str(error).splitlines()[0])
-                with contextlib.suppress(OSError):
-                    index.unlink()
-        return store
+    def load(self, keys: dict[str, str], stored: StoredFeatures) -> None:
+        """Add to `stored` what the files hold of these images (path -> image key), mapped from disk.
 
-    def sweep(self) -> None:
-        """Remove what killed writers left behind; only under the lock."""
-        for file in self.folder.glob("*.features"):
-            if not file.with_suffix(".json").is_file():
-                file.unlink()
+        A damaged file is reported, removed and ignored: its features are computed again.
+        """
+        paths = {image: path for path, image in keys.items()}
+        for file in sorted(self.folder.glob(FILES)):
+            try:
+                with safe_open(file, "pt") as opened:
+                    about = json.loads(opened.metadata()["about"])
+                    wanted = [(paths[image], row) for row, image in enumerate(about["images"]) if image in paths]
+                    if not wanted:
+                        continue
+                    table = opened.get_tensor("features")
+                if any(zlib.crc32(_bytes(table[row])) != about["checksums"][row] for _, row in wanted):
+                    raise ValueError("its content is not what was written")
+                stored.shapes = [tuple(shape) for shape in about["shapes"]]
+                stored.rows.update((path, table[row]) for path, row in wanted)
+                os.utime(file)  # the time of its last use, by which make_room chooses
+            except FileNotFoundError:  # another run has made room
+                continue
+            except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+                log.warning("%s: damaged (%s); its features are computed again", file, str(error).splitlines()[0])
+                with contextlib.suppress(OSError):
+                    file.unlink()
 
     def make_room(self, size: int, limit: float) -> None:
-        """Delete the files that were used longest ago until `size` bytes fit into `limit`; OSError if they never do."""
+        """Delete the files that were used longest ago until `size` more bytes fit into `limit`.
+
+        Raises:
+            OSError: they never fit, or the disk has no room for them: known before anything is computed.
+        """
         if size > limit:
             raise OSError(f"{size / 2**30:.2f} GB are needed, cache.limit_gb allows {limit / 2**30:.2f}")
         files = []
-        for file in self.root.glob("*/*.features"):
+        for file in [*self.root.glob(f"*/{FILES}"), *self.root.glob("*/*.features")]:  # the latter of older versions
             with contextlib.suppress(OSError):
                 files.append((file.stat().st_mtime, file.stat().st_size, file))
-        total = sum(each[1] for each in files)
+        total = sum(bytes_ for _, bytes_, _ in files)
         for _, bytes_, file in sorted(files):
             if total + size <= limit:
-                return
-            with contextlib.suppress(OSError):  # a run that has it mapped keeps it until it ends
-                file.with_suffix(".json").unlink(missing_ok=True)
+                break
+            with contextlib.suppress(OSError):  # a run that has the file mapped keeps its content until it ends
                 file.unlink()
             total -= bytes_
+        if size > (free := shutil.disk_usage(self.folder).free):
+            raise OSError(f"{size / 2**30:.2f} GB are needed, and {free / 2**30:.2f} are free in {self.root}")
 
-    @contextlib.contextmanager
-    def writer(self) -> Iterator["Writer"]:
-        """Append rows to a new file, which counts once this ends without an exception."""
-        file = self.folder / f"{uuid.uuid4().hex}.features"
-        try:
-            with file.open("wb") as stream:
-                writer = Writer(stream)
-                yield writer
-                stream.flush()
-                os.fsync(stream.fileno())
-            if not writer.images:
-                file.unlink()
-                return
-            part = file.with_suffix(".part")
-            kind = next(name for name, dtype in TYPES.items() if dtype == writer.dtype)
-            index = {"type": kind, "shapes": writer.shapes, "images": writer.images, "sums": writer.sums}
-            part.write_text(json.dumps(index))
-            part.replace(file.with_suffix(".json"))
-        except BaseException:
-            with contextlib.suppress(OSError):
-                file.unlink(missing_ok=True)
-            raise
-
-
-class Writer:
-    """Rows of one file; all of one type, which `reserve` fixes."""
-
-    def __init__(self, stream: BinaryIO):
-        self.stream, self.images, self.sums = stream, list[str](), list[int]()
-        self.shapes: list[tuple[int, ...]] = []
-        self.dtype = torch.float32
-
-    def reserve(self, shapes: list[tuple[int, ...]], dtype: torch.dtype, count: int) -> None:
-        """Claim the disk space of `count` images at once: a full disk shows before anything is computed."""
-        self.shapes, self.dtype = shapes, dtype
-        size = count * sum(map(row_size, shapes)) * dtype.itemsize
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(self.stream.fileno(), 0, size)
-
-    def add(self, keys: Sequence[str], levels: Sequence[Tensor]) -> None:
-        rows = table([level[: len(keys)] for level in levels], self.dtype)
-        self.stream.write(raw(rows))
-        self.images.extend(keys)
-        self.sums.extend(zlib.crc32(raw(row)) for row in rows)
+    def write(self, images: Sequence[str], rows: Tensor, shapes: Sequence[Sequence[int]]) -> None:
+        """A new file with a row [N, Σ H_i·W_i·C_i] for each of these image keys."""
+        checksums = [zlib.crc32(_bytes(row)) for row in rows]
+        about = json.dumps({"images": list(images), "shapes": list(shapes), "checksums": checksums})
+        with replacing(self.folder / f"{uuid.uuid4().hex}.safetensors") as part:
+            try:
+                save_file({"features": rows}, part, {"about": about})
+            except SafetensorError as error:
+                part.unlink(missing_ok=True)
+                raise OSError(str(error)) from error

@@ -1,8 +1,8 @@
-"""Before a method with frozen features trains or is tested: the features of all its images, each computed once."""
+"""Before a method with frozen features is trained or tested: the features of its images, each computed once."""
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,171 +11,190 @@ import torch
 from torch import Tensor
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
-from anomalib_lite.features.cache import (
-    BATCH,
-    TYPES,
-    FeatureFiles,
-    FeatureStore,
-    compact,
-    image_key,
-    key,
-    row_size,
-    shapes,
-    table,
-)
-from anomalib_lite.methods.base import AnomalyModule
+from anomalib_lite.data.loader import StoredFeatures
+from anomalib_lite.features.backbones import Backbone
+from anomalib_lite.features.cache import CHUNK_BYTES, CHUNK_IMAGES, TYPES, FeatureFiles, image_key, key
 from anomalib_lite.paths import cache_folder
 from anomalib_lite.progress import Bar
 
 log = logging.getLogger(__name__)
 
+BATCH = 16  # images per forward pass, always: with another number a network's output may differ in its last bit
 
-class FrozenFeatures(L.Callback):
-    """Gives a method with `frozen_features` the features of all training and test images, before anything else.
 
-    From files that runs share (the `cache` group of the configuration); where there can be none, and for fitting
-    only, in memory up to `hardware.feature_memory_gb`; else they are computed anew for every batch.
+def precompute(
+    trainer: L.Trainer,
+    data: AnomalyDataModule,
+    backbone: Backbone,
+    cache: dict[str, Any],
+    memory_gb: float,
+    fit: bool = True,
+) -> tuple[StoredFeatures, dict[str, Any]]:
+    """The features of all training and test images, computed by all ranks together, and a report for result.json.
+
+    They lie in files that runs share (the `cache` group of the configuration). Where there can be no files, those of
+    the training images lie in memory if they need no more than `memory_gb`; else none are stored, and every batch
+    computes its own. Without `fit` only what the cache already holds is used.
+
+    Every rank calls it, after the process group has been joined. Training images that are cropped, augmented or
+    corrupted have no features to store.
     """
+    changed = data.train_pipeline is not data.eval_pipeline or data.corrupt is not None
+    train = [] if changed else [str(sample.path) for sample in data.train_samples]
+    paths = list(dict.fromkeys([*train, *(str(sample.path) for sample in data.test_samples)]))
+    stored, report = StoredFeatures(data.eval_pipeline), {"used": False}
+    if cache["enabled"]:
+        extraction = Extraction(trainer, data, backbone.to(trainer.strategy.root_device), cache)
+        stored, report = extraction.shared(paths) if fit else extraction.already_there(paths)
+    if fit and train and not report["used"]:
+        stored = in_memory(trainer, data, backbone.to(trainer.strategy.root_device), train, memory_gb * 2**30)
+    return stored, report
 
-    def __init__(self, data: AnomalyDataModule, cache: dict[str, Any], memory_gb: float):
-        self.data, self.cache, self.memory = data, cache, memory_gb * 2**30
-        self.report: dict[str, Any] = {"used": False}
-        self.done = False
 
-    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Every feature before the first batch, computed by all ranks together."""
-        self.done = True
-        if not isinstance(module, AnomalyModule) or not module.frozen_features:
-            return
-        train, paths = self._paths()
-        if self.cache["enabled"]:
-            module.store = self._shared(trainer, module, paths)
-        if not self.report["used"] and train:
-            module.store = self._in_memory(trainer, module, train)
-        self.data.images_needed = module.needs_images or not (train and module.store.holds(train))
+class Extraction:
+    """Fills the files that runs share. What goes wrong on one rank leaves the cache unused on all of them."""
 
-    def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Without a fit before it, what the cache holds: a rank without batches does not come here, so no rank waits
-        for another."""
-        if self.done or not isinstance(module, AnomalyModule) or not module.frozen_features:
-            return
-        train, paths = self._paths()
-        if self.cache["enabled"]:
-            with contextlib.suppress(OSError, TypeError, NotImplementedError):
-                files, keys = self._files(module, paths)
-                module.store = files.load(keys)
-                self._tell(module.store, paths, computed=0)
-        self.data.images_needed = module.needs_images or not (train and module.store.holds(train))
+    def __init__(self, trainer: L.Trainer, data: AnomalyDataModule, backbone: Backbone, cache: dict[str, Any]):
+        self.trainer, self.data, self.backbone, self.cache = trainer, data, backbone, cache
+        self.problem = ""
 
-    def _paths(self) -> tuple[list[str], list[str]]:
-        """Of the training images whose features stay the same, and of all images."""
-        train = [] if self.data.augment else [str(sample.path) for sample in self.data.train_samples]
-        return train, list(dict.fromkeys([*train, *(str(sample.path) for sample in self.data.test_samples)]))
+    def agreed(self) -> bool:
+        """Whether no rank has a problem; all ranks call it at the same point."""
+        return self.trainer.strategy.reduce_boolean_decision(not self.problem)
 
-    def _files(self, module: AnomalyModule, paths: list[str]) -> tuple[FeatureFiles, dict[str, str]]:
-        assert module.backbone is not None
-        about = key(module.backbone, self.data.eval_pipeline, module.device, self.cache["type"])
-        root = Path(self.cache["folder"] or cache_folder() / "features").expanduser()
-        return FeatureFiles(root, about), {path: image_key(path) for path in paths}
-
-    def _tell(self, store: FeatureStore, paths: list[str], computed: int) -> None:
-        if store.holds(paths):
-            row = store.rows[paths[0]]
-            size, kind = round(len(paths) * row.nbytes / 2**30, 3), str(row.dtype).removeprefix("torch.")
-            self.report = {"used": True, "images": len(paths), "computed": computed, "gb": size, "type": kind}
-
-    def _shared(self, trainer: L.Trainer, module: AnomalyModule, paths: list[str]) -> FeatureStore:
-        """All features from the cache, those that it lacked computed by all ranks; an empty store if that failed."""
-        problem, store, missing = "", FeatureStore(), list[str]()
+    @contextlib.contextmanager
+    def noting_problems(self) -> Iterator[None]:
         try:
-            files, keys = self._files(module, paths)
-            store = files.load(keys)
-        except (OSError, TypeError, NotImplementedError) as error:
-            problem = str(error) or repr(error)
-        agreed = self._all(trainer, problem)
-        if agreed and not trainer.strategy.reduce_boolean_decision(store.holds(paths)):
+            yield
+        except OSError as error:
+            self.problem = str(error) or repr(error)
+        except (TypeError, NotImplementedError) as error:
+            self.problem = f"data.transform can't be described ({error})"
+
+    def open(self, paths: list[str]) -> StoredFeatures:
+        """What the files already hold."""
+        stored = StoredFeatures(self.data.eval_pipeline)
+        with self.noting_problems():
+            about = key(self.backbone, self.data.eval_pipeline, self.trainer.strategy.root_device, self.cache["dtype"])
+            root = Path(self.cache["folder"] or cache_folder() / "features").expanduser()
+            self.files = FeatureFiles(root, about)
+            self.keys = {path: image_key(path) for path in paths}
+            self.files.load(self.keys, stored)
+        return stored
+
+    def already_there(self, paths: list[str]) -> tuple[StoredFeatures, dict[str, Any]]:
+        stored = self.open(paths)
+        return stored, self.report(stored, paths, computed=0)
+
+    def shared(self, paths: list[str]) -> tuple[StoredFeatures, dict[str, Any]]:
+        """All features from the cache; all ranks compute what it lacked. An empty store if that failed."""
+        stored, missing = self.open(paths), list[str]()
+        all_there = self.agreed() and self.trainer.strategy.reduce_boolean_decision(stored.holds(paths))
+        if self.agreed() and not all_there:
             with contextlib.ExitStack() as lock:
-                try:
-                    if trainer.is_global_zero:
-                        lock.enter_context(files.locked())
-                        files.sweep()
-                except OSError as error:
-                    problem = str(error) or repr(error)
-                if agreed := self._all(trainer, problem):  # rank 0 has the lock, and all of what was written meanwhile
-                    try:
-                        store = files.load(keys)
-                        missing = [path for path in paths if not store.holds([path])]
-                        self._fill(trainer, module, files, missing, keys)
-                    except OSError as error:
-                        problem = str(error) or repr(error)
-                    agreed = self._all(trainer, problem)
-                    store = files.load(keys) if agreed and missing else store  # all ranks' files are there now
-        if agreed and not store.holds(paths):
-            problem = "its files were removed by another program"
-        if not self._all(trainer, problem):
-            if trainer.is_global_zero:
-                log.warning("the feature cache is not used: %s", problem or "another rank could not write")
-            self.report = {"used": False, "why": problem}
-            return FeatureStore()
-        self._tell(store, paths, len(missing))
-        return store
+                with self.noting_problems():
+                    if self.trainer.is_global_zero:
+                        lock.enter_context(self.files.locked())
+                if self.agreed():  # rank 0 has the lock, and everybody sees what was written meanwhile
+                    with self.noting_problems():
+                        self.files.load(self.keys, stored)
+                        missing = [path for path in paths if not stored.holds([path])]
+                        self.fill(missing)
+                    if self.agreed() and missing:
+                        self.files.load({path: self.keys[path] for path in missing}, stored)  # of all ranks
+        if self.agreed() and not stored.holds(paths):
+            self.problem = "its files were removed by another program"
+        if not self.agreed():
+            if self.trainer.is_global_zero:
+                log.warning("the feature cache is not used: %s", self.problem or "another rank could not write")
+            return StoredFeatures(self.data.eval_pipeline), {"used": False, "why": self.problem}
+        return stored, self.report(stored, paths, len(missing))
 
-    def _all(self, trainer: L.Trainer, problem: str) -> bool:
-        return trainer.strategy.reduce_boolean_decision(not problem)
-
-    def _fill(
-        self, trainer: L.Trainer, module: AnomalyModule, files: FeatureFiles, missing: list[str], keys: Any
-    ) -> None:
-        """This rank's share of the missing images' features, in whole batches, into a file of its own."""
-        rank, world = trainer.global_rank, trainer.world_size
+    def fill(self, missing: list[str]) -> None:
+        """This rank's share of the missing images' features, in whole batches, into files of its own."""
+        rank, world = self.trainer.global_rank, self.trainer.world_size
         batches = [missing[at : at + BATCH] for at in range(0, len(missing), BATCH)][rank::world]
-        count, reserved = sum(map(len, batches)), False
-        with files.writer() as writer, _bar(count, trainer) as bar:
-            for batch, levels in backbone_outputs(module, self.data, batches):
-                if not reserved:
-                    kind = self.cache["type"]
-                    dtype = compact(levels) if kind == "auto" else TYPES[kind]
-                    size = sum(map(row_size, shapes(levels))) * dtype.itemsize
-                    if trainer.is_global_zero:
-                        files.make_room(len(missing) * size, self.cache["limit_gb"] * 2**30)
-                    writer.reserve(shapes(levels), dtype, count)
-                    reserved = True
-                writer.add([keys[path] for path in batch], levels)
+        names: list[str] = []
+        rows: list[Tensor] = []
+        shapes: list[tuple[int, ...]] = []
+        with _bar(sum(map(len, batches)), self.trainer) as bar:
+            for number, (batch, levels) in enumerate(outputs(self.data, self.backbone, batches)):
+                if not number:
+                    shapes, dtype = shapes_of(levels), TYPES.get(self.cache["dtype"]) or smallest_type(levels)
+                    row_bytes = row_size(shapes) * dtype.itemsize
+                    if self.trainer.is_global_zero:
+                        self.files.make_room(len(missing) * row_bytes, self.cache["limit_gb"] * 2**30)
+                names += [self.keys[path] for path in batch]
+                rows.append(as_rows(levels, dtype)[: len(batch)])
+                full = len(names) >= CHUNK_IMAGES or len(names) * row_bytes >= CHUNK_BYTES
+                if full or number == len(batches) - 1:
+                    self.files.write(names, torch.cat(rows), shapes)
+                    names, rows = [], []
                 bar.step(count=len(batch))
 
-    def _in_memory(self, trainer: L.Trainer, module: AnomalyModule, paths: list[str]) -> FeatureStore:
-        batches = [paths[at : at + BATCH] for at in range(0, len(paths), BATCH)]
-        store, rows = FeatureStore(), torch.empty(0)
-        with _bar(len(paths), trainer) as bar:
-            for batch, levels in backbone_outputs(module, self.data, batches):
-                if not store.shapes:
-                    dtype, store.shapes = compact(levels), shapes(levels)
-                    size = sum(map(row_size, store.shapes))
-                    needed = len(paths) * size * dtype.itemsize
-                    if needed > self.memory:
-                        log.info(
-                            "the training images' features need %.1f GB, more than hardware.feature_memory_gb: they "
-                            "are computed anew for every batch",
-                            needed / 2**30,
-                        )
-                        return FeatureStore()
-                    rows = torch.empty(len(paths), size, dtype=dtype)
-                into = rows[len(store.rows) : len(store.rows) + len(batch)]
-                into.copy_(table([level[: len(batch)] for level in levels], rows.dtype))
-                store.add(batch, into)
-                bar.step(count=len(batch))
-        return store
+    def report(self, stored: StoredFeatures, paths: list[str], computed: int) -> dict[str, Any]:
+        if not stored.holds(paths):
+            return {"used": False}
+        row = stored.rows[paths[0]]
+        size, dtype = round(len(paths) * row.nbytes / 2**30, 3), str(row.dtype).removeprefix("torch.")
+        return {"used": True, "images": len(paths), "computed": computed, "gb": size, "type": dtype}
 
 
-def backbone_outputs(
-    module: AnomalyModule, data: AnomalyDataModule, batches: list[list[str]]
+def in_memory(
+    trainer: L.Trainer, data: AnomalyDataModule, backbone: Backbone, paths: list[str], limit: float
+) -> StoredFeatures:
+    """The features of these images in memory; an empty store if they need more than `limit` bytes."""
+    batches = [paths[at : at + BATCH] for at in range(0, len(paths), BATCH)]
+    stored, table = StoredFeatures(data.eval_pipeline), torch.empty(0)
+    with _bar(len(paths), trainer) as bar:
+        for batch, levels in outputs(data, backbone, batches):
+            if not stored.rows:
+                dtype, stored.shapes = smallest_type(levels), shapes_of(levels)
+                needed = len(paths) * row_size(stored.shapes) * dtype.itemsize
+                if needed > limit:
+                    log.info(
+                        "the training images' features need %.1f GB, more than hardware.feature_memory_gb: every batch "
+                        "computes its own",
+                        needed / 2**30,
+                    )
+                    return StoredFeatures(data.eval_pipeline)
+                table = torch.empty(len(paths), row_size(stored.shapes), dtype=dtype)
+            part = table[len(stored.rows) : len(stored.rows) + len(batch)]
+            part.copy_(as_rows(levels, dtype)[: len(batch)])
+            stored.rows.update(zip(batch, part, strict=True))
+            bar.step(count=len(batch))
+    return stored
+
+
+def outputs(
+    data: AnomalyDataModule, backbone: Backbone, batches: list[list[str]]
 ) -> Iterator[tuple[list[str], list[Tensor]]]:
-    """(paths, levels) of each batch of images; a short one is filled up, so that every pass has BATCH images."""
+    """(paths, levels) of each batch of images. A short batch is filled up, so that every pass has BATCH images."""
     full = [batch + batch[-1:] * (BATCH - len(batch)) for batch in batches]
-    loader = data.clean_dataloader([path for batch in full for path in batch], BATCH)
+    loader = data.plain_dataloader([path for batch in full for path in batch], BATCH)
+    device = next(backbone.parameters()).device
     for batch, loaded in zip(batches, loader, strict=True):
-        assert module.backbone is not None
-        yield batch, module.backbone(loaded["image"].to(module.device))
+        yield batch, backbone(loaded["image"].to(device))
+
+
+def shapes_of(levels: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """(H_i, W_i, C_i) of levels [B, C_i, H_i, W_i]."""
+    return [tuple(level.movedim(1, -1).shape[1:]) for level in levels]
+
+
+def row_size(shapes: Sequence[Sequence[int]]) -> int:
+    return sum(height * width * channels for height, width, channels in shapes)
+
+
+def as_rows(levels: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Levels [B, C_i, H_i, W_i] as rows [B, Σ H_i·W_i·C_i] on the CPU."""
+    return torch.cat([level.movedim(1, -1).flatten(1).to(dtype) for level in levels], 1).cpu()
+
+
+def smallest_type(levels: Sequence[Tensor]) -> torch.dtype:
+    """The smallest type that holds these numbers exactly: bfloat16 where the backbone has computed in it."""
+    exact = all(torch.equal(level, level.bfloat16().float()) for level in levels)
+    return torch.bfloat16 if exact else torch.float32
 
 
 @contextlib.contextmanager
