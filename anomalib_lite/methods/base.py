@@ -1,6 +1,6 @@
 """The contract of a method: what it must define, and what the base does for all of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning as L
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.features.backbones import Backbone, has_bf16
-from anomalib_lite.features.cache import FeatureStore
 from anomalib_lite.methods.scoring import image_scores, smooth
 
 Batch = dict[str, Any]
@@ -22,22 +21,22 @@ class AnomalyModule(L.LightningModule):
     A subclass defines `training_step(batch, batch_idx) -> loss` and `anomaly_map(batch) -> Tensor[B, h, w]`
     (float32, higher is more anomalous, at any resolution), and may define
 
-    - `on_fit_start()` for what is computed in closed form: `for batch in self.normal_batches(): ...`;
+    - `on_fit_start()` for what is computed in closed form: `for batch in self.fit_batches(): ...`;
     - `configure_optimizers()`, where `optimizer` and `scheduler` from the configuration are not enough;
-    - `pictures(batch)` -> {title: [B, 1 or 3, H, W] in [0, 1]} for the figures, such as reconstructions;
-    - `uses_backbone = False`, where a configured one is left out, as in a sweep over methods;
+    - `visualize(batch)` -> {title: [B, 1 or 3, H, W] in [0, 1]} for the figures, such as reconstructions;
     - `held_out_loss(batch)` -> [B], logged over held-out images (data.val_fraction) after every epoch;
-    - `phases = 2`, where the budget holds for each of two parts of training: `total_steps` is their sum;
-    - `stopped_early = True`, which ends training with the current batch, before its budget is spent;
-    - `frozen_features = True`, where training and test see only a frozen backbone's outputs for unaugmented images:
-      `self.features(batch)` gives them, each computed once and shared by runs;
-    - `needs_images = True` beside it, where training looks at the images too.
+    - `phases`, set in the constructor, where the budget holds for each of several parts of training;
+    - `stopped_early`, a property that ends training with the current batch when it is True;
+    - `uses_backbone = False`: a configured backbone is left out, as in a sweep over methods;
+    - `frozen_features = True`: training and test see a frozen backbone's outputs, which `self.features(batch)` gives.
+      They are computed once and shared by runs wherever training leaves its images unchanged;
+    - `uses_images = False` beside it: training never looks at `image`, so where features are stored no image is decoded;
+    - `own_image_score = True`: `anomaly_map` gives (maps, image scores [B]), which scoring.image_score=own takes.
 
     A batch is a dict: `image` float32 [B, 3, H, W], `mask` bool [B, H, W], `label` int64 [B], `category` int64 [B],
-    `path` list of str, `index` int64 [B]. Where features are held already, training batches come without `image`
-    unless `needs_images`.
+    `path` list of str, `index` int64 [B], the positions in the data set.
     With `data.corrupt` training batches have `clean`, of which `image` is a corrupted version, and `corruption_mask`.
-    Evaluated batches have `fitted`, whether these are the training images, scored for the sake of thresholds.
+    Evaluated batches have `is_train_image`, whether these are the training images, scored for the sake of thresholds.
     With scoring.map_size=original, evaluated batches have `size` int64 [B, 2], the images' own (H, W).
 
     Args:
@@ -48,17 +47,15 @@ class AnomalyModule(L.LightningModule):
         test_size: (H, W) of images in test where it is another, or "original": each has its own; None: as image_size.
         categories: names of the classes; more than one is the unified setting.
         precision: hardware.precision, for `autocast`.
+        steps: the budget in batches, of each phase of training.
     """
 
     uses_backbone = True
     frozen_features = False
-    needs_images = False
-    stopped_early = False
+    uses_images = True
+    own_image_score = False
     phases = 1
-    pictures: Callable[[Batch], dict[str, Tensor]] | None = None
-    held_out_loss: Callable[[Batch], Tensor] | None = None
-    scores_images = False  # whether anomaly_map gives (maps, image scores [B]), the latter for scoring.image_score=own
-    autocasts = False  # whether the method's own networks run under `self.autocast()`: results say so
+    stopped_early = False
 
     def __init__(
         self,
@@ -70,6 +67,7 @@ class AnomalyModule(L.LightningModule):
         test_size: Sequence[int] | str | None = None,
         categories: Sequence[str] = ("",),
         precision: str | int = "auto",
+        steps: int = 0,
     ):
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer batches to evaluate than devices
@@ -79,13 +77,13 @@ class AnomalyModule(L.LightningModule):
         self.optimizer, self.scheduler = optimizer, scheduler
         defaults = {"pixel_smooth": None, "image_smooth": "same", "image_score": "max", "map_size": None}
         self.scoring = defaults | (scoring or {})
-        if self.scoring["image_score"] == "own" and not self.scores_images:
+        if self.scoring["image_score"] == "own" and not self.own_image_score:
             raise UserError(f"scoring.image_score=own: {type(self).__name__} has no image score of its own; give max")
         self.image_size, self.categories = tuple(image_size), list(categories)
         self.test_size = test_size if isinstance(test_size, str) else tuple(test_size or image_size)
         self.precision = str(precision)
-        self.total_steps = 0  # the budget in batches, known when training starts
-        self.store = FeatureStore()
+        self.steps = steps
+        self.autocasted = False  # whether the method's own networks have run under `self.autocast()`
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch, a scalar."""
@@ -95,21 +93,40 @@ class AnomalyModule(L.LightningModule):
         """Anomaly maps [B, h, w], float32, higher is more anomalous, of a batch of images."""
         raise NotImplementedError(f"{type(self).__name__} defines no anomaly_map(batch)")
 
+    def visualize(self, batch: Batch) -> dict[str, Tensor]:
+        """What the figures show of a batch beside its maps: {title: [B, 1 or 3, H, W] in [0, 1]}."""
+        return {}
+
+    def held_out_loss(self, batch: Batch) -> Tensor | None:
+        """The loss of every image of a batch without training's noise, [B]; None where the method has none."""
+        return None
+
+    @property
+    def total_steps(self) -> int:
+        """The budget in batches, over all phases."""
+        return self.phases * self.steps
+
     def features(self, batch: Batch) -> list[Tensor]:
-        """The backbone's outputs for a batch, list of [B, C_i, H_i, W_i]: held, or computed."""
-        if self.store.holds(batch["path"]):
-            return [level.to(self.device) for level in self.store.get(batch["path"])]
+        """The backbone's outputs for a batch, list of float32 [B, C_i, H_i, W_i]: stored ones, or computed here."""
+        if "features" in batch:
+            return [level.float().contiguous().movedim(-1, 1) for level in batch["features"]]
         assert self.backbone is not None
         return self.backbone(batch["image"])
 
     def autocast(self) -> torch.autocast:
         """bf16 where hardware.precision allows it and the device has it natively, for what is safe in it."""
         low = self.precision == "bf16" or (self.precision == "auto" and has_bf16(self.device))
+        self.autocasted = True
         return torch.autocast(self.device.type, torch.bfloat16, enabled=low)
 
-    def normal_batches(self):
-        """The training images once, in order and unaugmented, on this device; for closed forms."""
-        for batch in self.trainer.datamodule.normal_dataloader():  # type: ignore[attr-defined]
+    def fit_batches(self) -> Iterator[Batch]:
+        """The training images once, in order, as training sees them, on this device: for closed forms."""
+        for batch in self.trainer.datamodule.fit_dataloader():  # type: ignore[attr-defined]
+            yield self.transfer_batch_to_device(batch, self.device, 0)
+
+    def train_eval_batches(self) -> Iterator[Batch]:
+        """The training images once, in order, as test sees them, on this device."""
+        for batch in self.trainer.datamodule.train_eval_dataloader():  # type: ignore[attr-defined]
             yield self.transfer_batch_to_device(batch, self.device, 0)
 
     def configure_optimizers(self) -> Any:
@@ -157,7 +174,7 @@ class AnomalyModule(L.LightningModule):
         return {"map": maps, "score": image_scores(for_score, self.scoring["image_score"])}
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        return self.score(batch | {"fitted": dataloader_idx == 1})  # the training images, for thresholds
+        return self.score(batch | {"is_train_image": dataloader_idx == 1})  # the training images, for thresholds
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         return self.score(batch)

@@ -106,21 +106,19 @@ class LTAD(UniAD):
     # --- training images of chosen classes ---
 
     def on_train_start(self) -> None:
-        samples = [sample for sample in self.trainer.datamodule.train_samples if not sample.label]  # type: ignore[attr-defined]
-        self.images = [[str(x.path) for x in samples if x.category == name] for name in self.categories]
-        counts = [len(paths) for paths in self.images]
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        samples = [(i, sample) for i, sample in enumerate(data.train_samples) if not sample.label]
+        self.images = [[i for i, x in samples if x.category == name] for name in self.categories]
+        counts = [len(indices) for indices in self.images]
         goal = int(FILL[self.fill](counts)) if self.fill else 0
         self.lacking = torch.tensor([max(0, goal - number) for number in counts], dtype=torch.float32)
         self.share = float(self.lacking.sum()) / sum(counts)  # synthetic images a real one
 
     def drawn(self, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B, L, C] and embedding [B, e] of a random training image of each of these classes [B]."""
-        paths = [self.images[c][int(torch.randint(len(self.images[c]), ()))] for c in classes.tolist()]
-        batch: Batch = {"path": paths}
-        if not self.store.holds(paths):
-            loader = self.trainer.datamodule.clean_dataloader(paths, len(paths))  # type: ignore[attr-defined]
-            batch = self.transfer_batch_to_device(next(iter(loader)), self.device, 0)
-        levels = self.features(batch)
+        indices = [self.images[c][int(torch.randint(len(self.images[c]), ()))] for c in classes.tolist()]
+        batch = self.trainer.datamodule.training_batch(indices, self.global_step)  # type: ignore[attr-defined]
+        levels = self.features(self.transfer_batch_to_device(batch, self.device, 0))
         return self.joined(levels), self.language.image(levels)
 
     # --- the two phases ---
@@ -205,7 +203,7 @@ class LTAD(UniAD):
         """Mean and standard deviation of the training patches' errors, per class."""
         sums = torch.zeros(3, len(self.categories), dtype=torch.float64, device=self.device)
         self.eval()
-        for batch in self.normal_batches():
+        for batch in self.train_eval_batches():
             errors = self.errors(self.tokens(batch)).double()
             each = torch.stack((torch.ones_like(errors), errors, errors.square())).sum(-1)
             sums.index_add_(1, batch["category"], each)

@@ -26,7 +26,7 @@ class NormOCC(AnomalyModule):
     """
 
     frozen_features = True
-    autocasts = True  # in training; maps are float32
+    uses_images = False
     direction: Tensor
     radius: Tensor
 
@@ -58,7 +58,7 @@ class NormOCC(AnomalyModule):
             return
         total, count = torch.zeros((), dtype=torch.float64), 0
         with torch.no_grad():
-            for batch in self.normal_batches():
+            for batch in self.fit_batches():
                 norms = torch.linalg.vector_norm(self.projected(batch), self.p if self.target == "shell" else 2, dim=1)
                 total, count = total + norms.double().sum().cpu(), count + norms.numel()
         self.radius.fill_(self.norm * total / count)
@@ -102,6 +102,7 @@ class NormOCCClosedForm(AnomalyModule):
     """
 
     frozen_features = True
+    uses_images = False
     decay: Tensor
     solution: Tensor
     radius2: Tensor
@@ -122,7 +123,7 @@ class NormOCCClosedForm(AnomalyModule):
         channels = len(self.solution)
         moment = torch.zeros(channels, channels, dtype=torch.float64, device=self.device)
         mean, count = moment[0].clone(), 0
-        for batch in self.normal_batches():
+        for batch in self.fit_batches():
             phi = patch_features(self.features(batch)).movedim(1, -1).reshape(-1, channels)
             moment, mean, count = moment + (phi.T @ phi).double(), mean + phi.double().sum(0), count + len(phi)
         energy, axes = torch.linalg.eigh(moment / count)  # S = axes · diag(energy) · axesᵀ

@@ -28,7 +28,8 @@ class PatchCore(AnomalyModule):
     """
 
     frozen_features = True
-    scores_images = True
+    uses_images = False
+    own_image_score = True
     bank: Tensor
     owners: Tensor
 
@@ -47,7 +48,7 @@ class PatchCore(AnomalyModule):
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
-        each = [self.patches(batch).flatten(1, 2).cpu() for batch in self.normal_batches()]
+        each = [self.patches(batch).flatten(1, 2).cpu() for batch in self.fit_batches()]
         images, positions = sum(map(len, each)), each[0].shape[1]
         patches = torch.cat(each).flatten(0, 1)
         del each
@@ -64,7 +65,7 @@ class PatchCore(AnomalyModule):
     def anomaly_map(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Distances of the patches to the bank, [B, h, w], and the images' re-weighted scores, [B]."""
         patches = self.patches(batch)
-        own = batch["index"] if batch.get("fitted") else torch.full((len(patches),), -1, device=patches.device)
+        own = batch["index"] if batch.get("is_train_image") else torch.full((len(patches),), -1, device=patches.device)
         found = [neighbours(x.flatten(0, 1), self.bank, self.owners == i) for x, i in zip(patches, own, strict=True)]
         distance = torch.stack([distance for distance, _ in found]).view(patches.shape[:3])
         nearest = torch.stack([index for _, index in found])

@@ -41,8 +41,6 @@ class ReContrast(AnomalyModule):
     """
 
     frozen_features = True  # E_f's
-    needs_images = True  # of E_t
-    autocasts = True
 
     def __init__(
         self,

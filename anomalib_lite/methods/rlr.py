@@ -112,7 +112,7 @@ class RLR(AnomalyModule):
     """
 
     frozen_features = True
-    autocasts = True
+    uses_images = False
 
     def __init__(
         self,

@@ -146,7 +146,6 @@ class SSAE(AnomalyModule):
     """
 
     uses_backbone = False
-    autocasts = True
     best: Tensor
     waited: Tensor
 
@@ -220,5 +219,5 @@ class SSAE(AnomalyModule):
     def anomaly_map(self, batch: Batch) -> Tensor:
         return (self.reconstruct(batch["image"]) - batch["image"]).square().mean(1)
 
-    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+    def visualize(self, batch: Batch) -> dict[str, Tensor]:
         return {"reconstruction": self.reconstruct(batch["image"]).clamp(0, 1)}

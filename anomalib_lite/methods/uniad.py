@@ -27,7 +27,7 @@ class UniAD(AnomalyModule):
     """
 
     frozen_features = True
-    autocasts = True
+    uses_images = False
 
     def __init__(
         self,

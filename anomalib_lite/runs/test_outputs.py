@@ -51,7 +51,7 @@ class Evaluation(L.Callback):
             self.peak.update(torch.stack([x.amax() for x in maps]), batch["label"], batch["index"])
             self.median.update(torch.stack([x.median() for x in maps]), batch["label"], batch["index"])
         else:
-            truth = batch["truth"] if "truth" in batch else batch["mask"]
+            truth = batch["gt_mask"] if "gt_mask" in batch else batch["mask"]
             if isinstance(maps, Tensor) and not isinstance(truth, Tensor):
                 truth = torch.stack(truth)
             self.pixel[dataloader_idx].update(maps, truth, batch["index"])
