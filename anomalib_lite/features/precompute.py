@@ -25,7 +25,7 @@ from anomalib_lite.features.cache import (
 )
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.paths import cache_folder
-from anomalib_lite.progress import Bar
+from anomalib_lite.progress import ProgressBar
 
 log = logging.getLogger(__name__)
 
@@ -179,8 +179,8 @@ def backbone_outputs(
 
 
 @contextlib.contextmanager
-def _bar(count: int, trainer: L.Trainer) -> Iterator[Bar]:
-    bar = Bar("features", count, quiet=not trainer.is_global_zero)
+def _bar(count: int, trainer: L.Trainer) -> Iterator[ProgressBar]:
+    bar = ProgressBar("features", count, quiet=not trainer.is_global_zero)
     try:
         yield bar
     finally:

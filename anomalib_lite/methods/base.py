@@ -24,7 +24,7 @@ class AnomalyModule(L.LightningModule):
 
     - `on_fit_start()` for what is computed in closed form: `for batch in self.normal_batches(): ...`;
     - `configure_optimizers()`, where `optimizer` and `scheduler` from the configuration are not enough;
-    - `pictures(batch)` -> {title: [B, 1 or 3, H, W] in [0, 1]} for the figures, such as reconstructions;
+    - `visualize(batch)` -> {title: [B, 1 or 3, H, W] in [0, 1]} for the figures, such as reconstructions;
     - `uses_backbone = False`, where a configured one is left out, as in a sweep over methods;
     - `held_out_loss(batch)` -> [B], logged over held-out images (data.val_fraction) after every epoch;
     - `phases = 2`, where the budget holds for each of two parts of training: `total_steps` is their sum;
@@ -55,7 +55,7 @@ class AnomalyModule(L.LightningModule):
     needs_images = False
     stopped_early = False
     phases = 1
-    pictures: Callable[[Batch], dict[str, Tensor]] | None = None
+    visualize: Callable[[Batch], dict[str, Tensor]] | None = None
     held_out_loss: Callable[[Batch], Tensor] | None = None
     scores_images = False  # whether anomaly_map gives (maps, image scores [B]), the latter for scoring.image_score=own
     autocasts = False  # whether the method's own networks run under `self.autocast()`: results say so

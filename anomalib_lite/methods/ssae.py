@@ -220,5 +220,5 @@ class SSAE(AnomalyModule):
     def anomaly_map(self, batch: Batch) -> Tensor:
         return (self.reconstruct(batch["image"]) - batch["image"]).square().mean(1)
 
-    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+    def visualize(self, batch: Batch) -> dict[str, Tensor]:
         return {"reconstruction": self.reconstruct(batch["image"]).clamp(0, 1)}
