@@ -60,7 +60,7 @@ def predict(options: dict[str, Any]) -> None:
     import torch
     from lightning.fabric.utilities import move_data_to_device
 
-    from anomalib_lite.progress import Bar
+    from anomalib_lite.progress import ProgressBar
     from anomalib_lite.runs.artifacts import thresholds_of
     from anomalib_lite.runs.callbacks import quiet
     from anomalib_lite.runs.run import load
@@ -70,7 +70,7 @@ def predict(options: dict[str, Any]) -> None:
     model, data = load(checkpoint, cfg, options["device"])
     category = model.categories.index(limits["category"])
     bf16 = torch.autocast(model.device.type, torch.bfloat16, enabled=cfg["hardware"]["precision"] == "bf16")
-    base, bar = source if source.is_dir() else source.parent, Bar("images", len(files))
+    base, bar = source if source.is_dir() else source.parent, ProgressBar("images", len(files))
     left_out: list[str] = []
     make_folder(output, "output")
     part = output / "scores.csv.part"

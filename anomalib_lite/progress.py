@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 log = logging.getLogger(__name__)
 
 
-class Bar:
+class ProgressBar:
     """A progress bar in a terminal; elsewhere a line of the log every ten seconds."""
 
     def __init__(self, what: str, total: int | None, done: int = 0, quiet: bool = False):

@@ -15,7 +15,7 @@ from anomalib_lite.data.loader import StoredFeatures
 from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.features.cache import CHUNK_BYTES, CHUNK_IMAGES, TYPES, FeatureFiles, image_key, key
 from anomalib_lite.paths import cache_folder
-from anomalib_lite.progress import Bar
+from anomalib_lite.progress import ProgressBar
 
 log = logging.getLogger(__name__)
 
@@ -198,8 +198,8 @@ def smallest_type(levels: Sequence[Tensor]) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def _bar(count: int, trainer: L.Trainer) -> Iterator[Bar]:
-    bar = Bar("features", count, quiet=not trainer.is_global_zero)
+def _bar(count: int, trainer: L.Trainer) -> Iterator[ProgressBar]:
+    bar = ProgressBar("features", count, quiet=not trainer.is_global_zero)
     try:
         yield bar
     finally:

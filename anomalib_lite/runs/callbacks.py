@@ -15,7 +15,7 @@ import torch
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.errors import UserError
-from anomalib_lite.progress import Bar
+from anomalib_lite.progress import ProgressBar
 from anomalib_lite.tracking.csv_logger import CSVLogger
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Training(L.Callback):
         self.begun = False
         self.watched: list[str] = []
         self.held_out: Any = None  # loader of the held-out images, where the method has a loss of theirs
-        self.bar: Bar | None = None
+        self.bar: ProgressBar | None = None
 
     def state_dict(self) -> dict[str, Any]:
         fit_s = self.fit_s + time.perf_counter() - self.start
@@ -95,7 +95,7 @@ class Training(L.Callback):
         self.watched = [name for name, tensor in module.state_dict().items() if all_finite([tensor])]
         if getattr(module, "held_out_loss", None) and self.data.val_samples:
             self.held_out = self.data.val_dataloader()
-        self.bar = Bar("training", self.total(trainer), self.steps, quiet=not trainer.is_global_zero)
+        self.bar = ProgressBar("training", self.total(trainer), self.steps, quiet=not trainer.is_global_zero)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         number = (self.seed * 1_000_003 + self.steps) * 1_009 + trainer.global_rank

@@ -10,7 +10,7 @@ from torch import Tensor
 from anomalib_lite.data.samples import Sample
 from anomalib_lite.metrics.functional import Metrics, image_curves, image_metrics, pixel_curves, pixel_metrics
 from anomalib_lite.metrics.gather import ImageMetrics, PixelMetrics
-from anomalib_lite.progress import Bar
+from anomalib_lite.progress import ProgressBar
 
 TEST, NORMAL, HELD_OUT = 0, 1, 2  # the loaders of a test run, in this order
 
@@ -27,11 +27,11 @@ class Evaluation(L.Callback):
         # of normal images: the map's maximum, for the pixels' threshold, and its median, where heat maps begin
         self.peak, self.median = ImageMetrics(), ImageMetrics()
         self.arrays: dict[int, dict[str, Any]] = {}
-        self.bar: Bar | None = None
+        self.bar: ProgressBar | None = None
 
     def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            self.bar = Bar("testing", sum(int(n) for n in trainer.num_test_batches))
+            self.bar = ProgressBar("testing", sum(int(n) for n in trainer.num_test_batches))
 
     def on_test_batch_end(
         self,
