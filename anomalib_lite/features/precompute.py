@@ -74,7 +74,7 @@ class FrozenFeatures(L.Callback):
 
     def _files(self, module: AnomalyModule, paths: list[str]) -> tuple[FeatureFiles, dict[str, str]]:
         assert module.backbone is not None
-        about = key(module.backbone, self.data.eval_pipeline, module.device, self.cache["type"])
+        about = key(module.backbone, self.data.eval_pipeline, module.device, self.cache["dtype"])
         root = Path(self.cache["folder"] or cache_folder() / "features").expanduser()
         return FeatureFiles(root, about), {path: image_key(path) for path in paths}
 
@@ -133,7 +133,7 @@ class FrozenFeatures(L.Callback):
         with files.writer() as writer, _bar(count, trainer) as bar:
             for batch, levels in backbone_outputs(module, self.data, batches):
                 if not reserved:
-                    kind = self.cache["type"]
+                    kind = self.cache["dtype"]
                     dtype = compact(levels) if kind == "auto" else TYPES[kind]
                     size = sum(map(row_size, shapes(levels))) * dtype.itemsize
                     if trainer.is_global_zero:
