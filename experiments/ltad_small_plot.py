@@ -69,7 +69,7 @@ def main() -> None:
 def named(method: str, config: dict) -> str:
     """ltad, ltad without semantic classifier, uniad balanced."""
     settings = config["method"]
-    without = [] if settings.get("semantic", 1) else ["semantic classifier"]
+    without = [] if settings.get("classifier_weight", settings.get("semantic", 1)) else ["semantic classifier"]
     without += [] if settings.get("fill", "") is not None else ["synthesis"]
     balanced = ", balanced" if config["data"]["balanced"] else ""
     return method + f" without {' and '.join(without)}" * bool(without) + balanced

@@ -89,7 +89,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cache.enabled": (_flag, "true or false"),
     "cache.folder": (_optional(lambda x: isinstance(x, str) and bool(x)), "a folder, or null"),
     "cache.limit_gb": (lambda x: isinstance(x, int | float) and x >= 0, "gigabytes from 0"),
-    "cache.type": (lambda x: x in ("auto", "bfloat16", "float16", "float32"), "auto, bfloat16, float16 or float32"),
+    "cache.dtype": (lambda x: x in ("auto", "bfloat16", "float16", "float32"), "auto, bfloat16, float16 or float32"),
     "hardware.feature_memory_gb": (lambda x: isinstance(x, int | float) and x >= 0, "gigabytes from 0"),
     "logger.wandb.mode": (
         _optional(lambda x: x in ("auto", "online", "offline", "disabled")),

@@ -46,7 +46,7 @@ class LTAD(UniAD):
     """LTAD, our reading. Text from the backbone where it is a VisionLanguage; else class vectors are learned directly.
 
     Args:
-        semantic: λ, the weight of S_sem; 0 leaves the semantic classifier out.
+        classifier_weight: λ, the weight of S_sem; 0 leaves the semantic classifier out.
         class_names: "learned" in phase 1; or "fixed": of the categories' own names, text-free as drawn.
         fill: up to which count tail classes are filled up with synthetic images: the classes' "median", the
             "largest"; null is no synthesis.
@@ -63,7 +63,7 @@ class LTAD(UniAD):
 
     def __init__(
         self,
-        semantic: float = 1.0,
+        classifier_weight: float = 1.0,
         class_names: str = "learned",
         fill: str | None = "median",
         temperature: float = 0.07,
@@ -78,11 +78,12 @@ class LTAD(UniAD):
             raise UserError(f"method.class_names={class_names}: choose learned or fixed")
         if fill is not None and fill not in FILL:
             raise UserError(f"method.fill={fill}: choose {', '.join(FILL)} or null")
-        if semantic < 0:
-            raise UserError(f"method.semantic={semantic}: give a weight from 0")
+        if classifier_weight < 0:
+            raise UserError(f"method.classifier_weight={classifier_weight}: give a weight from 0")
         if temperature <= 0:
             raise UserError(f"method.temperature={temperature}: give a number above 0")
-        self.semantic, self.fill, self.temperature, self.beta, self.strong = semantic, fill, temperature, beta, strong
+        self.classifier_weight, self.fill, self.temperature = classifier_weight, fill, temperature
+        self.beta, self.strong = beta, strong
         self.depth, count, channels = len(self.backbone.channels), len(self.categories), sum(self.backbone.channels)
         self.language: Any
         if isinstance(self.backbone, VisionLanguage):
@@ -93,7 +94,7 @@ class LTAD(UniAD):
         self.names = nn.Parameter(self.language.start(self.categories, not learned), requires_grad=learned)  # s_c
         self.vae = ConditionalVAE(channels, text)
         self.project = nn.Sequential(nn.Linear(channels, 512), nn.GELU(), nn.Linear(512, text))
-        self.phases = 2 if fill or (semantic and learned) else 1  # nothing to learn in the first one otherwise
+        self.phases = 2 if fill or (classifier_weight and learned) else 1  # nothing to learn in the first one otherwise
         self.register_buffer("conditions", torch.full((count, text), torch.nan))  # t_c, once phase 1 has ended
         states = 0 if self.language.learns_states else 2
         self.register_buffer("fixed_states", torch.full((count, states, text), torch.nan))
@@ -160,7 +161,7 @@ class LTAD(UniAD):
         """MSE of Π on jittered tokens, real and synthetic, and the classifier's binary cross-entropy."""
         tokens, classes = self.filled_up(self.tokens(batch), batch["category"])
         loss = F.mse_loss(self.reconstructed(jitter(tokens, self.jitter)), tokens)
-        if not self.semantic:
+        if not self.classifier_weight:
             return loss
         normal, abnormal = self.logits(tokens, classes), self.logits(self.spoiled(tokens, classes), classes)
         return loss + (F.softplus(normal).mean() + F.softplus(-abnormal).mean()) / 2
@@ -216,7 +217,7 @@ class LTAD(UniAD):
     def anomaly_map(self, batch: Batch) -> Tensor:
         tokens, classes = self.tokens(batch), batch["category"]
         score = (self.errors(tokens) - self.error_mean[classes, None]) / self.error_std[classes, None]
-        if self.semantic:
-            score = score + self.semantic * self.logits(tokens, classes).sigmoid()
+        if self.classifier_weight:
+            score = score + self.classifier_weight * self.logits(tokens, classes).sigmoid()
         grid = score.unflatten(1, self.grid)[:, None]
         return F.interpolate(grid, self.image_size, mode="bilinear", align_corners=True)[:, 0]

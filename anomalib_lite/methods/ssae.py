@@ -141,7 +141,7 @@ class SSAE(AnomalyModule):
         skip: how the decoder uses the encoder at 1/2 and 1/4: "ccm" (convex combination), "concat" or "none".
         corrupted_weight: λ, the share of the corrupted part in the loss.
         patience: training ends early when the loss over held-out training images (data.val_fraction, half of them
-            corrupted) has not reached a new minimum for so many looks, one each `look_every` batches. None: never.
+            corrupted) has not reached a new minimum for so many looks, one each `eval_every` batches. None: never.
         compile: train the network with torch.compile.
     """
 
@@ -155,7 +155,7 @@ class SSAE(AnomalyModule):
         skip: str = "ccm",
         corrupted_weight: float = 0.9,
         patience: int | None = None,
-        look_every: int = 200,
+        eval_every: int = 200,
         compile: bool = False,
         **context: Any,
     ):
@@ -166,12 +166,12 @@ class SSAE(AnomalyModule):
             raise UserError(f"method.corrupted_weight={corrupted_weight}: give a share from 0 to 1")
         for name, value in (
             ("width", width),
-            ("look_every", look_every),
+            ("eval_every", eval_every),
             ("patience", 1 if patience is None else patience),
         ):
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"method.{name}={value}: give a whole number from 1")
-        self.weight, self.patience, self.look_every, self.compiles = corrupted_weight, patience, look_every, compile
+        self.weight, self.patience, self.eval_every, self.compiles = corrupted_weight, patience, eval_every, compile
         self.net = Autoencoder(width, skip, min(self.image_size)).to(memory_format=torch.channels_last)
         self.register_buffer("best", torch.tensor(torch.inf, dtype=torch.float64))  # held-out loss
         self.register_buffer("waited", torch.tensor(0))  # looks since then
@@ -193,7 +193,7 @@ class SSAE(AnomalyModule):
             self.net.compile()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        if self.patience and self.global_step and self.global_step % self.look_every == 0:
+        if self.patience and self.global_step and self.global_step % self.eval_every == 0:
             self.look()
         return losses(self.reconstruct(batch["image"]), batch["clean"], batch["image"], self.weight).mean()
 

@@ -290,16 +290,16 @@ def literal_logits(ltad: Any, tokens: torch.Tensor, classes: torch.Tensor) -> to
     return out
 
 
-@pytest.mark.parametrize("semantic", [1.0, 0.0])
-def test_second_phase_literally(semantic):
-    ltad, given = model(fill=None, jitter=0.0, strong=5.0, semantic=semantic), batch()
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_second_phase_literally(weight):
+    ltad, given = model(fill=None, jitter=0.0, strong=5.0, classifier_weight=weight), batch()
     ltad.share = 0.0
     tokens = ltad.tokens(given).double()
     rebuilt = copy.deepcopy(ltad.net).double()(tokens)
     expected = ((rebuilt - tokens) ** 2).mean()
     torch.manual_seed(7)
     found = ltad.second_phase({**given})
-    if semantic:
+    if weight:
         spoiled_with: list[torch.Tensor] = []
         spoil = ltad.spoiled
 
@@ -317,7 +317,7 @@ def test_second_phase_literally(semantic):
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     found.backward()
     reached = {name.partition(".")[0] for name, p in ltad.named_parameters() if p.grad is not None}
-    assert reached == ({"net", "project", "language"} if semantic else {"net"})
+    assert reached == ({"net", "project", "language"} if weight else {"net"})
 
 
 def test_abnormal_patches_are_anothers_or_jittered():
@@ -363,7 +363,7 @@ def test_tail_classes_are_filled_up(fill, lacking):
 
 
 def test_score_literally():
-    ltad, given = model(semantic=2.5).eval(), batch()
+    ltad, given = model(classifier_weight=2.5).eval(), batch()
     ltad.error_mean.copy_(torch.tensor([1.0, 2.0, 3.0]))
     ltad.error_std.copy_(torch.tensor([0.5, 2.0, 1.0]))
     maps = ltad.anomaly_map(given)
@@ -378,7 +378,7 @@ def test_score_literally():
 
 
 def test_the_score_is_standardised_on_training_patches():
-    ltad = model(semantic=0.0)
+    ltad = model(classifier_weight=0.0)
     given = [batch(3), {**batch(2), "category": torch.tensor([1, 1])}]
     ltad.normal_batches = lambda: given
     ltad.on_train_end()
@@ -395,7 +395,7 @@ def test_the_score_is_standardised_on_training_patches():
     [
         ({"class_names": "none"}, "class_names=none: choose learned or fixed"),
         ({"fill": "all"}, "fill=all: choose median, largest or null"),
-        ({"semantic": -1}, "semantic=-1"),
+        ({"classifier_weight": -1}, "classifier_weight=-1"),
         ({"temperature": 0}, "temperature=0"),
     ],
 )
@@ -408,11 +408,11 @@ def test_wrong_options(options, match):
     ("options", "phases"),
     [
         ({}, 2),
-        ({"semantic": 0}, 2),
+        ({"classifier_weight": 0}, 2),
         ({"fill": None}, 2),
         ({"class_names": "fixed"}, 2),
         ({"class_names": "fixed", "fill": None}, 1),
-        ({"semantic": 0, "fill": None}, 1),
+        ({"classifier_weight": 0, "fill": None}, 1),
     ],
 )
 def test_a_phase_that_has_nothing_to_learn_is_left_out(options, phases):
@@ -512,7 +512,7 @@ def test_without_held_features(arguments, tmp_path):
 def test_budgets_hold_for_each_phase(arguments, tmp_path):
     epochs = ("trainer.max_steps=null", "trainer.max_epochs=1")  # 6 images in batches of 4
     assert runs.result_of(*arguments(), *epochs, run_dir=tmp_path / "two")["timing"]["steps"] == 4
-    one = ("method.semantic=0", "method.fill=null")
+    one = ("method.classifier_weight=0", "method.fill=null")
     assert runs.result_of(*arguments(), *epochs, *one, run_dir=tmp_path / "one")["timing"]["steps"] == 2
 
 

@@ -270,7 +270,7 @@ class Interrupted(Exception):  # noqa: N818
 
 
 EARLY = (
-    "trainer.max_steps=8", "data.val_fraction=0.3", "method.patience=3", "method.look_every=1",
+    "trainer.max_steps=8", "data.val_fraction=0.3", "method.patience=3", "method.eval_every=1",
     "method.optimizer.lr=0.1",
 )  # fmt: skip
 
@@ -330,7 +330,7 @@ def test_training_ends_when_held_out_images_say_so(root, tmp_path, monkeypatch):
             self.best.fill_(0)  # nothing is better than this
 
     monkeypatch.setattr(SSAE, "look", recorded)
-    more = ("trainer.max_steps=50", "data.val_fraction=0.3", "method.patience=2", "method.look_every=2")
+    more = ("trainer.max_steps=50", "data.val_fraction=0.3", "method.patience=2", "method.eval_every=2")
     result = run_of(root, tmp_path / "run", *more, "hardware.precision=32")
     assert result["timing"]["steps"] == 7
     stored = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
@@ -543,7 +543,7 @@ def test_training_on_two_ranks_is_training_on_one(root, tmp_path):
     """Losses are of single images, batch norm is synchronised, and the held-out images are judged together."""
     from tests.devices.test_devices import on_ranks
 
-    budget = ("trainer.max_steps=6", "data.val_fraction=0.2", "method.patience=9", "method.look_every=2")
+    budget = ("trainer.max_steps=6", "data.val_fraction=0.2", "method.patience=9", "method.eval_every=2")
     for devices in (1, 2):
         options = [*TINY, *runs.folder_data(root), *budget, f"hydra.run.dir={tmp_path / str(devices)}"]
         options[2] = "hardware=ddp"

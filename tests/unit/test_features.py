@@ -155,7 +155,7 @@ def test_results_with_and_without(precision, root, cache, tmp_path):
     scores = [np.genfromtxt(tmp_path / n / "scores.csv", delimiter=",")[1:, -1] for n in ("cold", "warm", "without")]
     assert np.array_equal(scores[0], scores[1])
     np.testing.assert_allclose(scores[0], scores[2], rtol=1e-5 if precision == "32" else 2e-2)
-    short = run(root, cache, tmp_path / "short", *how, "cache.type=float16")
+    short = run(root, cache, tmp_path / "short", *how, "cache.dtype=float16")
     assert short["cache"]["type"] == "float16"
 
 
@@ -338,7 +338,7 @@ def test_what_was_used_longest_ago_goes_first(root, cache, tmp_path):
     [
         ("cache.enabled=maybe", "cache.enabled=maybe: give true or false"),
         ("cache.limit_gb=-1", "cache.limit_gb=-1: give gigabytes from 0"),
-        ("cache.type=int8", "cache.type=int8: give auto, bfloat16, float16 or float32"),
+        ("cache.dtype=int8", "cache.dtype=int8: give auto, bfloat16, float16 or float32"),
         ("cache.folder=3", "cache.folder=3: give a folder, or null"),
     ],
 )
