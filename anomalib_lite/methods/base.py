@@ -30,7 +30,7 @@ class AnomalyModule(L.LightningModule):
     - `uses_backbone = False`: a configured backbone is left out, as in a sweep over methods;
     - `frozen_features = True`: training and test see a frozen backbone's outputs, which `self.features(batch)` gives.
       They are computed once and shared by runs wherever training leaves its images unchanged;
-    - `uses_images = False` beside it: training never looks at `image`, so where features are stored no image is decoded;
+    - `uses_images = False` beside it: training looks at no `image`; where features are stored, none is decoded;
     - `own_image_score = True`: `anomaly_map` gives (maps, image scores [B]), which scoring.image_score=own takes.
 
     A batch is a dict: `image` float32 [B, 3, H, W], `mask` bool [B, H, W], `label` int64 [B], `category` int64 [B],

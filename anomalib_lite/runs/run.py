@@ -1,8 +1,6 @@
-"""One run, from its resolved configuration to its results: build, fit, test, write."""
+"""One run as a list: data, method, trainer, features, fit, test, write."""
 
-import contextlib
 import logging
-import os
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -12,74 +10,24 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from hydra.utils import get_method, instantiate
-from torch.utils.data import DataLoader
+from hydra.utils import instantiate
 
 from anomalib_lite import __version__
-from anomalib_lite.cli import schema as configuration
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.errors import UserError, enough_memory
-from anomalib_lite.features.backbones import Backbone, has_bf16
-from anomalib_lite.features.precompute import FrozenFeatures
+from anomalib_lite.features.backbones import has_bf16
+from anomalib_lite.features.precompute import precompute
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.runs import artifacts as results
+from anomalib_lite.runs import build
 from anomalib_lite.runs import test_outputs as evaluation
 from anomalib_lite.runs.callbacks import Training, quiet
 from anomalib_lite.runs.devices import device_name, lightning_options, peak_memory_mb
 from anomalib_lite.runs.efficiency import efficiency
 from anomalib_lite.runs.figures import write_figures, write_rows
 from anomalib_lite.runs.visualize import of_test_images, of_training_images
-from anomalib_lite.tracking.csv_logger import make_loggers
-from anomalib_lite.tracking.wandb_logger import WandbRun
 
 log = logging.getLogger(__name__)
-
-
-def build(cfg: dict[str, Any], stored: bool = False) -> tuple[AnomalyDataModule, AnomalyModule, list[str]]:
-    """The data, set up and checked, the method on its backbone, and notes. Seeds everything first.
-
-    With `stored`, all weights will come from a checkpoint: the backbone's file or the hub is not asked.
-    """
-    L.seed_everything(cfg["seed"], workers=True, verbose=False)
-    data = instantiate(cfg["data"], map_size=cfg["scoring"].get("map_size"))
-    data.setup()
-    notes = list(data.notes)
-    backbone = make_backbone(cfg, **({"weights": "none"} if stored else {}))
-    if backbone is not None and cfg["backbone"]["weights"] == "none":
-        notes.append("the backbone's weights are random")
-    model = make_method(cfg, backbone, data, data.categories)
-    return data, model, notes
-
-
-def make_backbone(cfg: dict[str, Any], **more: Any) -> Backbone | None:
-    """The backbone, or None where there is none or the method has no use for it (as in a sweep over methods)."""
-    if cfg["backbone"]["name"] is None or not getattr(_target(cfg), "uses_backbone", True):
-        return None
-    return instantiate(cfg["backbone"], precision=cfg["hardware"]["precision"], **more)
-
-
-def _target(cfg: dict[str, Any]) -> Any:
-    """The method's class; None for a wrong name, which is told where the method is made."""
-    with contextlib.suppress(Exception):
-        return get_method(cfg["method"]["_target_"])
-    return None
-
-
-def make_method(
-    cfg: dict[str, Any], backbone: Backbone | None, data: AnomalyDataModule, categories: list[str]
-) -> AnomalyModule:
-    """The method, with what the base of all methods is told beside the `method` group."""
-    context = {
-        "image_size": data.image_size,
-        "test_size": data.test_size,
-        "categories": categories,
-        "precision": cfg["hardware"]["precision"],
-    }
-    configuration.check_types("method", _target(cfg), cfg["method"])
-    model = instantiate(cfg["method"], backbone=backbone, scoring=cfg["scoring"], **context, _convert_="all")
-    if open_keys := [key for key, value in model.scoring.items() if value == "auto"]:
-        raise UserError(f"scoring.{open_keys[0]}=auto: this method has none of its own; give a value")
-    return model
 
 
 def execute(
@@ -92,75 +40,64 @@ def execute(
     fit: bool = True,
     multirun: bool = False,
 ) -> dict[str, Any] | None:
-    """Fit (from `checkpoint` on, if that file is there) or load it, test, and write what a run leaves into `run`.
+    """Fit (from `checkpoint` on, if that file exists) or load it, test, and write the results into the folder `run`.
 
     Args:
         cfg: the resolved `train` configuration. names: its choices of `method` and `split`.
         overrides: the command line, for result.json. remarks: further notes for it.
+        multirun: whether further runs follow in this process.
 
     Returns:
-        result.json's content on rank 0, None on others.
+        result.json's content on rank 0, None on other ranks.
     """
     quiet()
     hardware = lightning_options(cfg["hardware"], multirun)
-    ranks = hardware["devices"] * hardware["num_nodes"]
-    if fit and cfg["data"]["batch_size"] % ranks:
-        raise UserError(
-            f"data.batch_size={cfg['data']['batch_size']} can't be shared out to {ranks} devices evenly; "
-            f"give a multiple of {ranks}"
-        )
+    check_batch_size(cfg, hardware["devices"] * hardware["num_nodes"], fit)
     stored = read_checkpoint(checkpoint) if checkpoint.is_file() else {}
-    data, model, notes = build(cfg, bool(stored))
-    if stored and stored["fingerprint"] != data.fingerprint:
-        listed = f" (split.path={cfg['split']['path']} may have changed)" if cfg["split"].get("path") else ""
-        raise UserError(
-            f"data.root={data.root}: not the files that {checkpoint} was trained and tested on{listed}; train anew"
-        )
-    training, evaluating = Training(cfg, checkpoint, data), evaluation.Evaluation(ragged=model.map_size == "original")
-    filling = FrozenFeatures(data, cfg.get("cache") or {"enabled": False}, cfg["hardware"]["feature_memory_gb"])
-    epochs = cfg["trainer"]["max_epochs"]
-    if type(model).training_step is AnomalyModule.training_step:
-        epochs = training.max_epochs = 0  # a closed form has no batches to count
-        if data.balanced:
-            notes.append("data.balanced=true changes nothing: this method sees every training image once")
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    L.seed_everything(cfg["seed"], workers=True, verbose=False)
+
+    data = build.make_data(cfg, stored.get("steps", 0))
+    check_fingerprint(cfg, data, stored, checkpoint)
+    steps = build.budget(cfg, data)
+    backbone = build.make_backbone(cfg, stored=bool(stored))
+    model = build.make_method(cfg, backbone, data, data.categories, steps)
+
+    training = Training(cfg, checkpoint, model.total_steps)
+    collecting = evaluation.Evaluation(ragged=model.map_size == "original")
+    loggers = build.make_loggers(cfg["logger"], run) if fit else []
+    trainer = build.make_trainer(hardware, run, [training, collecting], loggers, model.total_steps)
+    if trainer.is_global_zero:
         for line in data.kept.told(names["split"]):
             log.info(line)
-    trainer = L.Trainer(
-        **hardware,
-        max_epochs=-1 if epochs is None else epochs * model.phases,
-        logger=make_loggers(cfg["logger"], run) if fit else False,
-        callbacks=[training, filling, evaluating],
-        deterministic="warn",
-        default_root_dir=run,
-        limit_val_batches=0,
-        use_distributed_sampler=False,  # the DataModule deals the samples out to the ranks itself, without padding
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    shown = [logger for logger in trainer.loggers if isinstance(logger, WandbRun) and trainer.is_global_zero]
-    for logger in shown:
-        logger.start(cfg, names, data)
-    fit = fit and not stored.get("finished", False)  # a run that was interrupted while testing is trained already
-    if fit:
-        with enough_memory(lambda: "data.batch_size" if training.begun else "data.eval_batch_size", cfg):
-            trainer.fit(model, datamodule=data, ckpt_path=checkpoint if stored else None, weights_only=True)
-        training.save(trainer)
-    tested = time.perf_counter()
-    data.trainer = trainer
-    loaders = [data.test_dataloader(), data.normal_dataloader(sharded=True), data.val_dataloader()]
-    with enough_memory(lambda: "data.eval_batch_size", cfg):
-        trainer.test(
-            model,
-            [loader for loader in loaders if isinstance(loader, DataLoader)],  # also one without a batch for this rank
-            ckpt_path=None if fit else checkpoint,
-            weights_only=True,
-            verbose=False,
-        )
-    evaluating.gather()
+        for logger in loggers:
+            logger.start(cfg, names, data)  # type: ignore[attr-defined]
+
+    with build.all_ranks(trainer):
+        fit = fit and not stored.get("finished", False)  # a run that was interrupted in its test is trained already
+        stored_features, cache = None, {"used": False}
+        if model.frozen_features and backbone is not None:
+            limits = (cfg.get("cache") or {"enabled": False}, cfg["hardware"]["feature_memory_gb"])
+            with enough_memory(lambda: "data.eval_batch_size", cfg):
+                stored_features, cache = precompute(trainer, data, backbone, *limits, fit=fit)
+            data = data.with_features(stored_features, model.uses_images)
+        if fit:
+            with enough_memory(lambda: "data.batch_size" if training.begun else "data.eval_batch_size", cfg):
+                trainer.fit(model, datamodule=data, ckpt_path=checkpoint if stored else None, weights_only=True)
+            training.save(trainer)
+        tested = time.perf_counter()
+        with enough_memory(lambda: "data.eval_batch_size", cfg):
+            loaders = [data.test_dataloader(), data.train_eval_dataloader(sharded=True), data.val_dataloader()]
+            trainer.test(
+                model,
+                [loader for loader in loaders if loader != []],
+                ckpt_path=None if fit else checkpoint,
+                weights_only=True,
+                verbose=False,
+            )
+        collecting.gather()
     if not trainer.is_global_zero:
         return None
+
     test_s = time.perf_counter() - tested
     cost, speed = efficiency(model, data, cfg["data"]["eval_batch_size"])
     timing = {
@@ -173,21 +110,45 @@ def execute(
     }
     result = {
         **describe(cfg, names, data, model),
-        **measure(cfg, data, evaluating.arrays),
+        **measure(cfg, data, collecting.arrays),
         "timing": timing,
         "efficiency": cost,
-        "cache": filling.report,
+        "cache": cache,
         "environment": results.environment(device_name(trainer.strategy.root_device))
         | {"precision": precision(cfg, model, trainer.strategy.root_device)},
     }
-    result["notes"] = [*notes, *result["notes"], *remarks]
+    result["notes"] = [*notes_of(cfg, data, steps, stored), *result["notes"], *remarks]
     result["overrides"] = list(overrides)
-    test = evaluating.arrays[evaluation.TEST]
+    test = collecting.arrays[evaluation.TEST]
     curves = evaluation.curves(data.test_samples, data.categories, test, data.has_masks)
-    write(run, data, evaluating.arrays, curves, result, model)
-    for logger in shown:
-        logger.log_test(result, data, test, curves)
+    write(run, data, collecting.arrays, curves, result, model)
+    for logger in loggers:
+        logger.log_test(result, data, test, curves)  # type: ignore[attr-defined]
     return result
+
+
+def check_batch_size(cfg: dict[str, Any], ranks: int, fit: bool) -> None:
+    size = cfg["data"]["batch_size"]
+    if fit and size % ranks:
+        raise UserError(f"data.batch_size={size} is not divisible by {ranks} devices; use a multiple of {ranks}.")
+
+
+def check_fingerprint(cfg: dict[str, Any], data: AnomalyDataModule, stored: dict[str, Any], checkpoint: Path) -> None:
+    """A checkpoint continues with the data that it was trained on."""
+    if stored and stored["fingerprint"] != data.fingerprint:
+        listed = f" (split.path={cfg['split']['path']} may have changed)" if cfg["split"].get("path") else ""
+        raise UserError(
+            f"data.root={data.root}: not the files that {checkpoint} was trained and tested on{listed}; train anew"
+        )
+
+
+def notes_of(cfg: dict[str, Any], data: AnomalyDataModule, steps: int, stored: dict[str, Any]) -> list[str]:
+    notes = list(data.notes)
+    if build.uses_random_backbone(cfg):
+        notes.append("the backbone's weights are random")
+    if data.balanced and not steps:
+        notes.append("data.balanced=true changes nothing: this method sees every training image once")
+    return notes
 
 
 def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyModule, AnomalyDataModule]:
@@ -197,8 +158,7 @@ def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyMod
         raise UserError("device=gpu: no GPU is visible here; choose device=cpu or device=auto")
     options = lightning_options(cfg["hardware"] | {"accelerator": device, "devices": 1, "nodes": 1}, multirun=False)
     data = instantiate(cfg["data"], category=stored["categories"])
-    backbone = make_backbone(cfg, weights="none")  # the checkpoint holds its weights too
-    model = make_method(cfg, backbone, data, stored["categories"])
+    model = build.make_method(cfg, build.make_backbone(cfg, stored=True), data, stored["categories"])
     try:
         model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
     except RuntimeError as error:
@@ -214,7 +174,7 @@ def precision(cfg: dict[str, Any], model: AnomalyModule, device: torch.device) -
         return "bf16"
     low = {
         "frozen backbone": model.backbone is not None and model.backbone.low_precision(device),
-        "the method's networks": model.autocasts and cfg["hardware"]["precision"] == "auto" and has_bf16(device),
+        "the method's networks": model.autocasted and cfg["hardware"]["precision"] == "auto" and has_bf16(device),
     }
     parts = " and ".join(part for part, is_low in low.items() if is_low)
     return f"float32, {parts} in bf16" if parts else "float32"
@@ -223,7 +183,8 @@ def precision(cfg: dict[str, Any], model: AnomalyModule, device: torch.device) -
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     """What a run writes into its checkpoint beside Lightning's part: version, config, fingerprint, finished."""
     try:
-        stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["anomalib_lite"]
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        stored = content["anomalib_lite"] | {"steps": content["callbacks"]["Training"]["steps"]}
     except Exception as error:
         raise UserError(f"{checkpoint}: damaged, or not a checkpoint of ours; remove it and train again") from error
     if stored["version"].split(".")[:2] != __version__.split(".")[:2]:

@@ -16,7 +16,7 @@ Rows = dict[str, np.ndarray]  # {title: uint8 [N, h, w, 3]}
 
 def of_test_images(model: AnomalyModule, data: AnomalyDataModule, samples: list[Sample]) -> Rows:
     """At data.image_size, whatever the images' own sizes; none where the method shows nothing."""
-    if model.visualize is None:
+    if type(model).visualize is AnomalyModule.visualize:
         return {}
     loader = data.new_dataloader([sample.path for sample in samples], 0, 1, 0)
     each = [_shown(model, batch) for batch in loader]
@@ -25,9 +25,9 @@ def of_test_images(model: AnomalyModule, data: AnomalyDataModule, samples: list[
 
 def of_training_images(model: AnomalyModule, data: AnomalyDataModule, count: int = 8) -> Rows:
     """The first images of the first batch: clean, corrupted, the corruption's mask, and what the method shows."""
-    if model.visualize is None or data.corrupt is None:
+    if type(model).visualize is AnomalyModule.visualize or data.corrupt is None:
         return {}
-    batch = {key: value[:count] for key, value in next(iter(data.train_dataloader())).items()}
+    batch = {key: value[:count] for key, value in next(iter(data.loader_from(0))).items()}
     clean, corrupted = (data.train_pipeline.denormalise(batch[key]) for key in ("clean", "image"))
     rows = {"clean": clean, "corrupted": corrupted, "mask": batch["corruption_mask"][:, None].float()}
     return {title: _as_images(images) for title, images in rows.items()} | _shown(model, batch)
@@ -35,7 +35,6 @@ def of_training_images(model: AnomalyModule, data: AnomalyDataModule, count: int
 
 @torch.inference_mode()
 def _shown(model: AnomalyModule, batch: dict[str, Any]) -> Rows:
-    assert model.visualize is not None
     batch = model.eval().transfer_batch_to_device(batch, model.device, 0)
     return {title: _as_images(images) for title, images in model.visualize(batch).items()}
 

@@ -31,6 +31,12 @@ class CSVLogger(Logger):
     def version(self) -> str:
         return ""
 
+    def start(self, *args: Any) -> None:
+        """The file appears with its first rows."""
+
+    def log_test(self, *args: Any) -> None:
+        """The test's results are in files of their own."""
+
     def keep_until(self, step: int) -> None:
         """Take up the rows of an interrupted run, up to this step."""
         if self.file.is_file():

@@ -180,6 +180,9 @@ class WandbRun(Logger):
         self.run.define_metric("loss", step_metric="step")
         self.run.define_metric("epoch", step_metric="step", hidden=True)
 
+    def keep_until(self, step: int) -> None:
+        """W&B's server holds the rows before; `log_metrics` drops those that come again."""
+
     @_harmless
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if step is not None and step < self.begun:

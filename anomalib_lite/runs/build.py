@@ -1,0 +1,134 @@
+"""From the resolved configuration to a run's objects: data, backbone, method, loggers, trainer."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from hydra.utils import get_method, instantiate
+from lightning.pytorch.loggers import Logger
+
+from anomalib_lite.cli import schema
+from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.errors import UserError
+from anomalib_lite.features.backbones import Backbone
+from anomalib_lite.methods.base import AnomalyModule
+
+log = logging.getLogger(__name__)
+
+
+def make_data(cfg: dict[str, Any], first_batch: int = 0) -> AnomalyDataModule:
+    """The data, read, checked and split. `first_batch`: where a resumed run continues."""
+    data = instantiate(cfg["data"], map_size=cfg["scoring"].get("map_size"), first_batch=first_batch)
+    data.setup()
+    return data
+
+
+def make_backbone(cfg: dict[str, Any], stored: bool = False) -> Backbone | None:
+    """The backbone; None where there is none or the method has no use for it, as in a sweep over methods.
+
+    With `stored`, a checkpoint will give its weights: neither a file nor the hub is asked.
+    """
+    if cfg["backbone"]["name"] is None or not getattr(_method_class(cfg), "uses_backbone", True):
+        return None
+    weights = {"weights": "none"} if stored else {}
+    return instantiate(cfg["backbone"], precision=cfg["hardware"]["precision"], **weights)
+
+
+def uses_random_backbone(cfg: dict[str, Any]) -> bool:
+    uses = cfg["backbone"]["name"] is not None and getattr(_method_class(cfg), "uses_backbone", True)
+    return uses and cfg["backbone"]["weights"] == "none"
+
+
+def make_method(
+    cfg: dict[str, Any], backbone: Backbone | None, data: AnomalyDataModule, categories: list[str], steps: int = 0
+) -> AnomalyModule:
+    """The method on its backbone, with a budget of so many batches in each of its phases."""
+    schema.check_types("method", _method_class(cfg), cfg["method"])
+    model = instantiate(
+        cfg["method"],
+        backbone=backbone,
+        scoring=cfg["scoring"],
+        image_size=data.image_size,
+        test_size=data.test_size,
+        categories=categories,
+        precision=cfg["hardware"]["precision"],
+        steps=steps,
+        _convert_="all",
+    )
+    if open_keys := [key for key, value in model.scoring.items() if value == "auto"]:
+        raise UserError(f"scoring.{open_keys[0]}=auto: this method has none of its own; give a value")
+    return model
+
+
+def _method_class(cfg: dict[str, Any]) -> Any:
+    """The method's class; None for a wrong name, which is reported where the method is made."""
+    with contextlib.suppress(Exception):
+        return get_method(cfg["method"]["_target_"])
+    return None
+
+
+def budget(cfg: dict[str, Any], data: AnomalyDataModule) -> int:
+    """Batches in each phase of training: trainer.max_steps or max_epochs, whichever comes first.
+
+    It is 0 for a method in closed form, which has no batches to count.
+    """
+    method = _method_class(cfg)
+    if getattr(method, "training_step", None) is AnomalyModule.training_step:
+        return 0
+    steps, epochs = cfg["trainer"]["max_steps"], cfg["trainer"]["max_epochs"]
+    limits = [steps, None if epochs is None else epochs * data.batches_per_epoch]
+    return min(limit for limit in limits if limit is not None)
+
+
+def make_loggers(cfg: dict[str, Any], folder: Path) -> list[Logger]:
+    """The loggers of the configuration. An optional logger that can't be made is left out with a warning."""
+    loggers = []
+    for name, logger in cfg.items():
+        try:
+            loggers.append(instantiate(logger, run_dir=str(folder)))
+        except Exception as error:
+            if name == "csv":
+                raise
+            log.warning("logger.%s is left out: %s", name, str(error).splitlines()[0] if str(error) else repr(error))
+    return loggers
+
+
+def make_trainer(
+    hardware: dict[str, Any], folder: Path, callbacks: list[L.Callback], loggers: list[Logger], steps: int
+) -> L.Trainer:
+    """Lightning's Trainer. `hardware` are its options by `runs.devices`; Training counts `steps` and ends the run."""
+    return L.Trainer(
+        **hardware,
+        max_epochs=-1 if steps else 0,
+        logger=loggers or False,
+        callbacks=callbacks,
+        deterministic="warn",
+        default_root_dir=folder,
+        limit_val_batches=0,
+        use_distributed_sampler=False,  # the DataModule itself shares the samples out to the ranks, without padding
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+@contextlib.contextmanager
+def all_ranks(trainer: L.Trainer) -> Iterator[None]:
+    """Start the other ranks, which repeat the command, and join their process group.
+
+    Lightning would do so in `fit`. Features are computed by all ranks before that. An error here ends the others.
+    """
+    launcher: Any = trainer.strategy.launcher
+    try:
+        if launcher is None:
+            trainer.strategy.setup_environment()
+        else:
+            launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
+        yield
+    except BaseException:
+        for process in getattr(launcher, "procs", []):
+            process.kill()
+        raise
