@@ -60,6 +60,7 @@ class AnomalyDataModule(L.LightningDataModule):
         map_size: Size at which evaluated masks come as `gt_mask`: (H, W), or "original" for each image's own size,
             which then comes as `size`. Not with a `transform`, which may move pixels.
         first_batch: Number of batches that a resumed run has trained on: the training loader continues after them.
+        ranks: Gives this process's rank and the number of ranks, when a loader is made.
 
     `with_features` gives a copy whose loaders add a frozen backbone's stored features to their batches. A Trainer needs
     `use_distributed_sampler=False`: the DataModule itself shares the batches out to the ranks.
@@ -93,6 +94,7 @@ class AnomalyDataModule(L.LightningDataModule):
         texture_size: int | Sequence[int] | str = "original",
         map_size: int | Sequence[int] | str | None = None,
         first_batch: int = 0,
+        ranks: Callable[[], tuple[int, int]] = rank_and_world,
     ):
         super().__init__()
         self.reader, self.root, self.category, self.name = reader, root, category, name
@@ -118,7 +120,7 @@ class AnomalyDataModule(L.LightningDataModule):
         self._validate()
         names = [category] if isinstance(category, str | int) else list(category)
         self._build_pipelines([] if category == "all" else [str(name) for name in names])
-        self.first_batch = first_batch
+        self.first_batch, self.ranks = first_batch, ranks
         self.stored: StoredFeatures | None = None
         self.uses_images = True
         self._ready = False
@@ -232,7 +234,7 @@ class AnomalyDataModule(L.LightningDataModule):
         return len(self._train_batches())
 
     def _train_batches(self, first_batch: int = 0) -> TrainBatchSampler:
-        rank, world = rank_and_world()
+        rank, world = self.ranks()
         classes = [s.category for s in self.train_samples] if self.balanced else None
         how = (self.batch_size, self.seed, rank, world, self.drop_last, first_batch, classes)
         return TrainBatchSampler(len(self.train_samples), *how)
@@ -301,7 +303,7 @@ class AnomalyDataModule(L.LightningDataModule):
 
         The batches are those of one device: beside other images a network's output may differ in its last bit.
         """
-        rank, world = rank_and_world() if sharded else (0, 1)
+        rank, world = self.ranks() if sharded else (0, 1)
         batches = list(BatchSampler(range(len(dataset)), self.eval_batch_size, drop_last=False))
         return self._loader(dataset, persistent, batch_sampler=batches[rank::world])
 
@@ -328,7 +330,7 @@ class AnomalyDataModule(L.LightningDataModule):
         if not torch.cuda.is_available():
             return 0
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        devices = max(1, torch.cuda.device_count()) if rank_and_world()[1] > 1 else 1
+        devices = max(1, torch.cuda.device_count()) if self.ranks()[1] > 1 else 1
         return min(4, max(1, cpus // devices))
 
 

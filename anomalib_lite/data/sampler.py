@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch.utils.data import Sampler
 
 from anomalib_lite.data.dataset import BALANCE, SHUFFLE
+from anomalib_lite.errors import UserError
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -14,6 +15,12 @@ def rank_and_world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def check_batch_size(batch_size: int, world: int) -> None:
+    """Raise UserError unless every one of the `world` devices gets as many images of a batch."""
+    if batch_size % world:
+        raise UserError(f"data.batch_size={batch_size} is not divisible by {world} devices; use a multiple of {world}")
 
 
 class TrainBatchSampler(Sampler):
@@ -46,6 +53,7 @@ class TrainBatchSampler(Sampler):
         first_batch: int = 0,
         classes: Sequence[str] | None = None,
     ):
+        check_batch_size(batch_size, world)
         self.members = None if classes is None else _members(classes)
         if self.members:
             length = len(self.members) * -(-length // len(self.members))

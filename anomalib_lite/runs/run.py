@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 
 from anomalib_lite import __version__
 from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.data.sampler import check_batch_size
 from anomalib_lite.errors import UserError, enough_memory
 from anomalib_lite.features.backbones import has_bf16
 from anomalib_lite.features.precompute import precompute
@@ -52,7 +53,8 @@ def execute(
     """
     quiet()
     hardware = lightning_options(cfg["hardware"], multirun)
-    check_batch_size(cfg, hardware["devices"] * hardware["num_nodes"], fit)
+    if fit:
+        check_batch_size(cfg["data"]["batch_size"], hardware["devices"] * hardware["num_nodes"])
     stored = read_checkpoint(checkpoint) if checkpoint.is_file() else {}
     L.seed_everything(cfg["seed"], workers=True, verbose=False)
 
@@ -125,12 +127,6 @@ def execute(
     for logger in loggers:
         logger.log_test(result, data, test, curves)  # type: ignore[attr-defined]
     return result
-
-
-def check_batch_size(cfg: dict[str, Any], ranks: int, fit: bool) -> None:
-    size = cfg["data"]["batch_size"]
-    if fit and size % ranks:
-        raise UserError(f"data.batch_size={size} is not divisible by {ranks} devices; use a multiple of {ranks}.")
 
 
 def check_fingerprint(cfg: dict[str, Any], data: AnomalyDataModule, stored: dict[str, Any], checkpoint: Path) -> None:

@@ -26,7 +26,9 @@ def main(parts: str, weights: str) -> None:
     data = AnomalyDataModule(read_mvtec, parts, "bottle", image_size=256)
     data.setup()
     backbone = Backbone("resnet18", [2, 3], weights)
-    each = [patch_features(backbone(batch["image"])).movedim(1, -1).flatten(0, 2) for batch in data.normal_dataloader()]
+    each = [
+        patch_features(backbone(batch["image"])).movedim(1, -1).flatten(0, 2) for batch in data.train_eval_dataloader()
+    ]
     patches = torch.cat(each)
     del each, backbone
     wall, processor = time.perf_counter(), time.process_time()

@@ -42,7 +42,7 @@ def batches(images, size):
 def fitted(method, images, size=5, **options: Any):
     torch.manual_seed(0)
     model = method(backbone=Levels(), **options)
-    data = SimpleNamespace(normal_dataloader=lambda: batches(images, size))
+    data = SimpleNamespace(fit_dataloader=lambda: batches(images, size))
     model.trainer = SimpleNamespace(datamodule=data, strategy=SimpleNamespace(lightning_module=model))
     model.transfer_batch_to_device = lambda batch, device, index: batch
     model.on_fit_start()

@@ -68,7 +68,7 @@ def raw_maps(run: Path) -> tuple[Any, dict[str, np.ndarray]]:
         model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
         model.eval()
         maps: dict[str, np.ndarray] = {}
-        for loader in (data.test_dataloader(), data.normal_dataloader()):
+        for loader in (data.test_dataloader(), data.train_eval_dataloader()):
             for batch in loader:
                 found = model.anomaly_map(batch)
                 assert isinstance(found, torch.Tensor)

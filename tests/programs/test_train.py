@@ -242,7 +242,7 @@ def test_thresholds_come_from_normal_training_images(finished):
     model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
     model.eval()
     with torch.no_grad():
-        scored = [model.score(batch | {"fitted": True}) for batch in data.normal_dataloader()]
+        scored = [model.score(batch | {"is_train_image": True}) for batch in data.train_eval_dataloader()]
     scores = np.concatenate([x["score"].double() for x in scored])
     peaks = np.concatenate([x["map"].amax((1, 2)).double() for x in scored])
     assert len(scores) == 10

@@ -3,7 +3,6 @@ import re
 import shutil
 from itertools import chain, pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import albumentations as A
@@ -17,8 +16,10 @@ from omegaconf import OmegaConf
 
 from anomalib_lite.data import splits
 from anomalib_lite.data.datamodule import AnomalyDataModule
-from anomalib_lite.data.dataset import CORRUPTED, TrainBatches
+from anomalib_lite.data.dataset import CORRUPTED
+from anomalib_lite.data.loader import StoredFeatures
 from anomalib_lite.data.readers import read_folder
+from anomalib_lite.data.sampler import TrainBatchSampler
 from anomalib_lite.errors import UserError
 from tests.helpers.image_trees import make_mvtec, save_image
 
@@ -33,20 +34,22 @@ def root(tmp_path_factory):
 
 def module(root, rank=None, world=1, **options):
     defaults: dict[str, Any] = {"reader": read_folder, "category": "all", "image_size": 16, "batch_size": 6}
-    options = defaults | options
-    data = AnomalyDataModule(root=root, **options)
-    data.setup("fit")
     if rank is not None:
-        device = SimpleNamespace(root_device=torch.device("cpu"))
-        trainer: Any = SimpleNamespace(global_rank=rank, world_size=world, strategy=device)
-        data.trainer = trainer
+        options["ranks"] = lambda: (rank, world)
+    data = AnomalyDataModule(root=root, **(defaults | options))
+    data.setup("fit")
     return data
 
 
+def epoch_of(loader, epoch):
+    """The batches of an epoch."""
+    loader.batch_sampler.next_batch = epoch * len(loader)
+    return list(loader)
+
+
 def order(loader, epoch=0):
-    """Positions of the batches of an epoch, asked for the way Lightning does."""
-    loader.batch_sampler.sampler.set_epoch(epoch)
-    return [batch["index"].tolist() for batch in loader]
+    """Positions of the batches of an epoch, counted from 0."""
+    return [batch["index"].tolist() for batch in epoch_of(loader, epoch)]
 
 
 def flat(lists):
@@ -128,10 +131,10 @@ def test_ranks_share_global_batches(root, world):
 def test_no_rank_goes_without(length):
     for world in (1, 2, 3):
         for drop_last in (False, True):
-            shares = [list(TrainBatches(length, 6, 0, rank, world, drop_last)) for rank in range(world)]
+            shares = [list(TrainBatchSampler(length, 6, 0, rank, world, drop_last)) for rank in range(world)]
             wanted = max(1, length // 6) if drop_last else -(-length // 6)
             assert {len(share) for share in shares} == {wanted}
-            assert len(TrainBatches(length, 6, 0, 0, world, drop_last)) == wanted
+            assert len(TrainBatchSampler(length, 6, 0, 0, world, drop_last)) == wanted
             for parts in zip(*shares, strict=True):
                 assert len({len(part) for part in parts}) == 1
                 assert len(parts[0]) > 0
@@ -145,21 +148,12 @@ def test_drop_last(root):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_continues_the_undisturbed_order(root, workers):
     options = {"workers": workers, "augment": [A.HorizontalFlip(p=0.5), A.GaussNoise(p=0.5)]}
-
-    def epoch_of(loader, epoch):
-        loader.batch_sampler.sampler.set_epoch(epoch)
-        return list(loader)
-
     loader = module(root, **options).train_dataloader()
     undisturbed = [epoch_of(loader, e) for e in (3, 4)]
-    data = module(root, **options)
-    done = 14
-    data.batches_done = lambda: done
-    loader = data.train_dataloader()
+    loader = module(root, first_batch=14, **options).train_dataloader()
     assert len(loader) == 4
-    resumed = [list(loader)]
-    done = 16
-    resumed.append(list(loader))
+    iter(loader)  # Lightning asks for an iterator that it does not use
+    resumed = [list(loader), list(loader)]
     assert [len(epoch) for epoch in resumed] == [2, 4]
     for a, b in zip(undisturbed[0][2:] + undisturbed[1], flat(resumed), strict=True):
         assert equal(a, b)
@@ -193,7 +187,7 @@ class Recorder(L.LightningModule):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_in_a_trainer(root, tmp_path, workers):
-    """Lightning finds the sampler's set_epoch, also past persistent workers."""
+    """Epoch after epoch, with persistent workers too."""
     data, model = module(root, workers=workers), Recorder()
     trainer = L.Trainer(
         max_epochs=3,
@@ -224,13 +218,13 @@ def test_evaluation_shares_the_batches_of_one_device(root, world):
     assert indices == [[[0, 1], [2, 3], [4]][rank::world] for rank in range(world)]
 
 
-def test_normal_dataloader(root):
+def test_train_eval_dataloader(root):
     data = module(root, 1, 2, augment=[A.HorizontalFlip(p=1)], eval_batch_size=8)
-    batches = list(data.normal_dataloader())
+    batches = list(data.train_eval_dataloader())
     assert flat(b["index"].tolist() for b in batches) == list(range(19))
-    plain = next(iter(module(root, eval_batch_size=8).normal_dataloader()))
+    plain = next(iter(module(root, eval_batch_size=8).train_eval_dataloader()))
     assert torch.equal(plain["image"], batches[0]["image"])
-    sharded = data.normal_dataloader(sharded=True)
+    sharded = data.train_eval_dataloader(sharded=True)
     assert flat(b["index"].tolist() for b in sharded) == list(range(8, 16))
 
 
@@ -239,12 +233,36 @@ def test_without_images_nothing_is_decoded(root, tmp_path):
     data = module(moved, workers=2)
     for sample in data.train_samples:
         sample.path.unlink()
-    data.images_needed = False
-    for loader in (data.train_dataloader(), data.normal_dataloader()):
+    rows = {str(sample.path): torch.full((6,), float(i)) for i, sample in enumerate(data.train_samples)}
+    data = data.with_features(StoredFeatures(data.eval_pipeline, [(1, 1, 2), (2, 2, 1)], rows), uses_images=False)
+    for loader in (data.train_dataloader(), data.fit_dataloader(), data.train_eval_dataloader()):
         assert loader.num_workers == 0
-        assert {frozenset(batch) for batch in loader} == {frozenset({"label", "category", "index", "path"})}
+        for batch in loader:
+            assert batch.keys() == {"label", "category", "index", "path", "features"}
+            assert [level.shape[1:] for level in batch["features"]] == [(1, 1, 2), (2, 2, 1)]
+            assert all((level.flatten(1) == batch["index"][:, None]).all() for level in batch["features"])
     assert order(data.train_dataloader(), 1) == order(module(root).train_dataloader(), 1)
     assert "image" in next(iter(data.test_dataloader()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"augment": [A.HorizontalFlip(p=0.5)]},
+        {"treatment": "texture", "texture_size": 32},
+        {"corrupt": lambda image, rng: (image, np.zeros(image.shape[:2], bool))},
+    ],
+)
+def test_changed_training_images_have_no_stored_features(root, change):
+    """Crops, augmentations and corruptions: training gets images, and test and thresholds the stored features."""
+    data = module(root, **change)
+    everything = [*data.train_samples, *data.test_samples]
+    stored = StoredFeatures(data.eval_pipeline, [(1, 1, 1)], {str(s.path): torch.zeros(1) for s in everything})
+    data = data.with_features(stored, uses_images=False)
+    for loader in (data.train_dataloader(), data.fit_dataloader(), [data.training_batch([0, 2], 1)]):
+        assert all("image" in batch and "features" not in batch for batch in loader)
+    for loader in (data.train_eval_dataloader(), data.test_dataloader()):
+        assert all("features" in batch for batch in loader)
 
 
 # --- reproducible pixels ---
@@ -263,8 +281,7 @@ def test_augmentation_differs_from_epoch_to_epoch(root):
     loader = module(root, augment=[A.GaussNoise(p=1)], batch_size=19).train_dataloader()
 
     def pixels(epoch):
-        loader.batch_sampler.sampler.set_epoch(epoch)
-        (batch,) = loader
+        (batch,) = epoch_of(loader, epoch)
         return batch["image"][batch["index"].argsort()]
 
     assert torch.equal(pixels(1), pixels(1))
@@ -316,7 +333,7 @@ def test_a_damaged_file_is_one_line(tmp_path, workers):
 def test_sizes_differ(tmp_path, workers):
     save_image(make_mvtec(tmp_path) / "train" / "good" / "000.png", size=48)
     with pytest.raises(UserError, match=r"^/.*\.png: another size .* add a Resize to data.transform$"):
-        list(module(tmp_path, transform=[], workers=workers).normal_dataloader())
+        list(module(tmp_path, transform=[], workers=workers).train_eval_dataloader())
 
 
 @pytest.mark.parametrize(
@@ -340,7 +357,7 @@ def test_options_are_checked(root, options, message):
 
 
 def test_batch_size_must_divide(root):
-    with pytest.raises(UserError, match=r"data\.batch_size=6 must divide by the 4 devices"):
+    with pytest.raises(UserError, match=r"data\.batch_size=6 is not divisible by 4 devices; use a multiple of 4"):
         module(root, 0, 4).train_dataloader()
 
 

@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from anomalib_lite.data.loader import StoredFeatures
 from anomalib_lite.data.transforms import Resize, build
+from anomalib_lite.features import precompute
 from anomalib_lite.features.backbones import Backbone
-from anomalib_lite.features.cache import FeatureFiles, FeatureStore, compact, image_key, key, shapes, table
+from anomalib_lite.features.cache import FeatureFiles, image_key, key
+from anomalib_lite.features.precompute import as_rows, shapes_of, smallest_type
 from tests.helpers.image_trees import make_mvtec
-from tests.helpers.run_programs import folder_data, result_of, train
+from tests.helpers.run_programs import ROOT, SMALL, folder_data, result_of, train
 
 RESNET = "resnet18.tv_in1k"
 CPU = torch.device("cpu")
+PIPELINE = build([Resize(32)], (), "imagenet")
 
 
 @pytest.fixture(scope="module")
@@ -49,42 +56,33 @@ def levels_of(count: int, dtype: torch.dtype = torch.float32) -> list[torch.Tens
 # --- what is kept ---
 
 
-def test_store_gives_what_was_put_in():
-    levels, paths = levels_of(7), [f"image{i}" for i in range(7)]
-    store = FeatureStore(shapes(levels))
-    assert store.shapes == [(5, 6, 4), (2, 3, 8)]
-    for rows in (slice(0, 3), slice(3, 6), slice(6, 7)):
-        store.add(paths[rows], table([x[rows] for x in levels], torch.float32))
-    assert store.holds(paths)
-    assert not store.holds(["image0", "elsewhere"])
-    for some in ([6, 0, 3], [2], [1, 1]):
-        for found, level in zip(store.get([paths[i] for i in some]), levels, strict=True):
-            assert torch.equal(found, level[some])
-            assert found.is_contiguous(memory_format=torch.channels_last)
-    with pytest.raises(KeyError):
-        store.get(["elsewhere"])
-
-
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
 def test_files_give_what_was_written(name, tmp_path):
     dtype = getattr(torch, name)
-    levels = levels_of(5, dtype)
-    files = FeatureFiles(tmp_path, {"a": 1})
-    keys = {f"image{i}": f"key{i}" for i in range(5)}
-    with files.writer() as writer:
-        writer.reserve(shapes(levels), dtype, 5)
-        writer.add(["key0", "key1", "key2"], [level[:3] for level in levels])
-        writer.add(["key3", "key4"], [torch.cat([level[3:], level[:1]]) for level in levels])  # filled up: cut off
-    store = files.load(keys | {"new": "other"})
-    assert set(store.rows) == set(keys)
-    for found, level in zip(store.get(["image4", "image0"]), levels, strict=True):
-        assert torch.equal(found, level[[4, 0]])
-    assert not FeatureFiles(tmp_path, {"a": 2}).load(keys).rows
+    levels, files = levels_of(5, dtype), FeatureFiles(tmp_path, {"a": 1})
+    rows, shapes = as_rows(levels, dtype), shapes_of(levels)
+    assert shapes == [(5, 6, 4), (2, 3, 8)]
+    files.write(["key0", "key1", "key2"], rows[:3], shapes)
+    files.write(["key3", "key4"], rows[3:], shapes)
+    stored = StoredFeatures(PIPELINE)
+    files.load({f"image{i}": f"key{i}" for i in range(5)} | {"new": "other"}, stored)
+    assert set(stored.rows) == {f"image{i}" for i in range(5)}
+    assert stored.shapes == shapes
+    assert stored.holds(["image4", "image0"])
+    assert not stored.holds(["image0", "new"])
+    for i in range(5):
+        assert stored.rows[f"image{i}"].dtype == dtype
+        assert torch.equal(
+            stored.rows[f"image{i}"], torch.cat([x[i].movedim(0, -1).flatten() for x in levels]).to(dtype)
+        )
+    other = StoredFeatures(PIPELINE)
+    FeatureFiles(tmp_path, {"a": 2}).load({"image0": "key0"}, other)
+    assert not other.rows
 
 
 def test_type_without_loss():
-    assert compact(levels_of(2, torch.bfloat16)) == torch.bfloat16
-    assert compact(levels_of(2)) == torch.float32
+    assert smallest_type(levels_of(2, torch.bfloat16)) == torch.bfloat16
+    assert smallest_type(levels_of(2)) == torch.float32
 
 
 def test_key_holds_everything_that_features_depend_on(tmp_path):
@@ -128,9 +126,9 @@ def test_image_key(tmp_path):
 def test_runs_share_what_they_have_in_common(root, cache, tmp_path):
     """A category, then both of them, another method, another seed, another image, another size."""
     both = "[bottle,cable]"
-    assert run(root, cache, tmp_path / "1")["cache"] | {"gb": 0} == {
-        "used": True, "images": 12, "computed": 12, "gb": 0, "type": "float32",
-    } | {"type": run(root, cache, tmp_path / "2")["cache"]["type"]}  # fmt: skip
+    first, second = (run(root, cache, tmp_path / name)["cache"] for name in "12")
+    assert {key: first[key] for key in ("used", "images", "computed")} == {"used": True, "images": 12, "computed": 12}
+    assert second == first | {"computed": 0}
     assert run(root, cache, tmp_path / "3", category=both)["cache"]["computed"] == 9
     assert run(root, cache, tmp_path / "4", "method=norm_occ_closed_form", category=both)["cache"]["computed"] == 0
     assert run(root, cache, tmp_path / "5", "data.image_size=48")["cache"]["computed"] == 12
@@ -195,71 +193,84 @@ def test_jobs_of_a_sweep_share_it(root, cache, tmp_path):
     reports = [json.loads((sweep / str(i) / "result.json").read_text())["cache"] for i in range(5)]
     assert sorted(report["computed"] for report in reports) == [0, 0, 0, 0, 12]
     assert all(report["used"] for report in reports)
-    assert len(list(cache.glob("*/*.features"))) == 1
+    assert len(list(cache.glob("*/*.safetensors"))) == 1
 
 
 # --- a writer that is killed, files that are damaged, disks that are full ---
 
 
-def write_halting(cache: Path, pause: float, halfway: Any) -> None:
-    files = FeatureFiles(cache, {})
-    with files.locked(), files.writer() as writer:
-        levels = [torch.ones(2, 3, 4, 4)]
-        writer.reserve(shapes(levels), torch.float32, 4)
-        writer.add(["a", "b"], levels)
-        halfway.set()
-        time.sleep(pause)
-        writer.add(["c", "d"], levels)
-
-
-def started(cache: Path, pause: float) -> Any:
-    context = multiprocessing.get_context("fork")
-    halfway = context.Event()
-    process = context.Process(target=write_halting, args=(cache, pause, halfway))
-    process.start()
-    assert halfway.wait(30)
-    return process
-
-
-def test_a_killed_writer_leaves_nothing(tmp_path):
-    process = started(tmp_path, 60)
+def test_a_kill_loses_one_chunk_at_most(root, cache, tmp_path):
+    """A run that is killed while it extracts features leaves whole files, and the next run computes the rest."""
+    program = tmp_path / "extract.py"
+    program.write_text(
+        "import sys, time\n"
+        "from anomalib_lite.features import cache, precompute\n"
+        "from anomalib_lite.train import main\n"
+        "precompute.BATCH = precompute.CHUNK_IMAGES = 2\n"
+        "write = cache.FeatureFiles.write\n"
+        "def slow(self, *args):\n"
+        "    write(self, *args)\n"
+        "    print('written', flush=True)\n"
+        "    time.sleep(0.5)\n"
+        "cache.FeatureFiles.write = slow\n"
+        "main()\n"
+    )
+    options = [*SMALL, *folder_data(root), "method=norm_occ", "hardware.threads=1", f"cache.folder={cache}"]
+    command = [sys.executable, str(program), *options, f"hydra.run.dir={tmp_path / 'killed'}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    for _ in range(3):
+        assert process.stdout is not None
+        while process.stdout.readline().strip() != "written":
+            assert process.poll() is None
     process.kill()
-    process.join()
-    files = FeatureFiles(tmp_path, {})
-    assert not files.load({"image": "a"}).rows
-    with files.locked():  # at once: the lock went with its owner
-        files.sweep()
-    assert not list(files.folder.glob("*.features"))
+    process.wait()
+    files = list(cache.glob("*/*.safetensors"))
+    assert len(files) in (3, 4)
+    report = run(root, cache, tmp_path / "next")["cache"]
+    assert report["used"]
+    assert report["computed"] == 12 - 2 * len(files)
 
 
-def test_a_second_writer_waits_for_the_first(tmp_path):
-    process = started(tmp_path, 0.5)
-    files, start = FeatureFiles(tmp_path, {}), time.monotonic()
-    with files.locked():
-        assert time.monotonic() - start > 0.3
-        assert files.load({"image": "c"}).get(["image"])[0].sum() == 48
+def hold_lock(cache: Path, seconds: float, locked: Any) -> None:
+    with FeatureFiles(cache, {}).locked():
+        (FeatureFiles(cache, {}).folder / "x.part.safetensors").write_text("incomplete")
+        locked.set()
+        time.sleep(seconds)
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_one_run_writes_at_a_time(tmp_path, killed):
+    """A second writer waits for the first; the lock of a killed one is free at once, and what it left is removed."""
+    context = multiprocessing.get_context("fork")
+    locked = context.Event()
+    process = context.Process(target=hold_lock, args=(tmp_path, 60 if killed else 0.5, locked))
+    process.start()
+    assert locked.wait(30)
+    if killed:
+        process.kill()
+    start = time.monotonic()
+    with FeatureFiles(tmp_path, {}).locked():
+        assert (time.monotonic() - start > 0.3) != killed
+        assert not list(tmp_path.glob("*/*.part.safetensors"))
     process.join()
-    assert process.exitcode == 0
 
 
 def damage(cache: Path, how: str) -> None:
-    file = next(cache.glob("*/*.features"))
-    index = file.with_suffix(".json")
+    file = next(cache.glob("*/*.safetensors"))
     if how == "truncated":
         os.truncate(file, file.stat().st_size - 1)
-    elif how == "gone":
-        file.unlink()
     elif how == "a hole":
         with file.open("r+b") as stream:
             stream.seek(file.stat().st_size // 2)
             stream.write(bytes(64))
-    elif how == "no json":
-        index.write_text("{")
+    elif how == "no header":
+        file.write_bytes(b"{")
     else:
-        index.write_text(json.dumps(json.loads(index.read_text()) | {"type": "float1"}))
+        content = load_file(file)
+        save_file(content, file, {"about": json.dumps({"images": ["a"], "shapes": [[1, 1, 1]]})})
 
 
-@pytest.mark.parametrize("how", ["truncated", "gone", "a hole", "no json", "another version"])
+@pytest.mark.parametrize("how", ["truncated", "a hole", "no header", "other metadata"])
 def test_damaged_files_are_computed_again(how, root, cache, tmp_path):
     right = run(root, cache, tmp_path / "1")
     damage(cache, how)
@@ -267,7 +278,8 @@ def test_damaged_files_are_computed_again(how, root, cache, tmp_path):
     assert again["cache"]["computed"] == 12
     assert (tmp_path / "2" / "scores.csv").read_bytes() == (tmp_path / "1" / "scores.csv").read_bytes()
     assert again["metrics"] == right["metrics"]
-    assert (tmp_path / "2" / "train.log").read_text().count(" WARNING ") == 1
+    warnings = (tmp_path / "2" / "train.log").read_text().count(" WARNING ")
+    assert warnings == (how != "other metadata")  # that file says that it holds other images
     assert run(root, cache, tmp_path / "3")["cache"]["computed"] == 0
 
 
@@ -284,53 +296,46 @@ def test_a_full_disk(root, cache, tmp_path, monkeypatch):
     """No file may grow beyond what a small part of the features needs: as on a full disk, writing fails."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    original = FeatureFiles.writer
+    original = precompute.in_memory
 
-    def limited(self):
+    def lifted(*arguments):
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        return original(*arguments)
+
+    def limited(self, *arguments):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-        return original(self)
+        return write(self, *arguments)
 
-    monkeypatch.setattr(FeatureFiles, "writer", limited)
-    monkeypatch.setattr("anomalib_lite.features.precompute.FrozenFeatures._in_memory", lifted(limits))
+    write = FeatureFiles.write
+    monkeypatch.setattr(FeatureFiles, "write", limited)
+    monkeypatch.setattr(precompute, "in_memory", lifted)
     try:
         result = run(root, cache, tmp_path / "run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert not result["cache"]["used"]
-    assert not list(cache.glob("*/*.features"))
+    assert not list(cache.glob("*/*.safetensors"))
     assert (tmp_path / "run" / "train.log").read_text().count("the feature cache is not used: ") == 1
     assert result["metrics"] == pytest.approx(run(root, cache, tmp_path / "right")["metrics"])
 
 
-def lifted(limits):
-    from anomalib_lite.features.precompute import FrozenFeatures
-
-    in_memory = FrozenFeatures._in_memory
-
-    def method(self, *arguments):
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        return in_memory(self, *arguments)
-
-    return method
-
-
 def test_what_was_used_longest_ago_goes_first(root, cache, tmp_path):
     first = run(root, cache, tmp_path / "1")["cache"]["gb"]
-    size = sum(file.stat().st_size for file in cache.glob("*/*.features"))
-    assert first == round(size / 2**30, 3)
+    size = sum(file.stat().st_size for file in cache.glob("*/*.safetensors"))
+    assert first == pytest.approx(size / 2**30, abs=1e-3)
     run(root, cache, tmp_path / "2", "seed=1")
-    old, new = sorted(cache.glob("*/*.features"), key=lambda file: file.stat().st_mtime)
+    old, new = sorted(cache.glob("*/*.safetensors"), key=lambda file: file.stat().st_mtime)
     os.utime(old, (1, 1))
     run(root, cache, tmp_path / "3", "seed=2", f"cache.limit_gb={2.5 * size / 2**30}")
-    left = list(cache.glob("*/*.features"))
+    left = list(cache.glob("*/*.safetensors"))
     assert len(left) == 2
     assert new in left
     assert old not in left
     small = run(root, cache, tmp_path / "4", "seed=3", f"cache.limit_gb={0.5 * size / 2**30}")
     assert not small["cache"]["used"]
     assert "cache.limit_gb" in small["cache"]["why"]
-    assert set(left) == set(cache.glob("*/*.features"))
+    assert set(left) == set(cache.glob("*/*.safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import pytest
 
 from anomalib_lite.data import split_files, splits
 from anomalib_lite.data.datamodule import AnomalyDataModule
-from anomalib_lite.data.dataset import TrainBatches
 from anomalib_lite.data.readers import MVTEC, VISA, read_folder, read_mvtec, read_visa
+from anomalib_lite.data.sampler import TrainBatchSampler
 from anomalib_lite.errors import UserError
 from tests.helpers import real_images as real
 from tests.helpers.image_trees import make_mvtec, make_visa
@@ -367,13 +367,13 @@ def test_defective_images_on_request(tree, tmp_path):
 CLASSES = ["a"] * 50 + ["b"] * 7 + ["c"]
 
 
-def epoch_of(batches: TrainBatches, epoch: int) -> list[list[tuple[int, int]]]:
-    batches.set_epoch(epoch)
+def epoch_of(batches: TrainBatchSampler, epoch: int) -> list[list[tuple[int, int]]]:
+    batches.next_batch = epoch * len(batches)
     return list(batches)
 
 
-def balanced(rank=0, world=1, size=6, **more) -> TrainBatches:
-    return TrainBatches(len(CLASSES), size, 3, rank, world, classes=CLASSES, **more)
+def balanced(rank=0, world=1, size=6, **more) -> TrainBatchSampler:
+    return TrainBatchSampler(len(CLASSES), size, 3, rank, world, classes=CLASSES, **more)
 
 
 def test_an_epoch_draws_every_class_equally_often():
@@ -399,7 +399,7 @@ def test_balanced_batches_follow_seed_epoch_and_nothing_else():
     batches = balanced()
     assert [epoch_of(batches, e) for e in (2, 0, 1)] == [epochs[2], epochs[0], epochs[1]]
     assert epochs[0] != epochs[1]
-    assert list(TrainBatches(58, 6, 4, classes=CLASSES)) != epochs[0]
+    assert list(TrainBatchSampler(58, 6, 4, classes=CLASSES)) != epochs[0]
     for world in (2, 3):
         shares = [epoch_of(balanced(rank, world), 1) for rank in range(world)]
         assert [
@@ -416,7 +416,7 @@ def test_balanced_data_module(tmp_path):
     data.setup()
     seen = Counter(c for batch in data.train_dataloader() for c in batch["category"].tolist())
     assert seen == {0: 6, 1: 6}
-    assert sum(len(batch["path"]) for batch in data.normal_dataloader()) == 11  # once each, for closed forms
+    assert sum(len(batch["path"]) for batch in data.train_eval_dataloader()) == 11  # once each, for closed forms
 
 
 def test_defective_training_images_are_not_held_out(tmp_path):
