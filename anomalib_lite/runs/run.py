@@ -5,12 +5,10 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from hydra.utils import get_method, instantiate
 from torch.utils.data import DataLoader
@@ -19,16 +17,17 @@ from anomalib_lite import __version__
 from anomalib_lite.cli import schema as configuration
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.errors import UserError, enough_memory
-from anomalib_lite.features.backbones import Backbone, has_bf16
+from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.features.precompute import FrozenFeatures
 from anomalib_lite.methods.base import AnomalyModule
-from anomalib_lite.runs import artifacts as results
-from anomalib_lite.runs import test_outputs as evaluation
-from anomalib_lite.runs.callbacks import Training, quiet
-from anomalib_lite.runs.devices import device_name, lightning_options, peak_memory_mb
+from anomalib_lite.metrics.per_category import curves as make_curves
+from anomalib_lite.runs import artifacts, summary
+from anomalib_lite.runs.callbacks import Training
+from anomalib_lite.runs.devices import lightning_options, peak_memory_mb
 from anomalib_lite.runs.efficiency import efficiency
-from anomalib_lite.runs.figures import write_figures, write_rows
-from anomalib_lite.runs.visualize import of_test_images, of_training_images
+from anomalib_lite.runs.figures import training_figure, write_figures
+from anomalib_lite.runs.terminal import silence_libraries
+from anomalib_lite.runs.test_outputs import HELD_OUT, NORMAL, TEST, Evaluation
 from anomalib_lite.tracking.csv_logger import make_loggers
 from anomalib_lite.tracking.wandb_logger import WandbRun
 
@@ -101,7 +100,7 @@ def execute(
     Returns:
         result.json's content on rank 0, None on others.
     """
-    quiet()
+    silence_libraries()
     hardware = lightning_options(cfg["hardware"], multirun)
     ranks = hardware["devices"] * hardware["num_nodes"]
     if fit and cfg["data"]["batch_size"] % ranks:
@@ -116,13 +115,16 @@ def execute(
         raise UserError(
             f"data.root={data.root}: not the files that {checkpoint} was trained and tested on{listed}; train anew"
         )
-    training, evaluating = Training(cfg, checkpoint, data), evaluation.Evaluation(ragged=model.map_size == "original")
     filling = FrozenFeatures(data, cfg.get("cache") or {"enabled": False}, cfg["hardware"]["feature_memory_gb"])
     epochs = cfg["trainer"]["max_epochs"]
     if type(model).training_step is AnomalyModule.training_step:
-        epochs = training.max_epochs = 0  # a closed form has no batches to count
+        epochs = 0  # a closed form has no batches to count
         if data.balanced:
             notes.append("data.balanced=true changes nothing: this method sees every training image once")
+    limits = (cfg["trainer"]["max_steps"], None if epochs is None else epochs * len(data.train_dataloader()))
+    model.total_steps = model.phases * min(steps for steps in limits if steps is not None)
+    training, evaluating = Training(cfg, checkpoint, model.total_steps), Evaluation()
+    data.batches_done = lambda: training.steps
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for line in data.kept.told(names["split"]):
             log.info(line)
@@ -144,7 +146,7 @@ def execute(
         logger.start(cfg, names, data)
     fit = fit and not stored.get("finished", False)  # a run that was interrupted while testing is trained already
     if fit:
-        with enough_memory(lambda: "data.batch_size" if training.begun else "data.eval_batch_size", cfg):
+        with enough_memory(lambda: "data.batch_size" if training.started else "data.eval_batch_size", cfg):
             trainer.fit(model, datamodule=data, ckpt_path=checkpoint if stored else None, weights_only=True)
         training.save(trainer)
     tested = time.perf_counter()
@@ -158,7 +160,9 @@ def execute(
             weights_only=True,
             verbose=False,
         )
-    evaluating.gather()
+    data.batches_done = None
+    samples = {TEST: data.test_samples, NORMAL: data.train_samples, HELD_OUT: data.val_samples}
+    outputs = evaluating.gather(samples, Path(data.root or "/"))
     if not trainer.is_global_zero:
         return None
     test_s = time.perf_counter() - tested
@@ -171,20 +175,20 @@ def execute(
         **speed,
         "peak_memory_mb": peak_memory_mb(),
     }
+    measured, reasons = summary.measure(cfg["scoring"], data, outputs)
     result = {
-        **describe(cfg, names, data, model),
-        **measure(cfg, data, evaluating.arrays),
+        **summary.describe(cfg, names, data, model),
+        **measured,
         "timing": timing,
         "efficiency": cost,
         "cache": filling.report,
-        "environment": results.environment(device_name(trainer.strategy.root_device))
-        | {"precision": precision(cfg, model, trainer.strategy.root_device)},
+        "environment": summary.environment(cfg, model, trainer.strategy.root_device),
+        "notes": [*notes, *reasons, *remarks],
+        "overrides": list(overrides),
     }
-    result["notes"] = [*notes, *result["notes"], *remarks]
-    result["overrides"] = list(overrides)
-    test = evaluating.arrays[evaluation.TEST]
-    curves = evaluation.curves(data.test_samples, data.categories, test, data.has_masks)
-    write(run, data, evaluating.arrays, curves, result, model)
+    test = outputs[TEST]
+    curves = make_curves(test, data.has_masks)
+    write(run, data, outputs, curves, result, model)
     for logger in shown:
         logger.log_test(result, data, test, curves)
     return result
@@ -208,18 +212,6 @@ def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyMod
     return model.eval().to("cuda" if options["accelerator"] == "gpu" else "cpu"), data
 
 
-def precision(cfg: dict[str, Any], model: AnomalyModule, device: torch.device) -> str:
-    """What was computed in which type: it moves metrics by about 0.001, and differs between machines."""
-    if cfg["hardware"]["precision"] == "bf16":
-        return "bf16"
-    low = {
-        "frozen backbone": model.backbone is not None and model.backbone.low_precision(device),
-        "the method's networks": model.autocasts and cfg["hardware"]["precision"] == "auto" and has_bf16(device),
-    }
-    parts = " and ".join(part for part, is_low in low.items() if is_low)
-    return f"float32, {parts} in bf16" if parts else "float32"
-
-
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     """What a run writes into its checkpoint beside Lightning's part: version, config, fingerprint, finished."""
     try:
@@ -233,110 +225,19 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     return stored
 
 
-def describe(
-    cfg: dict[str, Any], names: dict[str, str], data: AnomalyDataModule, model: AnomalyModule
-) -> dict[str, Any]:
-    """What was run, on which data, under which protocol."""
-    default = [{"resize": list(data.test_size), "filter": cfg["data"]["resample"], "as": "PIL, antialiased"}]
-    default = [] if data.test_size == "original" else default
-    apart = ("quantile", "fpr_limits", "map_size")
-    scoring = {key: value for key, value in model.scoring.items() if key not in apart}
-    backbone = model.backbone
-    return {
-        "schema": results.SCHEMA,
-        "method": names["method"],
-        "variant": getattr(model, "variant", None),
-        "dataset": data.name,
-        "categories": data.categories,
-        "setting": "single" if len(data.categories) == 1 else "unified",
-        "split": {"name": names["split"]}
-        | {k: v for k, v in cfg["split"].items() if not k.startswith("_")}
-        | data.kept.describe(),
-        "backbone": None if backbone is None else {"name": backbone.name, "layers": backbone.layers},
-        "weights": None if backbone is None else Path(cfg["backbone"]["weights"]).name,
-        "seed": cfg["seed"],
-        "protocol": {
-            "data": {
-                "transform": cfg["data"]["transform"] or default,
-                "map_size": model.map_size if isinstance(model.map_size, str) else list(model.map_size),
-                "mask": "nearest, > 0",
-                "fpr_limits": cfg["scoring"]["fpr_limits"],
-            },
-            "scoring": scoring | {"weights": "last"},
-        },
-        "data": {
-            "fingerprint": data.fingerprint,
-            "train_counts": data.train_counts,
-            "train_anomalous": sum(sample.label for sample in data.train_samples),
-            "test_counts": data.test_counts,
-        },
-    }
-
-
-def measure(cfg: dict[str, Any], data: AnomalyDataModule, arrays: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Metrics, validation and thresholds from the gathered maps and scores, with notes on what can't be computed."""
-    names, scoring = data.categories, cfg["scoring"]
-
-    def metrics(part, samples, has_masks):
-        per_category, missing = evaluation.category_metrics(
-            samples, names, arrays[part], has_masks, scoring["fpr_limits"]
-        )
-        mean, partial = evaluation.mean_metrics(per_category)
-        return per_category, mean, missing + partial
-
-    per_category, mean, notes = metrics(evaluation.TEST, data.test_samples, data.has_masks)
-    groups = {
-        name: evaluation.mean_metrics({category: per_category[category] for category in members})[0]
-        for name, members in (("head", data.kept.head), ("tail", data.kept.tail))
-        if members
-    }
-    validation = None
-    if data.val_samples:
-        validation = metrics(evaluation.HELD_OUT, data.val_samples, dict.fromkeys(names, True))[1]
-    per_defect = evaluation.defect_metrics(
-        data.test_samples, names, arrays[evaluation.TEST], data.has_masks, scoring["fpr_limits"]
-    )
-    limits = evaluation.thresholds(normal_scores(data, arrays), scoring["quantile"])
-    told = evaluation.decisions(data.test_samples, arrays[evaluation.TEST], limits["per_category"])
-    return {
-        "metrics": mean,
-        "per_category": per_category,
-        "groups": groups or None,
-        "per_defect": per_defect,
-        "validation": validation,
-        "thresholds": limits,
-        "decisions": {"per_category": told},
-        "notes": notes,
-    }
-
-
-def normal_scores(data: AnomalyDataModule, arrays: dict[int, dict[str, Any]]) -> dict[str, np.ndarray]:
-    """`scores`, `peaks`, `medians` and `categories` of the normal training images, [N] each."""
-    normal = arrays[evaluation.NORMAL]
-    good = normal["labels"] == 0
-    categories = np.array([sample.category for sample in data.train_samples])
-    return {key: normal[key][good] for key in ("scores", "peaks", "medians")} | {"categories": categories[good]}
-
-
 def write(
     run: Path,
     data: AnomalyDataModule,
-    arrays: dict[int, dict[str, Any]],
-    curves: dict[str, np.ndarray],
+    outputs: dict[int, dict[str, Any]],
+    curves: dict[str, Any],
     result: dict[str, Any],
     model: AnomalyModule,
 ) -> None:
-    """Scores, maps, curves and figures of the test set, of a few training images what the method shows of them, and
-    result.json last: it says that the run is finished.
-    """
-    assert data.root is not None
-    test, root = arrays[evaluation.TEST], Path(data.root)
-    results.write_scores(run, root, data.test_samples, test["scores"])
-    normal = {f"normal/{key}": value for key, value in normal_scores(data, arrays).items()}
-    results.write_maps(run, root, data.test_samples, test["maps"], curves | normal)
+    """Scores, maps, curves and figures, and result.json last: it says that the run is finished."""
+    test = outputs[TEST]
+    artifacts.write_scores(run, test)
+    artifacts.write_maps(run, test, curves, summary.normal_columns(outputs))
     title = f"{result['method']}, seed {result['seed']}"
-    show = partial(of_test_images, model, data)
-    write_figures(run / "figures", data.test_samples, data.categories, test, result["thresholds"], title, show)
-    if rows := of_training_images(model, data):
-        write_rows(run / "figures" / "training.png", rows)
-    results.write_result(run, result)
+    write_figures(run / "figures", data, test, result["thresholds"]["per_category"], title, model)
+    training_figure(run / "figures", data, model)
+    artifacts.write_result(run, result)
