@@ -9,9 +9,9 @@ from torch import nn
 
 from anomalib_lite.errors import enough_memory
 from anomalib_lite.methods.base import AnomalyModule
-from tests.devices.test_devices import start_ranks
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
+from tests.helpers.ranks import start_ranks
 
 CONFIG = f"""
 # @package _global_
