@@ -130,7 +130,7 @@ class FrozenFeatures(L.Callback):
         rank, world = trainer.global_rank, trainer.world_size
         batches = [missing[at : at + BATCH] for at in range(0, len(missing), BATCH)][rank::world]
         count, reserved = sum(map(len, batches)), False
-        with files.writer() as writer, _bar(count, trainer) as bar:
+        with files.writer() as writer, ProgressBar("features", count, quiet=not trainer.is_global_zero) as bar:
             for batch, levels in backbone_outputs(module, self.data, batches):
                 if not reserved:
                     kind = self.cache["type"]
@@ -146,7 +146,7 @@ class FrozenFeatures(L.Callback):
     def _in_memory(self, trainer: L.Trainer, module: AnomalyModule, paths: list[str]) -> FeatureStore:
         batches = [paths[at : at + BATCH] for at in range(0, len(paths), BATCH)]
         store, rows = FeatureStore(), torch.empty(0)
-        with _bar(len(paths), trainer) as bar:
+        with ProgressBar("features", len(paths), quiet=not trainer.is_global_zero) as bar:
             for batch, levels in backbone_outputs(module, self.data, batches):
                 if not store.shapes:
                     dtype, store.shapes = compact(levels), shapes(levels)
@@ -176,12 +176,3 @@ def backbone_outputs(
     for batch, loaded in zip(batches, loader, strict=True):
         assert module.backbone is not None
         yield batch, module.backbone(loaded["image"].to(module.device))
-
-
-@contextlib.contextmanager
-def _bar(count: int, trainer: L.Trainer) -> Iterator[ProgressBar]:
-    bar = ProgressBar("features", count, quiet=not trainer.is_global_zero)
-    try:
-        yield bar
-    finally:
-        bar.close()

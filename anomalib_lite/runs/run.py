@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from anomalib_lite.features.precompute import FrozenFeatures
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.metrics.per_category import curves as make_curves
 from anomalib_lite.runs import artifacts, summary
+from anomalib_lite.runs import ranks as ranks_of
 from anomalib_lite.runs.callbacks import Training
 from anomalib_lite.runs.devices import lightning_options, peak_memory_mb
 from anomalib_lite.runs.efficiency import efficiency
@@ -125,7 +125,7 @@ def execute(
     model.total_steps = model.phases * min(steps for steps in limits if steps is not None)
     training, evaluating = Training(cfg, checkpoint, model.total_steps), Evaluation()
     data.batches_done = lambda: training.steps
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if ranks_of.is_first_on_node():
         for line in data.kept.told(names["split"]):
             log.info(line)
     trainer = L.Trainer(
