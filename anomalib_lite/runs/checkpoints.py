@@ -54,7 +54,7 @@ class CheckpointWriter:
         self.batch, self.saved = batch, time.perf_counter()
 
     def diverged(self, what: str, batch: int) -> UserError:
-        stored = f"the checkpoint of batch {self.batch} is kept" if self.batch else "there is no checkpoint yet"
+        stored = f"the checkpoint of batch {self.batch} remains" if self.batch else "there is no checkpoint yet"
         return UserError(
             f"{what} after batch {batch}: training diverged; lower method.optimizer.lr, or set "
             f"hardware.precision=32 ({stored})"
