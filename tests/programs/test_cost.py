@@ -14,8 +14,8 @@ from torch import nn
 from anomalib_lite.cli import schema as configuration
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.readers import read_folder
-from anomalib_lite.features import shapes, table
 from anomalib_lite.features.backbones import Backbone
+from anomalib_lite.features.cache import shapes, table
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.metrics.functional import image_metrics, pixel_metrics
 from anomalib_lite.metrics.per_category import defect_metrics
@@ -126,7 +126,7 @@ def test_parameters_of_a_run(method, root, tmp_path):
 # --- per kind of defect ---
 
 
-def test_outputs_of(run: Path) -> tuple[dict[str, np.ndarray], dict[str, bool]]:
+def columns_of(run: Path) -> tuple[dict[str, np.ndarray], dict[str, bool]]:
     """The columns from which a run's metrics follow (computed anew), and which categories have masks."""
     checkpoint, cfg, _ = configuration.read_run(run)
     with restored(), torch.no_grad():
@@ -150,7 +150,7 @@ def test_outputs_of(run: Path) -> tuple[dict[str, np.ndarray], dict[str, bool]]:
 def test_metrics_per_kind_of_defect(category, root, tmp_path):
     """A kind's images beside the good ones of its category, whatever other categories have a kind of that name."""
     result = result_of(*folder_data(root, category), run_dir=tmp_path)
-    columns, has_masks = test_outputs_of(tmp_path)
+    columns, has_masks = columns_of(tmp_path)
     kinds = {
         "bottle": {"bent": 2, "broken": 3}, "wood": {"bent": 2, "scratch": 1}, "goodless": {"hole": 1, "scratch": 2},
         "maskless": {"scratch": 2},
