@@ -1,11 +1,11 @@
-"""The one exception for mistakes that a user can make and mend."""
+"""The exception for errors that a user can cause and fix."""
 
 import contextlib
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-#: what PyTorch and its libraries say on CPUs and GPUs
+#: messages of PyTorch and its libraries, on CPUs and GPUs
 NO_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory|not enough memory|bad_alloc|ALLOC_FAILED")
 
 
@@ -15,7 +15,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def enough_memory(option: Callable[[], str], cfg: dict[str, Any]) -> Iterator[None]:
-    """Too little memory for a tensor, on whatever device, is a UserError that names the batch size `option()`."""
+    """Turn an out-of-memory error, on any device, into a UserError that names the batch size `option()`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch has no common class for it

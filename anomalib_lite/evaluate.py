@@ -43,13 +43,13 @@ def evaluate(options: dict[str, Any]) -> None:
         raise UserError(f"{output} already holds results: choose another output=DIR")
     make_folder(output, "output")
 
-    from anomalib_lite.runs import artifacts as results
+    from anomalib_lite.runs import terminal
     from anomalib_lite.runs.run import execute
 
     overrides = [argument for argument in sys.argv[1:] if "=" in argument]
     result = execute(cfg, output, names, checkpoint, overrides, [f"evaluated again from {run}"], fit=False)
     if result is not None:
-        results.show(output, result)
+        terminal.show(output, result)
 
 
 if __name__ == "__main__":

@@ -62,10 +62,10 @@ def predict(options: dict[str, Any]) -> None:
 
     from anomalib_lite.progress import ProgressBar
     from anomalib_lite.runs.artifacts import thresholds_of
-    from anomalib_lite.runs.callbacks import quiet
     from anomalib_lite.runs.run import load
+    from anomalib_lite.runs.terminal import silence_libraries
 
-    quiet()
+    silence_libraries()
     limits = thresholds_of(run, options["category"] or None, options["quantile"])
     model, data = load(checkpoint, cfg, options["device"])
     category = model.categories.index(limits["category"])

@@ -1,32 +1,30 @@
-"""How far something is that takes long: a bar in a terminal, else a line of the log now and then."""
+"""Progress of work that takes long: a bar in a terminal, elsewhere a line of the log at most every ten seconds."""
 
 import logging
 import sys
 import time
+from typing import Any
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 log = logging.getLogger(__name__)
 
 
 class ProgressBar:
-    """A progress bar in a terminal; elsewhere a line of the log every ten seconds."""
+    """A context manager, or ended by `close`.
+
+    Args:
+        what: the name of the work. total: number of its steps. done: steps that are done already.
+        quiet: show nothing, as on other ranks than the first.
+    """
 
     def __init__(self, what: str, total: int | None, done: int = 0, quiet: bool = False):
-        self.quiet = quiet
-        self.what, self.total, self.done, self.last = what, total, done, time.monotonic()
-        self.bar = None
+        self.what, self.total, self.done, self.quiet = what, total, done, quiet
+        self.last, self.bar = time.monotonic(), None
         if sys.stderr.isatty() and not quiet:
-            from rich.console import Console
-
-            text = TextColumn("{task.description}")
-            columns = (
-                text,
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
+            note = TextColumn("{task.fields[note]}")
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
             self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self.bar.start()
             self.task = self.bar.add_task(what, total=total, completed=done, note="")
@@ -45,3 +43,9 @@ class ProgressBar:
         if self.bar:
             self.bar.stop()
             self.bar = None
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()

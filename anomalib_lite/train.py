@@ -39,7 +39,7 @@ def train(cfg: Any) -> float | None:
     if run is None:
         return None
 
-    from anomalib_lite.runs import artifacts as results
+    from anomalib_lite.runs import terminal
     from anomalib_lite.runs.run import execute
     from anomalib_lite.tracking.wandb_logger import finish
 
@@ -59,7 +59,7 @@ def train(cfg: Any) -> float | None:
     finish(0)
     if result is None:
         return None
-    results.show(run, result)
+    terminal.show(run, result)
     return configuration.objective(plain["objective"], result)
 
 
@@ -73,8 +73,7 @@ def open_run(cfg: Any, plain: dict[str, Any], names: dict[str, str]) -> Path | N
     from omegaconf import OmegaConf
 
     from anomalib_lite.cli import schema as configuration
-    from anomalib_lite.runs import artifacts as results
-    from anomalib_lite.runs import ranks
+    from anomalib_lite.runs import artifacts, ranks, terminal
 
     hydra = HydraConfig.get()
     run = Path(hydra.runtime.output_dir)
@@ -87,7 +86,7 @@ def open_run(cfg: Any, plain: dict[str, Any], names: dict[str, str]) -> Path | N
         configuration.check_unchanged(json.loads(stored.read_text())["config"], plain, run)
     if cfg.resume and (run / "result.json").is_file():
         log.info("this run is finished: nothing to do")
-        results.show(run, results.read_result(run))
+        terminal.show(run, artifacts.read_result(run))
         return None
     (run / "checkpoints").mkdir(exist_ok=True)
     write_text(stored, json.dumps({"config": plain, "names": names}, indent=1))

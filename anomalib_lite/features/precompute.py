@@ -117,7 +117,7 @@ class Extraction:
         names: list[str] = []
         rows: list[Tensor] = []
         shapes: list[tuple[int, ...]] = []
-        with _bar(sum(map(len, batches)), self.trainer) as bar:
+        with ProgressBar("features", sum(map(len, batches)), quiet=not self.trainer.is_global_zero) as bar:
             for number, (batch, levels) in enumerate(outputs(self.data, self.backbone, batches)):
                 if not number:
                     shapes, dtype = shapes_of(levels), TYPES.get(self.cache["dtype"]) or smallest_type(levels)
@@ -146,7 +146,7 @@ def in_memory(
     """The features of these images in memory; an empty store if they need more than `limit` bytes."""
     batches = [paths[at : at + BATCH] for at in range(0, len(paths), BATCH)]
     stored, table = StoredFeatures(data.eval_pipeline), torch.empty(0)
-    with _bar(len(paths), trainer) as bar:
+    with ProgressBar("features", len(paths), quiet=not trainer.is_global_zero) as bar:
         for batch, levels in outputs(data, backbone, batches):
             if not stored.rows:
                 dtype, stored.shapes = smallest_type(levels), shapes_of(levels)
@@ -195,12 +195,3 @@ def smallest_type(levels: Sequence[Tensor]) -> torch.dtype:
     """The smallest type that holds these numbers exactly: bfloat16 where the backbone has computed in it."""
     exact = all(torch.equal(level, level.bfloat16().float()) for level in levels)
     return torch.bfloat16 if exact else torch.float32
-
-
-@contextlib.contextmanager
-def _bar(count: int, trainer: L.Trainer) -> Iterator[ProgressBar]:
-    bar = ProgressBar("features", count, quiet=not trainer.is_global_zero)
-    try:
-        yield bar
-    finally:
-        bar.close()

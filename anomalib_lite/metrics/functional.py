@@ -1,11 +1,11 @@
 """Exact metrics of anomaly detection as pure functions on NumPy arrays.
 
 Scores may have any scale: only their order counts, and a strictly increasing transform changes no bit of a result.
-Every distinct score is a threshold and tied scores are one vertex of every curve. The order of the images leaves no
-trace either.
+Every distinct score is a threshold and tied scores are one vertex of every curve. The order of the images changes no
+bit either.
 
-How: the curves bend only at the scores of positives, which are few. So the negatives are sorted by value (NumPy >= 2
-does that with SIMD, an argsort does not profit) and two binary searches count those above each distinct positive score.
+Algorithm: the curves bend only at the scores of positives, which are few. The negatives are sorted by value (NumPy >= 2
+does that with SIMD, but not an argsort), and two binary searches count those above each distinct positive score.
 """
 
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ Images = Array | list[Array]  # of one shape, or a list of 2-D arrays
 Metrics = dict[str, float | None]
 
 _THREADS = 2  # each sorts its own part of the negatives; the counts add up to the same integers for any number
-_CHUNK = 1 << 20  # thresholds that one task of a thread looks up: bounds the temporaries
-_POINTS = 200  # of a curve, at most
+_CHUNK = 1 << 20  # thresholds that one task of a thread looks up; limits the size of temporaries
+_POINTS = 200  # approximate maximum per curve
 
 
 class Vertices(NamedTuple):
-    """What the metrics need at each distinct score of a positive, from the highest to the lowest, all [V].
+    """Counts at each distinct score of a positive, from the highest to the lowest score, all [V].
 
     Between two of them only negatives pass the threshold, so the curves run horizontally from (`fp`, value) to the next
     (`fp_before`, value); from there to the next (`fp`, next value) positives and negatives are tied: a straight line.
@@ -40,7 +40,7 @@ class Vertices(NamedTuple):
 
 
 def image_metrics(scores: Array, labels: Array) -> Metrics:
-    """AUROC, AP and F1-max from one score an image.
+    """AUROC, AP and F1-max from one score per image.
 
     Args:
         scores: [N], higher is more anomalous, any real dtype (float16 counts as float32).
@@ -58,8 +58,8 @@ def image_metrics(scores: Array, labels: Array) -> Metrics:
 def pixel_metrics(maps: Images, masks: Images, fpr_limits: Sequence[float] = (0.3, 0.05)) -> Metrics:
     """AUROC, AP and F1-max over all pixels, and AUPRO (Bergmann et al., IJCV 2021) at each limit.
 
-    AUPRO: the mean over all 8-connected components of all masks of the share that is found, as a function of the false
-    positive rate over all normal pixels, integrated from 0 to the limit and divided by the limit.
+    PRO is the mean, over the 8-connected components of all masks, of the share of a component that is found. AUPRO is
+    its integral over the false positive rate of all normal pixels, from 0 to the limit, divided by the limit.
 
     Args:
         maps: [N, H, W], higher is more anomalous, any real dtype (float16 counts as float32); or a list of N maps
@@ -117,11 +117,11 @@ def _ranking(prefix: str, v: Vertices | None) -> Metrics:
 
 def _aupro(v: Vertices, limit: float) -> float:
     end = limit * v.negatives
-    n = int(np.searchsorted(v.fp, end)) + 1  # what starts beyond the limit has no share
+    n = int(np.searchsorted(v.fp, end)) + 1  # segments that start beyond the limit add nothing
     fp, before, pro = v.fp[:n].astype(float), v.fp_before[:n].astype(float), v.pro[:n]
     pro_before, fp_last = (np.concatenate(([0.0], a[:-1])) for a in (pro, fp))
     level = pro_before * np.maximum(np.minimum(before, end) - fp_last, 0)
-    run = np.maximum(np.minimum(fp, end) - before, 0)  # how much of the tied, straight line lies within the limit
+    run = np.maximum(np.minimum(fp, end) - before, 0)  # the part of the tied, straight line within the limit
     slope = (pro - pro_before) / np.maximum(fp - before, 1)
     area = level.sum() + (run * (pro_before + 0.5 * slope * run)).sum() + pro[-1] * max(end - fp[-1], 0.0)
     return min(float(area / end), 1.0)
@@ -142,7 +142,7 @@ def _polyline(v: Vertices, value: Array) -> tuple[Array, Array]:
     """Points of `value` [V] over the false positive rate, from (0, 0) to (1, 1), spread evenly along the curve."""
     way = v.fp / v.negatives + value
     keep = np.unique(np.searchsorted(way, np.linspace(0, way[-1], _POINTS // 3)))
-    # of each step: where the last one ended, where its horizontal part ends, where its tied part ends
+    # three points per step: the end of the last step, of its horizontal part, and of its tied part
     fp, reached = (np.where(keep > 0, a[keep - 1], 0) for a in (v.fp, value))
     x = np.stack((fp, v.fp_before[keep], v.fp[keep]), axis=1).ravel() / v.negatives
     y = np.stack((reached, reached, value[keep]), axis=1).ravel()
@@ -220,12 +220,12 @@ def _vertices(negatives: Sequence[Array], scores: Array, areas: Array) -> Vertic
 
 
 def _falling(scores: Array, areas: Array) -> tuple[Array, Array]:
-    """Positives by falling score and, where tied, by rising area, so that their order in the input leaves no trace."""
+    """Positives by falling score and, where tied, by rising area, so that their order in the input changes nothing."""
     if scores.dtype != np.float32:
         order = np.lexsort((areas, -scores))
         return scores[order], areas[order]
-    # both in one integer, as NumPy sorts those several times faster than pairs
-    key = _flip((scores + np.float32(0)).view(np.uint32)).astype(np.uint64)  # + 0 makes -0 the 0 that it equals
+    # both in one integer, which NumPy sorts several times faster than pairs
+    key = _flip((scores + np.float32(0)).view(np.uint32)).astype(np.uint64)  # + 0 turns -0 into 0
     key <<= np.uint64(32)
     key |= areas.astype(np.uint32)
     key.sort()
@@ -237,16 +237,16 @@ def _flip(bits: Array) -> Array:
     return np.where(bits >> 31, bits, bits ^ np.uint32(0x7FFFFFFF))
 
 
-def _checked(name: str, values: Array, truth_name: str, truth: Array, shape: str) -> tuple[Array, Array]:
-    values, truth = np.asarray(values), np.asarray(truth)
-    if values.shape != truth.shape or values.ndim != shape.count(",") + 1:
-        raise ValueError(f"{name} and {truth_name} must both be {shape}, got {values.shape} and {truth.shape}")
+def _checked(name: str, values: Array, labels_name: str, labels: Array, shape: str) -> tuple[Array, Array]:
+    values, labels = np.asarray(values), np.asarray(labels)
+    if values.shape != labels.shape or values.ndim != shape.count(",") + 1:
+        raise ValueError(f"{name} and {labels_name} must both be {shape}, got {values.shape} and {labels.shape}")
     if values.size == 0:
         raise ValueError(f"{name} are empty: shape {values.shape}")
     if values.dtype.kind not in "biuf":
         raise ValueError(f"{name} must be real numbers, got {values.dtype}")
-    if not (np.isfinite(values.min()) and np.isfinite(values.max())):  # no temporary as large as the input
+    if not (np.isfinite(values.min()) and np.isfinite(values.max())):  # without a temporary as large as the input
         bad = ~np.isfinite(values)
         first = tuple(int(i) for i in np.unravel_index(bad.argmax(), bad.shape))
         raise ValueError(f"{bad.sum()} of {bad.size} {name} are NaN or infinite, the first at index {first}")
-    return values, truth
+    return values, labels

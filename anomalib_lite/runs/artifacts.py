@@ -1,34 +1,33 @@
-"""What a run leaves on disk, written and read in one place."""
+"""The files with a run's results, written and read here: result.json, scores.csv and maps.npz."""
 
 import csv
 import json
-import platform
-import subprocess
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
-from anomalib_lite.data.samples import Sample
 from anomalib_lite.errors import UserError
-from anomalib_lite.paths import HOME, replacing, write_text
+from anomalib_lite.paths import replacing, write_text
+from anomalib_lite.runs import folder
 
 SCHEMA = 1
 MAP_SIZE = 64
+#: columns of the normal training images, from which thresholds at other quantiles follow; their keys in maps.npz
+NORMAL_KEYS = {
+    "scores": "normal/scores", "map_max": "normal/peaks", "map_median": "normal/medians",
+    "categories": "normal/categories",
+}  # fmt: skip
 
 
 def write_result(run: Path, result: dict[str, Any]) -> None:
-    """result.json; a NaN or infinity in it is our fault and raises ValueError."""
-    write_text(run / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    """Write result.json. ValueError for a NaN or infinity in it, which is an error of this package."""
+    write_text(run / folder.RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 def read_result(run: Path) -> dict[str, Any]:
-    """A run's result.json; UserError where there is none or it is damaged."""
-    file = run / "result.json"
+    """A run's result.json; UserError where it does not exist or is damaged."""
+    file = run / folder.RESULT
     try:
         result = json.loads(file.read_text())
     except FileNotFoundError as error:
@@ -41,8 +40,15 @@ def read_result(run: Path) -> dict[str, Any]:
 
 
 def thresholds_of(run: Path, category: str | None, quantile: float | None) -> dict[str, Any]:
-    """A run's thresholds for a category, at its own or another quantile: `category`, `image`, `pixel`, `background`."""
-    from anomalib_lite.runs.test_outputs import thresholds
+    """A run's thresholds for a category, at the run's or another quantile.
+
+    Returns:
+        `category`, `image`, `pixel`, `background` and `images`, as `per_category.thresholds` has them.
+
+    Raises:
+        UserError: the category is not one of the run's, the quantile is invalid, or maps.npz can't be read.
+    """
+    from anomalib_lite.metrics.per_category import thresholds
 
     stored = read_result(run)["thresholds"]
     names = list(stored["per_category"])
@@ -54,116 +60,35 @@ def thresholds_of(run: Path, category: str | None, quantile: float | None) -> di
         if isinstance(quantile, bool) or not isinstance(quantile, int | float) or not 0 < quantile <= 1:
             raise UserError(f"quantile={quantile}: give a share above 0 and at most 1")
         try:
-            with np.load(run / "maps.npz", allow_pickle=False) as file:
-                normal = {key: file[f"normal/{key}"] for key in ("scores", "peaks", "medians", "categories")}
+            with np.load(run / folder.MAPS, allow_pickle=False) as file:
+                normal = {column: file[key] for column, key in NORMAL_KEYS.items()}
         except Exception as error:  # of a damaged archive: BadZipFile, zlib.error, KeyError, ...
-            raise UserError(f"{run / 'maps.npz'}: not readable, so quantile= can't be changed ({error})") from error
+            raise UserError(f"{run / folder.MAPS}: not readable, so quantile= can't be changed ({error})") from error
         stored = thresholds(normal, quantile)
     return {"category": category or names[0]} | stored["per_category"][category or names[0]]
 
 
-def write_scores(run: Path, root: Path, samples: list[Sample], scores: np.ndarray) -> None:
-    """scores.csv: an image a row; the scores with all their digits."""
-    with (run / "scores.csv").open("w", newline="") as file:
+def write_scores(run: Path, outputs: dict[str, Any]) -> None:
+    """scores.csv: one row per test image; the scores with all their digits."""
+    columns = [outputs[name].tolist() for name in ("paths", "categories", "defects", "labels", "scores")]
+    with (run / folder.SCORES).open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "category", "defect", "label", "score"])
-        for sample, score in zip(samples, scores, strict=True):
-            path = sample.path.relative_to(root) if sample.path.is_relative_to(root) else sample.path
-            writer.writerow([path.as_posix(), sample.category, sample.defect, sample.label, repr(float(score))])
+        for *texts, score in zip(*columns, strict=True):
+            writer.writerow([*texts, repr(score)])
 
 
-def write_maps(run: Path, root: Path, samples: list[Sample], maps: np.ndarray, more: dict[str, np.ndarray]) -> None:
-    """maps.npz: `maps` float16 [N, 64, 64] divided by `scale` (so that float16 holds them), `paths`, and `more`:
-    the curves' points and the normal images' scores, which thresholds come from.
+def write_maps(
+    run: Path, outputs: dict[str, Any], curves: dict[str, np.ndarray], normal: dict[str, np.ndarray]
+) -> None:
+    """maps.npz: `maps` float16 [N, 64, 64] divided by `scale` (so that float16 holds them) and `paths` of the test
+    images; the curves' points; and the columns of the normal images, from which thresholds follow.
     """
     import cv2
 
-    small = [cv2.resize(m, (MAP_SIZE, MAP_SIZE), interpolation=cv2.INTER_AREA) for m in maps]
-    scale = np.float32(max((float(np.abs(m).max()) for m in small), default=1) or 1)
-    stacked = np.stack(small) if small else np.zeros((0, MAP_SIZE, MAP_SIZE), np.float32)
-    paths = [s.path.relative_to(root).as_posix() if s.path.is_relative_to(root) else str(s.path) for s in samples]
-    with replacing(run / "maps.npz") as part:
-        np.savez_compressed(part, maps=(stacked / scale).astype(np.float16), scale=scale, paths=np.array(paths), **more)  # type: ignore[arg-type]
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Versions, device and git revision."""
-    packages = ("torch", "torchvision", "lightning", "timm", "numpy", "albumentations", "hydra-core")
-    revision = None
-    if (HOME / ".git").exists():  # the package's own checkout, not whatever repository a wheel was installed below
-        revision = _git("rev-parse", "HEAD")
-        revision += "+changes" if revision and _git("status", "--porcelain") else ""
-    return {
-        "python": platform.python_version(),
-        "anomalib_lite": version("anomalib-lite"),
-        **{package: version(package) for package in packages},
-        "device": device,
-        "git": revision or None,
-    }
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(HOME), *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
-
-
-def heading(key: str) -> str:
-    """A metric's key as a heading of two lines: image_auroc is image AUROC, aupro_30 is AUPRO @0.3."""
-    level, name = key.split("_")
-    if level == "aupro":
-        return f"AUPRO\n@{int(name) / 100:g}"
-    return f"{level}\n{ {'f1max': 'F1-max'}.get(name, name.upper()) }"
-
-
-def metrics_table(result: dict[str, Any]) -> Table:
-    """The metrics per category and their mean, in percent."""
-    title = f"{result['method']} on {result['dataset']} ({result['setting']}), seed {result['seed']}, in percent"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("\ncategory", overflow="fold")
-    for key in result["metrics"]:
-        table.add_column(heading(key), justify="right", no_wrap=True)
-    rows = list(result["per_category"].items())
-    means = [(f"{name} mean", metrics) for name, metrics in (result["groups"] or {}).items()]
-    means += [("mean", result["metrics"])] * (len(rows) > 1)
-    for part in (rows, means):
-        for name, metrics in part:
-            table.add_row(name, *("–" if value is None else f"{100 * value:.1f}" for value in metrics.values()))
-        table.add_section()
-    return table
-
-
-def show(run: Path, result: dict[str, Any]) -> None:
-    """Print the table, the notes, and where the files are."""
-    console = Console(width=None if Console().is_terminal else 100)  # a pipe has no width of its own
-    console.print(metrics_table(result))
-    for note in result["notes"]:
-        console.print(f"note: {note}", style="dim", highlight=False, soft_wrap=True)
-    if result["validation"]:
-        told = ", ".join(f"{key} {100 * value:.1f}" for key, value in result["validation"].items() if value is not None)
-        console.print(f"held-out training images: {told}", highlight=False, soft_wrap=True)
-    timing, cost = result["timing"], result["efficiency"]
-    console.print(
-        f"{cost['parameters'] / 1e6:.1f} M parameters ({cost['trainable'] / 1e6:.1f} M trained), "
-        f"{cost['flops_per_image'] / 1e9:.1f} GFLOP an image, latency {timing['latency_ms']:.0f} ms, "
-        f"{timing['images_per_s']:.0f} images/s at batch {timing['batch_size']}, "
-        f"peak memory {max(timing['peak_memory_mb'].values()) / 1024:.1f} GiB",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(
-        f"trained {timing['steps']} steps in {timing['fit_s']:.1f} s, tested in {timing['test_s']:.1f} s",
-        highlight=False,
-    )
-    for category, found in result["decisions"]["per_category"].items():
-        shares = ((found["defective_found"], "defective images found"), (found["good_flagged"], "good ones flagged"))
-        told = ", ".join(f"{100 * share:.0f} % of {what}" for share, what in shares if share is not None)
-        if told:
-            console.print(
-                f"{category}: at the threshold ({result['thresholds']['quantile']:g} quantile of normal training "
-                f"images) {told}",
-                highlight=False,
-                soft_wrap=True,
-            )
-    written = ("result.json", "scores.csv", "maps.npz", "metrics.csv", "figures", "checkpoints")
-    there = ", ".join(name for name in written if (run / name).exists())
-    console.print(f"{run}/ holds {there}", highlight=False, soft_wrap=True)
+    small = [cv2.resize(amap, (MAP_SIZE, MAP_SIZE), interpolation=cv2.INTER_AREA) for amap in outputs["maps"]]
+    scale = np.float32(max((float(np.abs(amap).max()) for amap in small), default=1) or 1)
+    maps = (np.stack(small) if small else np.zeros((0, MAP_SIZE, MAP_SIZE), np.float32)) / scale
+    stored = {"maps": maps.astype(np.float16), "scale": scale, "paths": outputs["paths"], **curves}
+    with replacing(run / folder.MAPS) as part:
+        np.savez_compressed(part, **stored, **{key: normal[column] for column, key in NORMAL_KEYS.items()})  # type: ignore[arg-type]

@@ -37,11 +37,6 @@ def make_backbone(cfg: dict[str, Any], stored: bool = False) -> Backbone | None:
     return instantiate(cfg["backbone"], precision=cfg["hardware"]["precision"], **weights)
 
 
-def uses_random_backbone(cfg: dict[str, Any]) -> bool:
-    uses = cfg["backbone"]["name"] is not None and getattr(_method_class(cfg), "uses_backbone", True)
-    return uses and cfg["backbone"]["weights"] == "none"
-
-
 def make_method(
     cfg: dict[str, Any], backbone: Backbone | None, data: AnomalyDataModule, categories: list[str], steps: int = 0
 ) -> AnomalyModule:

@@ -1,4 +1,4 @@
-"""From the `hardware` group to what Lightning's Trainer takes."""
+"""From the `hardware` group of the configuration to the arguments of Lightning's Trainer."""
 
 import os
 import platform
@@ -16,8 +16,11 @@ from anomalib_lite.runs import ranks
 
 
 class DDP(DDPStrategy):
-    """Lightning's, with batch norm over all devices, for methods without trainable weights too: there is nothing to
-    exchange then. Of a method with several phases, weights may have no part in a step."""
+    """Lightning's strategy with batch norm synchronised over all devices.
+
+    A method without trainable weights is not wrapped: there are no gradients to exchange. In a method with several
+    phases, a step may leave weights unused.
+    """
 
     def configure_ddp(self) -> None:
         if any(p.requires_grad for p in self.model.parameters()):  # type: ignore[union-attr]
@@ -31,7 +34,7 @@ def lightning_options(hardware: dict[str, Any], multirun: bool) -> dict[str, Any
     """`accelerator`, `devices`, `num_nodes`, `strategy` and `precision` of a Trainer; sets the CPU threads.
 
     Raises:
-        UserError: no GPU, fewer GPUs than asked for, or a sweep in one process over several devices.
+        UserError: no GPU, fewer GPUs than requested, or a sweep in one process over several devices.
     """
     gpus = torch.cuda.device_count()
     accelerator = hardware["accelerator"]
@@ -40,7 +43,7 @@ def lightning_options(hardware: dict[str, Any], multirun: bool) -> dict[str, Any
     if accelerator == "auto":
         accelerator = "gpu" if gpus else "cpu"
     devices = hardware["devices"]
-    slurm = ranks.under_slurm(hardware)  # elsewhere, such as in evaluate, this process works alone
+    slurm = ranks.under_slurm(hardware)  # without SLURM, as in evaluate, this process works alone
     if slurm:
         devices = ranks.slurm_tasks(hardware)
     elif devices == "auto":
@@ -50,17 +53,17 @@ def lightning_options(hardware: dict[str, Any], multirun: bool) -> dict[str, Any
     several = devices * hardware["nodes"] > 1
     if several and multirun:
         raise UserError(ranks.several_in_one_process(devices, "basic"))
-    # not shared out to the ranks: with another number of threads a network's output may differ in its last bit
+    # not divided by the ranks: with another number of threads a network's output may differ in its last bit
     threads = hardware["threads"] or os.cpu_count() or 1
     torch.set_num_threads(threads)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # or Lightning sets a number of its own
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # otherwise Lightning sets another number
     precision = "bf16-mixed" if hardware["precision"] == "bf16" else "32-true"
     strategy: Any = DDP(process_group_backend="gloo" if accelerator == "cpu" else None) if several else "auto"
     environment: dict[str, Any] = {}
     if slurm:
         environment["plugins"] = [SLURMEnvironment(auto_requeue=False)]  # submitit queues a job again
     elif "SLURM_NTASKS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
-        environment["plugins"] = [LightningEnvironment()]  # or Lightning takes an allocation's shell for the ranks
+        environment["plugins"] = [LightningEnvironment()]  # otherwise Lightning takes the allocation for ranks
     return {
         "accelerator": accelerator,
         "devices": devices,

@@ -1,64 +1,59 @@
-"""Heat maps of a run's worst and best cases, a picture a category; and what a method shows of its own."""
+"""Figures of a run: heat maps of its clearest, weakest and false cases per category, and what the method shows itself.
 
-from collections.abc import Callable
+Other rooms use the colours of maps (`colours`, `overlay`) and the choice of images (`chosen_cases`).
+"""
+
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import torch
+from torch import Tensor
 
+from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.samples import Sample, load_rgb
+from anomalib_lite.methods.base import AnomalyModule
+from anomalib_lite.runs.folder import TRAINING_FIGURE
+
+Rows = dict[str, np.ndarray]  # {title: uint8 [N, h, w, 3]}
+TILE, GAP = 192, 6  # pixels: the side of an image in a figure, and the space between two
+BLACK, RED, GREEN = (0, 0, 0), (200, 0, 0), (0, 220, 0)
 
 
 def write_figures(
     folder: Path,
-    samples: list[Sample],
-    categories: list[str],
-    arrays: dict[str, np.ndarray],
-    thresholds: dict[str, Any],
+    data: AnomalyDataModule,
+    outputs: dict[str, Any],
+    thresholds: dict[str, dict[str, float]],
     title: str,
-    pictures: Callable[[list[Sample]], dict[str, np.ndarray]] = lambda samples: {},
+    model: AnomalyModule,
 ) -> None:
     """`<category>.png`: the defects with the lowest scores, the good images with the highest, and the clearest defects.
 
     Heat maps share one colour scale per category: normal images' background is dark, the pixels' threshold half way up.
-    `pictures` gives rows between images and heat maps, such as reconstructions: {title: uint8 [N, h, w, 3]}.
+    Between images and heat maps are the rows of `AnomalyModule.visualize`, such as reconstructions.
+
+    Args:
+        outputs: of the test set, with the columns of `metrics.per_category`. thresholds: per category.
     """
     folder.mkdir(exist_ok=True)
-    for category in categories:
-        rows = [i for i, sample in enumerate(samples) if sample.category == category]
+    for category in data.categories:
+        rows = [i for i, sample in enumerate(data.test_samples) if sample.category == category]
         if rows:
-            threshold = thresholds["per_category"][category]
-            cases = chosen_cases(rows, arrays)
-            between = pictures([samples[i] for _, i in cases])
-            picture = contact_sheet(samples, cases, arrays, threshold, f"{title}: {category}", between)
-            cv2.imwrite(str(folder / f"{category}.png"), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+            cases = chosen_cases(rows, outputs)
+            shown = visualized(model, data, [data.test_samples[i] for _, i in cases])
+            sheet = contact_sheet(
+                data.test_samples, cases, outputs, thresholds[category], f"{title}: {category}", shown
+            )
+            _save(folder / f"{category}.png", sheet)
 
 
-def write_rows(file: Path, rows: dict[str, np.ndarray], tile: int = 192) -> None:
-    """Rows of pictures uint8 [N, h, w, 3] with their titles, a column an image."""
-    gap, side = 6, 110
-    count = max(len(row) for row in rows.values())
-    sheet = np.full((len(rows) * (tile + gap) + gap, side + count * (tile + gap), 3), 255, np.uint8)
-    for number, (title, row) in enumerate(rows.items()):
-        y = gap + number * (tile + gap)
-        _write(sheet, title, gap, y + tile // 2, 0.45)
-        for column, picture in enumerate(row):
-            x = side + column * (tile + gap)
-            sheet[y : y + tile, x : x + tile] = _tile(picture, tile)
-    file.parent.mkdir(exist_ok=True)
-    cv2.imwrite(str(file), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
-
-
-def _tile(picture: np.ndarray, tile: int) -> np.ndarray:
-    return cv2.resize(picture, (tile, tile), interpolation=cv2.INTER_AREA)
-
-
-def chosen_cases(rows: list[int], arrays: dict[str, np.ndarray], count: int = 3) -> list[tuple[str, int]]:
+def chosen_cases(rows: list[int], outputs: dict[str, Any], count: int = 3) -> list[tuple[str, int]]:
     """A category's images to look at, by their indices, each with what it is an example of."""
-    by_score = sorted(rows, key=lambda i: (float(arrays["scores"][i]), i))
-    bad = [i for i in by_score if arrays["labels"][i]]
-    good = [i for i in by_score if not arrays["labels"][i]]
+    by_score = sorted(rows, key=lambda i: (float(outputs["scores"][i]), i))
+    bad = [i for i in by_score if outputs["labels"][i]]
+    good = [i for i in by_score if not outputs["labels"][i]]
     missed = bad[: min(count, len(bad) // 2)]
     return (
         [("clear defect", i) for i in bad[len(missed) :][::-1][:count]]
@@ -86,37 +81,93 @@ def _level(amap: np.ndarray, threshold: dict[str, float]) -> np.ndarray:
 def contact_sheet(
     samples: list[Sample],
     cases: list[tuple[str, int]],
-    arrays: dict[str, np.ndarray],
+    outputs: dict[str, Any],
     threshold: dict[str, float],
     title: str,
-    between: dict[str, np.ndarray],
-    tile: int = 192,
+    shown: Rows,
 ) -> np.ndarray:
-    """A column a case: the image with its defect outlined, what is `between`, and its heat map; scores as multiples of
-    the threshold.
+    """One column per case: the image with its defect outlined, the rows `shown`, and its heat map; scores as multiples
+    of the threshold.
     """
-    gap, head = 6, 30
-    sheet = np.full((head + (2 + len(between)) * (tile + gap) + 40, len(cases) * (tile + gap) + gap, 3), 255, np.uint8)
-    _write(sheet, title, gap, 20, 0.5)
+    head = 30
+    height = head + (2 + len(shown)) * (TILE + GAP) + 40
+    sheet = np.full((height, len(cases) * (TILE + GAP) + GAP, 3), 255, np.uint8)
+    _write(sheet, title, GAP, 20, 0.5)
     for column, (kind, i) in enumerate(cases):
-        x = gap + column * (tile + gap)
-        image = _tile(load_rgb(samples[i].path), tile)
-        amap = cv2.resize(arrays["maps"][i], (tile, tile), interpolation=cv2.INTER_LINEAR)
-        mask = cv2.resize(arrays["masks"][i].astype(np.uint8), (tile, tile), interpolation=cv2.INTER_NEAREST)
+        x = GAP + column * (TILE + GAP)
+        image = _tile(load_rgb(samples[i].path))
+        amap = cv2.resize(outputs["maps"][i], (TILE, TILE), interpolation=cv2.INTER_LINEAR)
+        mask = cv2.resize(outputs["masks"][i].astype(np.uint8), (TILE, TILE), interpolation=cv2.INTER_NEAREST)
         outlined = image.copy()
         outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(outlined, outlines, -1, (0, 220, 0), 1)
-        sheet[head : head + tile, x : x + tile] = outlined
-        tiles = [*(_tile(row[column], tile) for row in between.values()), overlay(image, amap, threshold)]
-        for number, picture in enumerate(tiles, start=1):
-            y = head + number * (tile + gap)
-            sheet[y : y + tile, x : x + tile] = picture
-        ratio = float(arrays["scores"][i]) / threshold["image"] if threshold["image"] else float("nan")
-        y = head + (1 + len(tiles)) * (tile + gap) + 10
+        cv2.drawContours(outlined, outlines, -1, GREEN, 1)
+        tiles = [outlined, *(_tile(row[column]) for row in shown.values()), overlay(image, amap, threshold)]
+        for number, tile in enumerate(tiles):
+            y = head + number * (TILE + GAP)
+            sheet[y : y + TILE, x : x + TILE] = tile
+        ratio = float(outputs["scores"][i]) / threshold["image"] if threshold["image"] else float("nan")
+        y = head + len(tiles) * (TILE + GAP) + 10
         _write(sheet, kind if samples[i].defect == "good" else f"{kind}: {samples[i].defect}", x, y, 0.4)
-        _write(sheet, f"{ratio:.2f} x threshold", x, y + 18, 0.4, (0, 0, 0) if ratio < 1 else (200, 0, 0))
+        _write(sheet, f"{ratio:.2f} x threshold", x, y + 18, 0.4, BLACK if ratio < 1 else RED)
     return sheet
 
 
-def _write(sheet: np.ndarray, text: str, x: int, y: int, size: float, colour: tuple[int, ...] = (0, 0, 0)) -> None:
+def visualized(model: AnomalyModule, data: AnomalyDataModule, samples: list[Sample]) -> Rows:
+    """What the method shows of test images, at data.image_size whatever the images' sizes; empty where it has none."""
+    if type(model).visualize is AnomalyModule.visualize:
+        return {}
+    size = data.image_size[::-1]
+    batches = data.new_dataloader([sample.path for sample in samples], 0, 1, 0)
+    each = [_visualized(model, batch) for batch in batches]
+    resized = {
+        title: [cv2.resize(rows[title][0], size, interpolation=cv2.INTER_AREA) for rows in each] for title in each[0]
+    }
+    return {title: np.stack(row) for title, row in resized.items()}
+
+
+def training_figure(folder: Path, data: AnomalyDataModule, model: AnomalyModule, count: int = 8) -> None:
+    """`training.png` of a method that has `visualize`, where training images are corrupted: the first images of the
+    first batch clean and corrupted, the corruption's mask, and what the method shows of them. One column per image.
+    """
+    if type(model).visualize is AnomalyModule.visualize or data.corrupt is None:
+        return
+    batch = {key: value[:count] for key, value in next(iter(data.loader_from(0))).items()}
+    clean, corrupted = (data.train_pipeline.denormalise(batch[key]) for key in ("clean", "image"))
+    images = {"clean": clean, "corrupted": corrupted, "mask": batch["corruption_mask"][:, None].float()}
+    rows = {title: _as_images(images) for title, images in images.items()} | _visualized(model, batch)
+    side = 110
+    width = side + max(map(len, rows.values())) * (TILE + GAP)
+    sheet = np.full((len(rows) * (TILE + GAP) + GAP, width, 3), 255, np.uint8)
+    for number, (title, row) in enumerate(rows.items()):
+        y = GAP + number * (TILE + GAP)
+        _write(sheet, title, GAP, y + TILE // 2, 0.45)
+        for column, image in enumerate(row):
+            x = side + column * (TILE + GAP)
+            sheet[y : y + TILE, x : x + TILE] = _tile(image)
+    folder.mkdir(exist_ok=True)
+    _save(folder / TRAINING_FIGURE, sheet)
+
+
+@torch.inference_mode()
+def _visualized(model: AnomalyModule, batch: dict[str, Any]) -> Rows:
+    assert model.visualize is not None
+    batch = model.eval().transfer_batch_to_device(batch, model.device, 0)
+    return {title: _as_images(images) for title, images in model.visualize(batch).items()}
+
+
+def _as_images(images: Tensor) -> np.ndarray:
+    """[B, 1 or 3, H, W] in [0, 1] -> uint8 [B, H, W, 3]."""
+    images = images.float().clamp(0, 1).mul(255).round().byte().expand(-1, 3, -1, -1)
+    return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def _tile(image: np.ndarray) -> np.ndarray:
+    return cv2.resize(image, (TILE, TILE), interpolation=cv2.INTER_AREA)
+
+
+def _write(sheet: np.ndarray, text: str, x: int, y: int, size: float, colour: tuple[int, ...] = BLACK) -> None:
     cv2.putText(sheet, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, colour, 1, cv2.LINE_AA)
+
+
+def _save(file: Path, sheet: np.ndarray) -> None:
+    cv2.imwrite(str(file), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))

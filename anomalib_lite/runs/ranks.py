@@ -1,4 +1,4 @@
-"""Which rank of a run this process is, and whether its ranks can find each other. Imports nothing heavy."""
+"""Which rank of a run this process is, and whether the ranks can find each other. Imports nothing heavy."""
 
 import os
 from typing import Any
@@ -6,8 +6,13 @@ from typing import Any
 from anomalib_lite.errors import UserError
 
 
+def is_first_on_node() -> bool:
+    """Whether this process is its machine's first rank, or will start the other ranks."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def is_first(hardware: dict[str, Any]) -> bool:
-    """Whether this process is the run's rank 0, or will start the others."""
+    """Whether this process is the run's rank 0, or will start the other ranks."""
     names = ("SLURM_PROCID",) if under_slurm(hardware) else ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK")
     return all(os.environ.get(name, "0") == "0" for name in names)
 
@@ -16,14 +21,18 @@ def under_slurm(hardware: dict[str, Any]) -> bool:
     return hardware.get("ranks") == "slurm" and "SLURM_NTASKS" in os.environ
 
 
+def _number(*names: str) -> int:
+    """The first of these environment variables that is set, else 1."""
+    return int(next((os.environ[name] for name in names if os.environ.get(name)), 1))
+
+
 def slurm_tasks(hardware: dict[str, Any]) -> int:
-    """How many tasks SLURM has started on each node.
+    """The number of tasks that SLURM has started on each node.
 
     Raises:
-        UserError: other numbers than the run's, under which it would wait for ranks that never come.
+        UserError: SLURM's numbers of nodes or tasks differ from the run's, which would wait for ranks for ever.
     """
-    tasks = int(os.environ["SLURM_NTASKS"])
-    nodes = int(os.environ.get("SLURM_NNODES") or os.environ.get("SLURM_JOB_NUM_NODES") or 1)
+    tasks, nodes = _number("SLURM_NTASKS"), _number("SLURM_NNODES", "SLURM_JOB_NUM_NODES")
     if hardware["nodes"] != nodes:
         raise UserError(f"hardware.nodes={hardware['nodes']}: SLURM has started {nodes}; give hardware.nodes={nodes}")
     wanted = tasks // nodes if hardware["devices"] == "auto" else hardware["devices"]
@@ -36,12 +45,16 @@ def slurm_tasks(hardware: dict[str, Any]) -> int:
 
 
 def check(hardware: dict[str, Any], launcher: str | None) -> None:
-    """Refuse ranks that would run into each other or wait for ever. `launcher`: of a sweep in this process."""
+    """Raise UserError where ranks would disturb each other or wait for ever.
+
+    Args:
+        launcher: the launcher of a sweep whose jobs run in this process; None without one.
+    """
     devices, nodes = hardware["devices"], hardware["nodes"]
     several = nodes > 1 or devices not in ("auto", 1)
     if launcher and (several or hardware.get("ranks") == "slurm"):
         raise UserError(several_in_one_process(devices, launcher))
-    started = int(os.environ.get("SLURM_NTASKS", 1))
+    started = _number("SLURM_NTASKS")
     interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
     if hardware.get("ranks") == "slurm":
         if "SLURM_NTASKS" not in os.environ or "SLURM_PROCID" not in os.environ:
@@ -62,6 +75,7 @@ def check(hardware: dict[str, Any], launcher: str | None) -> None:
 
 
 def several_in_one_process(devices: Any, launcher: str) -> str:
+    """The error message for a sweep over several devices in one process."""
     return (
         f"hardware.devices={devices} in a sweep with hydra/launcher={launcher}: the ranks of one job run into the "
         "next; leave it out, hydra/launcher=processes gives every job a process of its own"

@@ -3,12 +3,10 @@
 import logging
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from hydra.utils import instantiate
 
@@ -16,17 +14,16 @@ from anomalib_lite import __version__
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.sampler import check_batch_size
 from anomalib_lite.errors import UserError, enough_memory
-from anomalib_lite.features.backbones import has_bf16
 from anomalib_lite.features.precompute import precompute
 from anomalib_lite.methods.base import AnomalyModule
-from anomalib_lite.runs import artifacts as results
-from anomalib_lite.runs import build
-from anomalib_lite.runs import test_outputs as evaluation
-from anomalib_lite.runs.callbacks import Training, quiet
-from anomalib_lite.runs.devices import device_name, lightning_options, peak_memory_mb
+from anomalib_lite.metrics.per_category import curves as make_curves
+from anomalib_lite.runs import artifacts, build, folder, summary
+from anomalib_lite.runs.callbacks import Training
+from anomalib_lite.runs.devices import lightning_options, peak_memory_mb
 from anomalib_lite.runs.efficiency import efficiency
-from anomalib_lite.runs.figures import write_figures, write_rows
-from anomalib_lite.runs.visualize import of_test_images, of_training_images
+from anomalib_lite.runs.figures import training_figure, write_figures
+from anomalib_lite.runs.terminal import silence_libraries
+from anomalib_lite.runs.test_outputs import HELD_OUT, NORMAL, TEST, Evaluation
 
 log = logging.getLogger(__name__)
 
@@ -51,23 +48,21 @@ def execute(
     Returns:
         result.json's content on rank 0, None on other ranks.
     """
-    quiet()
+    silence_libraries()
     hardware = lightning_options(cfg["hardware"], multirun)
     if fit:
         check_batch_size(cfg["data"]["batch_size"], hardware["devices"] * hardware["num_nodes"])
     stored = read_checkpoint(checkpoint) if checkpoint.is_file() else {}
     L.seed_everything(cfg["seed"], workers=True, verbose=False)
 
-    data = build.make_data(cfg, stored.get("steps", 0))
+    data = build.make_data(cfg, first_batch=stored.get("steps", 0))
     check_fingerprint(cfg, data, stored, checkpoint)
     steps = build.budget(cfg, data)
-    backbone = build.make_backbone(cfg, stored=bool(stored))
-    model = build.make_method(cfg, backbone, data, data.categories, steps)
+    model = build.make_method(cfg, build.make_backbone(cfg, stored=bool(stored)), data, data.categories, steps)
 
-    training = Training(cfg, checkpoint, model.total_steps)
-    collecting = evaluation.Evaluation(ragged=model.map_size == "original")
+    training, evaluation = Training(cfg, checkpoint, model.total_steps), Evaluation()
     loggers = build.make_loggers(cfg["logger"], run) if fit else []
-    trainer = build.make_trainer(hardware, run, [training, collecting], loggers, model.total_steps)
+    trainer = build.make_trainer(hardware, run, [training, evaluation], loggers, model.total_steps)
     if trainer.is_global_zero:
         for line in data.kept.told(names["split"]):
             log.info(line)
@@ -76,31 +71,27 @@ def execute(
 
     with build.all_ranks(trainer):
         fit = fit and not stored.get("finished", False)  # a run that was interrupted in its test is trained already
-        stored_features, cache = None, {"used": False}
-        if model.frozen_features and backbone is not None:
-            limits = (cfg.get("cache") or {"enabled": False}, cfg["hardware"]["feature_memory_gb"])
+        cache: dict[str, Any] = {"used": False}
+        if model.frozen_features:
             with enough_memory(lambda: "data.eval_batch_size", cfg):
-                stored_features, cache = precompute(trainer, data, backbone, *limits, fit=fit)
-            data = data.with_features(stored_features, model.uses_images)
+                data, cache = with_features(cfg, trainer, data, model, fit)
         if fit:
-            with enough_memory(lambda: "data.batch_size" if training.begun else "data.eval_batch_size", cfg):
+            with enough_memory(lambda: "data.batch_size" if training.started else "data.eval_batch_size", cfg):
                 trainer.fit(model, datamodule=data, ckpt_path=checkpoint if stored else None, weights_only=True)
             training.save(trainer)
-        tested = time.perf_counter()
+        started = time.perf_counter()
         with enough_memory(lambda: "data.eval_batch_size", cfg):
-            loaders = [data.test_dataloader(), data.train_eval_dataloader(sharded=True), data.val_dataloader()]
-            trainer.test(
-                model,
-                [loader for loader in loaders if loader != []],
-                ckpt_path=None if fit else checkpoint,
-                weights_only=True,
-                verbose=False,
-            )
-        collecting.gather()
+            loaders = [data.test_dataloader(), data.train_eval_dataloader(sharded=True)]  # in the order of test_outputs
+            loaders += [data.val_dataloader()] if data.val_samples else []
+            weights = None if fit else checkpoint
+            trainer.test(model, loaders, ckpt_path=weights, weights_only=True, verbose=False)
+        samples = {TEST: data.test_samples, NORMAL: data.train_samples, HELD_OUT: data.val_samples}
+        outputs = evaluation.gather(samples, Path(data.root or "/"))
     if not trainer.is_global_zero:
         return None
 
-    test_s = time.perf_counter() - tested
+    test_s = time.perf_counter() - started
+    measured, reasons = summary.measure(cfg["scoring"], data, outputs)
     cost, speed = efficiency(model, data, cfg["data"]["eval_batch_size"])
     timing = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
@@ -111,26 +102,24 @@ def execute(
         "peak_memory_mb": peak_memory_mb(),
     }
     result = {
-        **describe(cfg, names, data, model),
-        **measure(cfg, data, collecting.arrays),
+        **summary.describe(cfg, names, data, model),
+        **measured,
         "timing": timing,
         "efficiency": cost,
         "cache": cache,
-        "environment": results.environment(device_name(trainer.strategy.root_device))
-        | {"precision": precision(cfg, model, trainer.strategy.root_device)},
+        "environment": summary.environment(cfg, model, trainer.strategy.root_device),
+        "notes": [*notes_of(cfg, data, model), *reasons, *remarks],
+        "overrides": list(overrides),
     }
-    result["notes"] = [*notes_of(cfg, data, steps, stored), *result["notes"], *remarks]
-    result["overrides"] = list(overrides)
-    test = collecting.arrays[evaluation.TEST]
-    curves = evaluation.curves(data.test_samples, data.categories, test, data.has_masks)
-    write(run, data, collecting.arrays, curves, result, model)
+    curves = make_curves(outputs[TEST], data.has_masks)
+    write(run, data, outputs, curves, result, model)
     for logger in loggers:
-        logger.log_test(result, data, test, curves)  # type: ignore[attr-defined]
+        logger.log_test(result, data, outputs[TEST], curves)  # type: ignore[attr-defined]
     return result
 
 
 def check_fingerprint(cfg: dict[str, Any], data: AnomalyDataModule, stored: dict[str, Any], checkpoint: Path) -> None:
-    """A checkpoint continues with the data that it was trained on."""
+    """Raise UserError unless the data are those that the checkpoint was trained on."""
     if stored and stored["fingerprint"] != data.fingerprint:
         listed = f" (split.path={cfg['split']['path']} may have changed)" if cfg["split"].get("path") else ""
         raise UserError(
@@ -138,13 +127,41 @@ def check_fingerprint(cfg: dict[str, Any], data: AnomalyDataModule, stored: dict
         )
 
 
-def notes_of(cfg: dict[str, Any], data: AnomalyDataModule, steps: int, stored: dict[str, Any]) -> list[str]:
+def with_features(
+    cfg: dict[str, Any], trainer: L.Trainer, data: AnomalyDataModule, model: AnomalyModule, fit: bool
+) -> tuple[AnomalyDataModule, dict[str, Any]]:
+    """The data with the frozen backbone's features in its batches, and result.json's `cache`."""
+    assert model.backbone is not None
+    cache = cfg.get("cache") or {"enabled": False}  # a stored run of an earlier version has none
+    memory_gb = cfg["hardware"]["feature_memory_gb"]
+    stored, report = precompute(trainer, data, model.backbone, cache, memory_gb, fit=fit)
+    return data.with_features(stored, model.uses_images), report
+
+
+def notes_of(cfg: dict[str, Any], data: AnomalyDataModule, model: AnomalyModule) -> list[str]:
     notes = list(data.notes)
-    if build.uses_random_backbone(cfg):
+    if model.backbone is not None and cfg["backbone"]["weights"] == "none":
         notes.append("the backbone's weights are random")
-    if data.balanced and not steps:
+    if data.balanced and not model.total_steps:
         notes.append("data.balanced=true changes nothing: this method sees every training image once")
     return notes
+
+
+def write(
+    run: Path,
+    data: AnomalyDataModule,
+    outputs: dict[int, dict[str, Any]],
+    curves: dict[str, Any],
+    result: dict[str, Any],
+    model: AnomalyModule,
+) -> None:
+    """Scores, maps, curves and figures, and result.json last: it says that the run is finished."""
+    artifacts.write_scores(run, outputs[TEST])
+    artifacts.write_maps(run, outputs[TEST], curves, summary.normal_columns(outputs))
+    title = f"{result['method']}, seed {result['seed']}"
+    write_figures(run / folder.FIGURES, data, outputs[TEST], result["thresholds"]["per_category"], title, model)
+    training_figure(run / folder.FIGURES, data, model)
+    artifacts.write_result(run, result)
 
 
 def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyModule, AnomalyDataModule]:
@@ -164,20 +181,12 @@ def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyMod
     return model.eval().to("cuda" if options["accelerator"] == "gpu" else "cpu"), data
 
 
-def precision(cfg: dict[str, Any], model: AnomalyModule, device: torch.device) -> str:
-    """What was computed in which type: it moves metrics by about 0.001, and differs between machines."""
-    if cfg["hardware"]["precision"] == "bf16":
-        return "bf16"
-    low = {
-        "frozen backbone": model.backbone is not None and model.backbone.low_precision(device),
-        "the method's networks": model.autocasted and cfg["hardware"]["precision"] == "auto" and has_bf16(device),
-    }
-    parts = " and ".join(part for part, is_low in low.items() if is_low)
-    return f"float32, {parts} in bf16" if parts else "float32"
-
-
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """What a run writes into its checkpoint beside Lightning's part: version, config, fingerprint, finished."""
+    """What a run writes into its checkpoint beside Lightning's part, and the number of batches trained on.
+
+    Raises:
+        UserError: the file is damaged, or of another version.
+    """
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
         stored = content["anomalib_lite"] | {"steps": content["callbacks"]["Training"]["steps"]}
@@ -188,112 +197,3 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint}: written by anomalib_lite {stored['version']}, this is {__version__}; train again"
         )
     return stored
-
-
-def describe(
-    cfg: dict[str, Any], names: dict[str, str], data: AnomalyDataModule, model: AnomalyModule
-) -> dict[str, Any]:
-    """What was run, on which data, under which protocol."""
-    default = [{"resize": list(data.test_size), "filter": cfg["data"]["resample"], "as": "PIL, antialiased"}]
-    default = [] if data.test_size == "original" else default
-    apart = ("quantile", "fpr_limits", "map_size")
-    scoring = {key: value for key, value in model.scoring.items() if key not in apart}
-    backbone = model.backbone
-    return {
-        "schema": results.SCHEMA,
-        "method": names["method"],
-        "variant": getattr(model, "variant", None),
-        "dataset": data.name,
-        "categories": data.categories,
-        "setting": "single" if len(data.categories) == 1 else "unified",
-        "split": {"name": names["split"]}
-        | {k: v for k, v in cfg["split"].items() if not k.startswith("_")}
-        | data.kept.describe(),
-        "backbone": None if backbone is None else {"name": backbone.name, "layers": backbone.layers},
-        "weights": None if backbone is None else Path(cfg["backbone"]["weights"]).name,
-        "seed": cfg["seed"],
-        "protocol": {
-            "data": {
-                "transform": cfg["data"]["transform"] or default,
-                "map_size": model.map_size if isinstance(model.map_size, str) else list(model.map_size),
-                "mask": "nearest, > 0",
-                "fpr_limits": cfg["scoring"]["fpr_limits"],
-            },
-            "scoring": scoring | {"weights": "last"},
-        },
-        "data": {
-            "fingerprint": data.fingerprint,
-            "train_counts": data.train_counts,
-            "train_anomalous": sum(sample.label for sample in data.train_samples),
-            "test_counts": data.test_counts,
-        },
-    }
-
-
-def measure(cfg: dict[str, Any], data: AnomalyDataModule, arrays: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Metrics, validation and thresholds from the gathered maps and scores, with notes on what can't be computed."""
-    names, scoring = data.categories, cfg["scoring"]
-
-    def metrics(part, samples, has_masks):
-        per_category, missing = evaluation.category_metrics(
-            samples, names, arrays[part], has_masks, scoring["fpr_limits"]
-        )
-        mean, partial = evaluation.mean_metrics(per_category)
-        return per_category, mean, missing + partial
-
-    per_category, mean, notes = metrics(evaluation.TEST, data.test_samples, data.has_masks)
-    groups = {
-        name: evaluation.mean_metrics({category: per_category[category] for category in members})[0]
-        for name, members in (("head", data.kept.head), ("tail", data.kept.tail))
-        if members
-    }
-    validation = None
-    if data.val_samples:
-        validation = metrics(evaluation.HELD_OUT, data.val_samples, dict.fromkeys(names, True))[1]
-    per_defect = evaluation.defect_metrics(
-        data.test_samples, names, arrays[evaluation.TEST], data.has_masks, scoring["fpr_limits"]
-    )
-    limits = evaluation.thresholds(normal_scores(data, arrays), scoring["quantile"])
-    told = evaluation.decisions(data.test_samples, arrays[evaluation.TEST], limits["per_category"])
-    return {
-        "metrics": mean,
-        "per_category": per_category,
-        "groups": groups or None,
-        "per_defect": per_defect,
-        "validation": validation,
-        "thresholds": limits,
-        "decisions": {"per_category": told},
-        "notes": notes,
-    }
-
-
-def normal_scores(data: AnomalyDataModule, arrays: dict[int, dict[str, Any]]) -> dict[str, np.ndarray]:
-    """`scores`, `peaks`, `medians` and `categories` of the normal training images, [N] each."""
-    normal = arrays[evaluation.NORMAL]
-    good = normal["labels"] == 0
-    categories = np.array([sample.category for sample in data.train_samples])
-    return {key: normal[key][good] for key in ("scores", "peaks", "medians")} | {"categories": categories[good]}
-
-
-def write(
-    run: Path,
-    data: AnomalyDataModule,
-    arrays: dict[int, dict[str, Any]],
-    curves: dict[str, np.ndarray],
-    result: dict[str, Any],
-    model: AnomalyModule,
-) -> None:
-    """Scores, maps, curves and figures of the test set, of a few training images what the method shows of them, and
-    result.json last: it says that the run is finished.
-    """
-    assert data.root is not None
-    test, root = arrays[evaluation.TEST], Path(data.root)
-    results.write_scores(run, root, data.test_samples, test["scores"])
-    normal = {f"normal/{key}": value for key, value in normal_scores(data, arrays).items()}
-    results.write_maps(run, root, data.test_samples, test["maps"], curves | normal)
-    title = f"{result['method']}, seed {result['seed']}"
-    show = partial(of_test_images, model, data)
-    write_figures(run / "figures", data.test_samples, data.categories, test, result["thresholds"], title, show)
-    if rows := of_training_images(model, data):
-        write_rows(run / "figures" / "training.png", rows)
-    results.write_result(run, result)

@@ -49,7 +49,7 @@ class Evaluation(L.Callback):
             fields["map_max"] = torch.stack([x.amax() for x in maps])
             fields["map_median"] = torch.stack([x.median() for x in maps])
         else:
-            fields |= {"maps": maps, "masks": batch.get("truth", batch["mask"])}
+            fields |= {"maps": maps, "masks": batch.get("gt_mask", batch["mask"])}
         self.collected[dataloader_idx].update(batch["index"], **fields)
         if self.bar:
             self.bar.step()

@@ -1,8 +1,5 @@
 """Several CPU ranks: as launched from the command line, and as processes that something else has started."""
 
-import multiprocessing
-import os
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import torch
 from anomalib_lite.runs import artifacts as results
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
+from tests.helpers.ranks import on_ranks, start_ranks
 
 BASE = ("backbone=resnet18", "backbone.weights=none", "data.image_size=48", "data.batch_size=4", "logger=csv")
 RANKS = ("hardware=ddp", "hardware.accelerator=cpu", "hardware.precision=32")
@@ -21,8 +19,6 @@ FILES = {
     ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "train.log", "checkpoints/last.ckpt",
     "checkpoints/config.json", "result.json", "scores.csv", "maps.npz", "metrics.csv",
 }  # fmt: skip
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["anomalib_lite.runs.run", "tests.helpers.run_programs", "albumentations"])
 
 
 @pytest.fixture(scope="module")
@@ -50,38 +46,6 @@ def launched(root, tmp_path_factory):
     outcome = runs.python("-m", "anomalib_lite.train", *options, *budget, cache, cwd=runs.ROOT)
     assert outcome.code == 0, outcome.err
     return run
-
-
-def on_ranks(program: str, options: list[str], ranks: int) -> None:
-    """Run a program on ranks that are started here, as torchrun or SLURM would."""
-    started = start_ranks(program, options, ranks)
-    for process in started:
-        process.join(90)
-    codes = [process.exitcode for process in started]
-    for process in started:
-        process.kill()
-    assert codes == [0] * ranks
-
-
-def start_ranks(program: str, options: list[str], ranks: int) -> list[Any]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
-    started: list[Any] = []
-    for rank in range(ranks):
-        environment = shared | {"LOCAL_RANK": str(rank)}
-        started.append(PROCESSES.Process(target=_program, args=(program, options, environment)))
-        started[-1].start()
-    return started
-
-
-def _program(program: str, options: list[str], environment: dict[str, str]) -> None:
-    os.environ.update(environment)
-    outcome = runs.train(*options, small=False) if program == "train" else runs.evaluate(*options)
-    if outcome.code:
-        print(outcome.err)
-        os._exit(1)
 
 
 def files_of(run: Path) -> set[str]:

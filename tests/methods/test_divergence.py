@@ -9,9 +9,9 @@ from torch import nn
 
 from anomalib_lite.errors import enough_memory
 from anomalib_lite.methods.base import AnomalyModule
-from tests.devices.test_devices import start_ranks
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
+from tests.helpers.ranks import start_ranks
 
 CONFIG = f"""
 # @package _global_
@@ -67,7 +67,7 @@ def train(base, run: Path, *more: str) -> runs.Outcome:
     return runs.train(*base, *more, f"hydra.run.dir={run}", small=False)
 
 
-def kept(run: Path) -> dict[str, Any]:
+def stored_checkpoint(run: Path) -> dict[str, Any]:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
 
 
@@ -77,7 +77,7 @@ def kept(run: Path) -> dict[str, Any]:
     ("gradient", 1, 4, 5, "weights are NaN or infinite"), ("undefined", 3, 3, 6, "the loss is nan"),
     ("undefined", 4, 4, 8, "the loss is nan"),
 ])  # fmt: skip
-def test_the_last_good_checkpoint_is_kept(base, tmp_path, how, log_every, checkpoint, noticed, told):
+def test_the_last_good_checkpoint_remains(base, tmp_path, how, log_every, checkpoint, noticed, told):
     """Ill in batch 5; the loss is looked at, and a checkpoint written, every `log_every` batches."""
     often = (f"trainer.log_every={log_every}", "trainer.checkpoint_minutes=0")
     outcome = train(base, tmp_path, f"method.how={how}", "method.at=5", *often)
@@ -87,9 +87,9 @@ def test_the_last_good_checkpoint_is_kept(base, tmp_path, how, log_every, checkp
     assert first.startswith(f"error: {told}")
     assert (
         rest
-        == f"lower method.optimizer.lr, or set hardware.precision=32 (the checkpoint of batch {checkpoint} is kept)"
+        == f"lower method.optimizer.lr, or set hardware.precision=32 (the checkpoint of batch {checkpoint} remains)"
     )
-    stored = kept(tmp_path)
+    stored = stored_checkpoint(tmp_path)
     assert stored["global_step"] == checkpoint
     assert all(stored["state_dict"][f"net.{name}"].isfinite().all() for name in ("weight", "bias"))
     assert not list(tmp_path.rglob("*.part"))
@@ -102,7 +102,7 @@ def test_weights_that_go_bad_with_the_last_batch(base, tmp_path):
     outcome = train(base, tmp_path, "method.how=gradient", "method.at=8", *often)
     assert outcome.code == 2
     assert "weights are NaN or infinite after batch 8: training diverged" in outcome.err
-    assert kept(tmp_path)["global_step"] == 7
+    assert stored_checkpoint(tmp_path)["global_step"] == 7
 
 
 def test_without_a_checkpoint_the_folder_is_free(base, tmp_path):
@@ -112,12 +112,12 @@ def test_without_a_checkpoint_the_folder_is_free(base, tmp_path):
     assert train(base, tmp_path).code == 0
 
 
-def test_a_resumed_run_knows_what_is_kept(base, tmp_path):
+def test_a_resumed_run_names_the_stored_checkpoint(base, tmp_path):
     often = ("trainer.log_every=3", "trainer.checkpoint_minutes=0", "method.how=undefined", "method.at=5")
     assert train(base, tmp_path, *often).code == 2
     again = train(base, tmp_path, *often, "resume=true")
     assert again.code == 2
-    assert "(the checkpoint of batch 3 is kept)" in again.err
+    assert "(the checkpoint of batch 3 remains)" in again.err
 
 
 def test_a_learning_rate_that_is_far_too_high(tmp_path):
@@ -181,4 +181,4 @@ def test_all_ranks_stop_together(base, tmp_path):
         process.join(60)
         process.kill()
     assert [process.exitcode for process in started] == [1, 1]  # 1 is what start_ranks makes of exit code 2
-    assert kept(tmp_path / "run")["global_step"] == 2
+    assert stored_checkpoint(tmp_path / "run")["global_step"] == 2

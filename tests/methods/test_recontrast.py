@@ -18,9 +18,9 @@ from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.methods.batch_norm import StableNorm, synchronise
 from anomalib_lite.methods.recontrast import ReContrast, cosine_loss
 from anomalib_lite.methods.reverse_distillation import Bottleneck, Decoder, blocks_of
-from tests.devices.test_devices import PROCESSES
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
+from tests.helpers.ranks import PROCESSES
 from tests.programs.test_resume import Interrupted, assert_equal, state_of
 
 TINY = "mobilenetv3_small_050"

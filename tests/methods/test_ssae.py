@@ -541,7 +541,7 @@ def test_a_configured_backbone_is_left_out(root, tmp_path):
 @pytest.mark.slow
 def test_training_on_two_ranks_is_training_on_one(root, tmp_path):
     """Losses are of single images, batch norm is synchronised, and the held-out images are judged together."""
-    from tests.devices.test_devices import on_ranks
+    from tests.helpers.ranks import on_ranks
 
     budget = ("trainer.max_steps=6", "data.val_fraction=0.2", "method.patience=9", "method.eval_every=2")
     for devices in (1, 2):

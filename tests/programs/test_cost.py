@@ -14,20 +14,19 @@ from torch import nn
 from anomalib_lite.cli import schema as configuration
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.readers import read_folder
-from anomalib_lite.data.samples import Sample
-from anomalib_lite.features import shapes, table
 from anomalib_lite.features.backbones import Backbone
+from anomalib_lite.features.cache import shapes, table
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.metrics.functional import image_metrics, pixel_metrics
+from anomalib_lite.metrics.per_category import defect_metrics
 from anomalib_lite.runs.efficiency import efficiency
 from anomalib_lite.runs.run import build
-from anomalib_lite.runs.test_outputs import defect_metrics
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.run_programs import ROOT, Outcome, evaluate, folder_data, predict, restored, result_of, train
 from tests.helpers.run_programs import method as choose
 
 METHODS = sorted(file.stem for file in (ROOT / "conf" / "method").glob("*.yaml"))
-LIMITS = [0.3, 0.05]
+UNTESTED = ("untested", "[untested,new]", "[untested,bottle]")  # categories without test images, alone and not
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +126,8 @@ def test_parameters_of_a_run(method, root, tmp_path):
 # --- per kind of defect ---
 
 
-def collected(run: Path) -> tuple[list[Sample], dict[str, np.ndarray], dict[str, bool]]:
-    """The test samples of a run, the arrays that its metrics come from (computed anew), and which have masks."""
+def columns_of(run: Path) -> tuple[dict[str, np.ndarray], dict[str, bool]]:
+    """The columns from which a run's metrics follow (computed anew), and which categories have masks."""
     checkpoint, cfg, _ = configuration.read_run(run)
     with restored(), torch.no_grad():
         data, model, _ = build(cfg)
@@ -136,20 +135,22 @@ def collected(run: Path) -> tuple[list[Sample], dict[str, np.ndarray], dict[str,
         model.eval()
         batches = list(data.test_dataloader())
         scored = [model.score(batch) for batch in batches]
-    arrays = {
+    columns = {
         "scores": torch.cat([x["score"] for x in scored]).double().numpy(),
         "labels": torch.cat([batch["label"] for batch in batches]).numpy(),
         "maps": torch.cat([x["map"] for x in scored]).numpy(),
         "masks": torch.cat([batch["mask"] for batch in batches]).numpy(),
+        "categories": np.array([sample.category for sample in data.test_samples]),
+        "defects": np.array([sample.defect for sample in data.test_samples]),
     }
-    return data.test_samples, arrays, data.has_masks
+    return columns, data.has_masks
 
 
 @pytest.mark.parametrize("category", ["bottle", "[bottle,goodless,wood,maskless]"])
 def test_metrics_per_kind_of_defect(category, root, tmp_path):
     """A kind's images beside the good ones of its category, whatever other categories have a kind of that name."""
     result = result_of(*folder_data(root, category), run_dir=tmp_path)
-    samples, arrays, has_masks = collected(tmp_path)
+    columns, has_masks = columns_of(tmp_path)
     kinds = {
         "bottle": {"bent": 2, "broken": 3}, "wood": {"bent": 2, "scratch": 1}, "goodless": {"hole": 1, "scratch": 2},
         "maskless": {"scratch": 2},
@@ -159,10 +160,10 @@ def test_metrics_per_kind_of_defect(category, root, tmp_path):
         found = result["per_defect"][name]
         assert {kind: found[kind]["images"] for kind in found} == kinds[name]
         for kind in found:
-            rows = [i for i, s in enumerate(samples) if s.category == name and s.defect in ("good", kind)]
-            expected = image_metrics(arrays["scores"][rows], arrays["labels"][rows])
+            rows = (columns["categories"] == name) & np.isin(columns["defects"], ["good", kind])
+            expected = image_metrics(columns["scores"][rows], columns["labels"][rows])
             if has_masks[name]:
-                expected |= pixel_metrics(arrays["maps"][rows], arrays["masks"][rows])
+                expected |= pixel_metrics(columns["maps"][rows], columns["masks"][rows])
             assert {key: found[kind][key] for key in expected} == pytest.approx(expected, abs=1e-6)
             assert (found[kind]["image_auroc"] is None) == (name == "goodless")
             assert (found[kind]["pixel_auroc"] is None) == (name == "maskless")
@@ -170,14 +171,11 @@ def test_metrics_per_kind_of_defect(category, root, tmp_path):
 
 
 def test_a_kind_is_compared_with_good_images_of_its_category_alone():
-    samples = [
-        Sample(Path(name), category, defect, int(defect != "good"), None)
-        for name, category, defect in (
-            ("0", "a", "good"), ("1", "a", "hole"), ("2", "a", "cut"), ("3", "b", "good"), ("4", "b", "hole"),
-        )
-    ]  # fmt: skip
-    arrays = {"scores": np.array([0.5, 0.7, 0.1, 0.9, 1.0]), "labels": np.array([0, 1, 1, 0, 1])}
-    found = defect_metrics(samples, ["a", "b"], arrays, {"a": False, "b": False}, LIMITS)
+    columns = {
+        "categories": np.array(["a", "a", "a", "b", "b"]), "defects": np.array(["good", "hole", "cut", "good", "hole"]),
+        "scores": np.array([0.5, 0.7, 0.1, 0.9, 1.0]), "labels": np.array([0, 1, 1, 0, 1]),
+    }  # fmt: skip
+    found = defect_metrics(columns, {"a": False, "b": False}, [0.3, 0.05])
     aurocs = {(c, kind): metrics["image_auroc"] for c in found for kind, metrics in found[c].items()}
     assert aurocs == {("a", "hole"): 1.0, ("a", "cut"): 0.0, ("b", "hole"): 1.0}
 
@@ -189,8 +187,7 @@ def succeeded(outcome: Outcome) -> None:
     assert (outcome.code, outcome.err) == (0, ""), outcome
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("category", ["untested", "[untested,new]", "[untested,bottle]"])
+@pytest.mark.parametrize(("category", "method"), [(UNTESTED[i % 3], method) for i, method in enumerate(METHODS)])
 def test_without_test_images(category, method, root, tmp_path):
     """A user's own folder with nothing but normal images: trained, thresholds set, ready for prediction."""
     options = (*folder_data(root, category), *choose(method))

@@ -1,6 +1,5 @@
-"""The metrics against scikit-learn and a literal AUPRO, and their torchmetrics states over batches and ranks."""
+"""The metrics against scikit-learn and a literal AUPRO; gathering over batches and ranks."""
 
-import socket
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from scipy import ndimage
 from sklearn import metrics as sk
 
 from anomalib_lite.metrics.functional import image_curves, image_metrics, pixel_curves, pixel_metrics
-from anomalib_lite.metrics.gather import ImageMetrics, PixelMetrics
+from anomalib_lite.metrics.gather import GatheredSamples
+from tests.helpers.ranks import free_port
 
 IMAGE = ["image_auroc", "image_ap", "image_f1max"]
 PIXEL = ["pixel_auroc", "pixel_ap", "pixel_f1max", "aupro_30", "aupro_05"]
@@ -271,108 +271,81 @@ def test_maps_of_different_sizes(dtype):
         pixel_metrics([], [])
 
 
-# States
+# --- gathering ---
+
+COUNT = 11
+COLUMNS = ("scores", "labels", "maps", "masks")
 
 
-def dataset(n=11):
+def dataset(ragged):
+    """The columns of COUNT images; if `ragged`, of different widths."""
     rng = np.random.default_rng(7)
-    masks = blobs(rng, n, 24, 20)
+    masks = blobs(rng, COUNT, 24, 20)
     maps = draw("half tied", rng, masks)
-    return maps, masks, maps.max(axis=(1, 2)), masks.any(axis=(1, 2)).astype(np.int64)
+    scores, labels = maps.max(axis=(1, 2)).astype(float), masks.any(axis=(1, 2)).astype(np.int64)
+    widths = [5 + i if ragged else 20 for i in range(COUNT)]
+    cut_images = ([x[:, :width] for x, width in zip(images, widths, strict=True)] for images in (maps, masks))
+    return dict(zip(COLUMNS, (scores, labels, *cut_images), strict=True))
 
 
-def fill(positions, size):
-    """Both metrics, updated with the samples at `positions` in batches of `size`."""
-    arrays = [torch.from_numpy(a) for a in dataset()]
-    pixel, image = PixelMetrics(), ImageMetrics()
-    for i in torch.tensor(positions, dtype=torch.int64).split(size):
-        maps, masks, scores, labels = (a[i] for a in arrays)
-        pixel.update(maps, masks, i)
-        image.update(scores, labels, i)
-    return pixel, image
+def collect(positions, size, ragged=False):
+    """The samples at `positions`, in batches of `size`."""
+    columns, collected = dataset(ragged), GatheredSamples(*COLUMNS)
+    for index in torch.tensor(positions).split(size) if positions else ():
+        batch = {name: [torch.as_tensor(values[i]) for i in index] for name, values in columns.items()}
+        collected.update(index, **(batch if ragged else {k: torch.stack(v) for k, v in batch.items()}))
+    return collected
 
 
-def check_ragged(positions):
-    """Parts of the images at `positions`, cut where their number says, come back in order, from all ranks."""
-    whole_maps, whole_masks, *_ = dataset()
-    maps, masks = ([x[:, : 5 + i] for i, x in enumerate(whole)] for whole in (whole_maps, whole_masks))
-    pixel = PixelMetrics((0.3,), ragged=True)
-    for batch in torch.tensor(positions, dtype=torch.int64).split(3):
-        some = [torch.from_numpy(maps[i]) for i in batch], [torch.from_numpy(masks[i]) for i in batch]
-        pixel.update(some[0], some[1], batch)
-    assert pixel.compute() == pixel_metrics(maps, masks, (0.3,))
-    gathered = pixel.gathered()
-    if gathered is not None:
-        assert gathered["index"].tolist() == list(range(len(maps)))
-        for name, arrays in (("maps", maps), ("masks", masks)):
-            for found, array in zip(gathered[name], arrays, strict=True):
-                np.testing.assert_array_equal(found, array)
-                assert found.dtype == array.dtype
-
-
-def test_samples_of_different_sizes():
-    check_ragged([*np.random.default_rng(0).permutation(11).tolist(), 3, 0, 3])
-    empty = PixelMetrics(ragged=True).gathered() or {}
-    assert (empty["maps"], empty["masks"], empty["index"].tolist()) == ([], [], [])
-
-
-def check(pixel, image):
-    maps, masks, scores, labels = dataset()
-    assert pixel.compute() == pixel_metrics(maps, masks)
-    assert image.compute() == image_metrics(scores, labels)
-    both = (image.gathered() or {}) | (pixel.gathered() or {})
+def check_gathered(collected, ragged=False):
+    """Rank 0 has every image once, in order, bit by bit; so its metrics are those of one device."""
+    gathered, expected = collected.gather(), dataset(ragged)
     if dist.is_initialized() and dist.get_rank():
-        assert both == {}
+        assert gathered is None
         return
-    expected = {"scores": scores, "labels": labels, "index": np.arange(len(maps)), "maps": maps, "masks": masks}
-    assert list(both) == list(expected)
-    for name, array in expected.items():
-        np.testing.assert_array_equal(both[name], array)
-    assert (both["maps"].dtype, both["masks"].dtype) == (np.float32, bool)
+    assert list(gathered) == list(expected)
+    for name, values in expected.items():
+        assert len(gathered[name]) == COUNT
+        for found, value in zip(gathered[name], values, strict=True):
+            np.testing.assert_array_equal(found, value)
+            assert found.dtype == value.dtype
+    assert pixel_metrics(gathered["maps"], gathered["masks"]) == pixel_metrics(expected["maps"], expected["masks"])
 
 
-@pytest.mark.filterwarnings("ignore:The ``compute`` method")
-@pytest.mark.parametrize("size", range(1, 8))
-def test_batch_sizes_order_and_duplicates(size):
-    positions = [*np.random.default_rng(size).permutation(11).tolist(), 3, 0, 3]
-    pixel, image = fill(positions, size)
-    check(pixel, image)
-    pixel.to("meta")  # as Lightning moves metrics: the states stay where they are
-    assert {x.device.type for x in pixel.maps + pixel.masks + pixel.index} == {"cpu"}
-    pixel.reset()
-    image.reset()
-    assert pixel.gathered()["maps"].shape == (0, 0, 0)
-    for metric in (pixel, image):
-        with pytest.raises(ValueError, match="empty"):
-            metric.compute()
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_batch_sizes_order_and_duplicates(size, ragged):
+    positions = [*np.random.default_rng(size).permutation(COUNT).tolist(), 3, 0, 3]
+    check_gathered(collect(positions, size, ragged), ragged)
 
 
-def test_states_copy_convert_and_check():
-    pixel, image = PixelMetrics((0.1,)), ImageMetrics()
-    maps, masks = torch.rand(2, 4, 4, dtype=torch.float64), torch.eye(4).expand(2, 4, 4)
-    pixel(maps, masks, torch.tensor([5, 2]))  # forward only updates
-    expected = pixel_metrics(maps.float().numpy(), masks.numpy(), (0.1,))
-    assert pixel.compute() == expected
-    assert "aupro_10" in expected
-    pixel.reset()
-    maps, index = maps.float(), torch.tensor([5, 2])  # held in these types: nothing to convert
-    pixel.update(maps, masks, index)
+def test_no_samples():
+    collected = GatheredSamples(*COLUMNS)
+    empty = {name: torch.zeros(0, 4, 4) if name in ("maps", "masks") else torch.zeros(0) for name in COLUMNS}
+    collected.update(torch.tensor([], dtype=torch.int64), **empty)
+    gathered = collected.gather()
+    assert {name: len(values) for name, values in gathered.items()} == dict.fromkeys(COLUMNS, 0)
+    assert (gathered["scores"].dtype, gathered["labels"].dtype) == (np.float64, np.int64)
+
+
+def test_batches_are_copied_converted_and_checked():
+    collected = GatheredSamples("maps", "masks", "labels")
+    maps, masks, labels = torch.rand(2, 4, 4), torch.eye(4).expand(2, 4, 4), torch.tensor([True, False])
+    expected, index = maps.clone(), torch.tensor([5, 2])
+    collected.update(index, maps=maps, masks=masks, labels=labels)
     maps.zero_()
     index.zero_()
-    assert pixel.compute() == expected
-    for bad in (
-        (torch.rand(2, 4, 4), masks[:1], torch.tensor([0, 1])),
-        (torch.rand(2, 4, 4), masks, torch.tensor([0])),
-        (torch.rand(2, 4, 5), torch.rand(2, 4, 5), torch.tensor([0, 1])),  # not as the batch before
-        (torch.rand(2, 1, 4, 4), torch.rand(2, 1, 4, 4), torch.tensor([0, 1])),
-    ):
-        with pytest.raises(ValueError, match="shapes"):
-            pixel.update(*bad)
-    with pytest.raises(ValueError, match="integers or bool"):
-        image.update(torch.rand(2), torch.rand(2), torch.tensor([0, 1]))
-    image.update(torch.rand(2), torch.tensor([0, 2]), torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match="labels must be 0 or 1"):
-        image.compute()
+    gathered = collected.gather()
+    np.testing.assert_array_equal(np.stack(gathered["maps"]), expected.flip(0))
+    np.testing.assert_array_equal(gathered["masks"][0], np.eye(4, dtype=bool))
+    assert gathered["labels"].tolist() == [0, 1]
+    good = {"maps": torch.rand(2, 4, 4), "masks": torch.rand(2, 4, 4), "labels": labels}
+    for name, bad in (
+        ("masks", masks[:1]), ("labels", torch.tensor([1])), ("labels", labels[:, None]),
+        ("maps", torch.rand(2, 1, 4, 4)), ("maps", torch.rand(2, 4)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} of 2 images must be"):
+            collected.update(torch.tensor([0, 1]), **good | {name: bad})
 
 
 def rank_main(rank, worlds):
@@ -380,48 +353,20 @@ def rank_main(rank, worlds):
     for port, cases in worlds:
         if rank < len(cases[0]):
             dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(cases[0]))
-            run_cases(rank, cases)
+            for shares in cases:
+                for ragged in (False, True):
+                    collected = collect(shares[rank], rank + 2, ragged)
+                    check_gathered(collected, ragged)
+                    check_gathered(collected, ragged)  # gathering does not change what was collected
             dist.barrier()
             dist.destroy_process_group()
 
 
-def run_cases(rank, cases):
-    for shares in cases:
-        pixel, image = fill(shares[rank], rank + 2)
-        check(pixel, image)
-        check(pixel, image)  # computing does not disturb the states
-        check_ragged(shares[rank])
-    # one rank's bad value is an error on every rank, and nobody waits for ever
-    if rank == 1:
-        image.update(torch.tensor([np.nan]), torch.tensor([1]), torch.tensor([99]))
-    with pytest.raises(ValueError, match="1 of 12 scores are NaN"):
-        image.compute()
-    pixel.reset()
-    pixel.update(torch.rand(1, 3, 3 + rank), torch.rand(1, 3, 3 + rank), torch.tensor([rank]))
-    with pytest.raises(ValueError, match="ranks hold samples of different shapes"):
-        pixel.compute()
-    image.reset()
-    with pytest.raises(ValueError, match="empty"):
-        image.compute()
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def test_one_rank():
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
-    try:
-        check(*fill([*range(11)], 4))
-    finally:
-        dist.destroy_process_group()
-
-
-def test_two_and_three_ranks(monkeypatch):
+def test_one_two_and_three_ranks(monkeypatch):
+    """Also ranks without a sample, and samples that several ranks have."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     a, b = [5, 3, 6, 7, 4], [4, 1, 8, 0, 10, 9, 2, 2]
-    two = [[[], a + b], [[10, 9, 1], [0, 2, 3, 4, 5, 6, 7, 8, 9]]]
+    one, two = [[a + b]], [[[], a + b], [[10, 9, 1], [0, 2, 3, 4, 5, 6, 7, 8, 9]]]
     three = [[[], a, b], [a, [], b], [a, b, b]]
-    torch.multiprocessing.spawn(rank_main, ([(free_port(), three), (free_port(), two)],), nprocs=3)
+    worlds = [(free_port(), cases) for cases in (three, two, one)]
+    torch.multiprocessing.spawn(rank_main, (worlds,), nprocs=3)

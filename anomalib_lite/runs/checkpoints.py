@@ -1,0 +1,75 @@
+"""Checkpoints that are complete and usable: written beside the old one and replaced, and never with NaN weights."""
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from anomalib_lite.errors import UserError
+
+
+class CheckpointWriter:
+    """Writes `file`, which is `due` every `minutes` while a run trains.
+
+    Attributes:
+        batch: the batch after which the stored checkpoint was written; 0 if it does not exist.
+    """
+
+    def __init__(self, file: Path, minutes: float):
+        self.file, self.seconds = file, 60 * minutes
+        self.batch = 0
+        self.checked: list[str] = []
+        self.saved = time.perf_counter()
+
+    def start(self, module: L.LightningModule) -> None:
+        """Note which tensors of the method are finite before training: a mask of -inf among its buffers is not."""
+        self.checked = [name for name, tensor in module.state_dict().items() if all_finite([tensor])]
+        self.saved = time.perf_counter()
+
+    def due(self) -> bool:
+        return time.perf_counter() - self.saved >= self.seconds
+
+    def save(self, trainer: L.Trainer, batch: int) -> None:
+        """Write the checkpoint after `batch`, and before it everything that was logged. All ranks call it together.
+
+        Raises:
+            UserError: weights or moments of the optimizers are not finite; the stored checkpoint stays.
+        """
+        weights = trainer.lightning_module.state_dict()
+        moments = [x for optimizer in trainer.optimizers for state in optimizer.state.values() for x in state.values()]
+        if on_any_rank(trainer, [not all_finite([*(weights[name] for name in self.checked), *moments])])[0]:
+            raise self.diverged("weights are NaN or infinite", batch)
+        for logger in trainer.loggers:
+            logger.save()
+        part = self.file.with_suffix(".part")
+        trainer.save_checkpoint(part)  # on all ranks; only rank 0 writes a file
+        if trainer.is_global_zero:
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(self.file)
+        self.batch, self.saved = batch, time.perf_counter()
+
+    def diverged(self, what: str, batch: int) -> UserError:
+        stored = f"the checkpoint of batch {self.batch} remains" if self.batch else "there is no checkpoint yet"
+        return UserError(
+            f"{what} after batch {batch}: training diverged; lower method.optimizer.lr, or set "
+            f"hardware.precision=32 ({stored})"
+        )
+
+
+def all_finite(values: Iterable[Any]) -> bool:
+    """Whether no tensor among the values holds NaN or infinity; one wait for the device."""
+    checks = [torch.isfinite(x).all() for x in values if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    return bool(torch.stack([check.to(checks[0].device) for check in checks]).all()) if checks else True
+
+
+def on_any_rank(trainer: L.Trainer, flags: list[bool]) -> list[bool]:
+    """For each flag, whether it is set on any rank."""
+    if trainer.world_size == 1:
+        return flags
+    counts = torch.tensor([float(flag) for flag in flags], device=trainer.strategy.root_device)
+    return (trainer.strategy.reduce(counts, reduce_op="sum") > 0).tolist()

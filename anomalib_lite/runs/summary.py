@@ -1,0 +1,149 @@
+"""The content of result.json: what was run on which data, what was measured, and where."""
+
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.features.backbones import has_bf16
+from anomalib_lite.methods.base import AnomalyModule
+from anomalib_lite.metrics.functional import Metrics
+from anomalib_lite.metrics.per_category import (
+    category_metrics,
+    decisions,
+    defect_metrics,
+    mean_metrics,
+    thresholds,
+)
+from anomalib_lite.paths import HOME
+from anomalib_lite.runs.artifacts import SCHEMA
+from anomalib_lite.runs.devices import device_name
+from anomalib_lite.runs.test_outputs import HELD_OUT, NORMAL, TEST
+
+PACKAGES = ("torch", "torchvision", "lightning", "timm", "numpy", "albumentations", "hydra-core")
+
+
+def describe(
+    cfg: dict[str, Any], names: dict[str, str], data: AnomalyDataModule, model: AnomalyModule
+) -> dict[str, Any]:
+    """What was run, on which data, under which protocol.
+
+    Args:
+        cfg: the resolved configuration. names: its choices of `method` and `split`.
+    """
+    default = [{"resize": list(data.test_size), "filter": cfg["data"]["resample"], "as": "PIL, antialiased"}]
+    default = [] if data.test_size == "original" else default
+    elsewhere = ("quantile", "fpr_limits", "map_size")
+    backbone = model.backbone
+    return {
+        "schema": SCHEMA,
+        "method": names["method"],
+        "variant": getattr(model, "variant", None),
+        "dataset": data.name,
+        "categories": data.categories,
+        "setting": "single" if len(data.categories) == 1 else "unified",
+        "split": {"name": names["split"]}
+        | {key: value for key, value in cfg["split"].items() if not key.startswith("_")}
+        | data.kept.describe(),
+        "backbone": None if backbone is None else {"name": backbone.name, "layers": backbone.layers},
+        "weights": None if backbone is None else Path(cfg["backbone"]["weights"]).name,
+        "seed": cfg["seed"],
+        "protocol": {
+            "data": {
+                "transform": cfg["data"]["transform"] or default,
+                "map_size": model.map_size if isinstance(model.map_size, str) else list(model.map_size),
+                "mask": "nearest, > 0",
+                "fpr_limits": cfg["scoring"]["fpr_limits"],
+            },
+            "scoring": {key: value for key, value in model.scoring.items() if key not in elsewhere}
+            | {"weights": "last"},
+        },
+        "data": {
+            "fingerprint": data.fingerprint,
+            "train_counts": data.train_counts,
+            "train_anomalous": sum(sample.label for sample in data.train_samples),
+            "test_counts": data.test_counts,
+        },
+    }
+
+
+def measure(
+    scoring: dict[str, Any], data: AnomalyDataModule, outputs: dict[int, dict[str, Any]]
+) -> tuple[dict[str, Any], list[str]]:
+    """Metrics, validation, thresholds and decisions, and notes on metrics that can't be computed.
+
+    Args:
+        scoring: the `scoring` group of the configuration. outputs: as `Evaluation.gather` returns them.
+    """
+    limits, test = scoring["fpr_limits"], outputs[TEST]
+    per_category, reasons = category_metrics(test, data.has_masks, limits)
+    mean, partial_means = mean_metrics(per_category)
+    groups: dict[str, Metrics] = {
+        name: mean_metrics({category: per_category[category] for category in members})[0]
+        for name, members in (("head", data.kept.head), ("tail", data.kept.tail))
+        if members
+    }
+    validation = None
+    if data.val_samples:
+        all_have_masks = dict.fromkeys(data.categories, True)
+        validation = mean_metrics(category_metrics(outputs[HELD_OUT], all_have_masks, limits)[0])[0]
+    chosen = thresholds(normal_columns(outputs), scoring["quantile"])
+    content = {
+        "metrics": mean,
+        "per_category": per_category,
+        "groups": groups or None,
+        "per_defect": defect_metrics(test, data.has_masks, limits),
+        "validation": validation,
+        "thresholds": chosen,
+        "decisions": {"per_category": decisions(test, chosen["per_category"])},
+    }
+    return content, reasons + partial_means
+
+
+def normal_columns(outputs: dict[int, dict[str, Any]]) -> dict[str, np.ndarray]:
+    """`scores`, `map_max`, `map_median` and `categories` of the normal training images, [N] each."""
+    training = outputs[NORMAL]
+    good = training["labels"] == 0  # a split may admit defective training images
+    return {name: training[name][good] for name in ("scores", "map_max", "map_median", "categories")}
+
+
+def environment(cfg: dict[str, Any], model: AnomalyModule, device: torch.device) -> dict[str, Any]:
+    """Versions, device, git revision and precision."""
+    revision = None
+    if (HOME / ".git").exists():  # the package's own checkout, not whatever repository a wheel was installed below
+        revision = _git("rev-parse", "HEAD")
+        revision += "+changes" if revision and _git("status", "--porcelain") else ""
+    return {
+        "python": platform.python_version(),
+        "anomalib_lite": version("anomalib-lite"),
+        **{package: version(package) for package in PACKAGES},
+        "device": device_name(device),
+        "git": revision or None,
+        "precision": precision(cfg["hardware"]["precision"], model, device),
+    }
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(HOME), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def precision(wanted: str | int, model: AnomalyModule, device: torch.device) -> str:
+    """What was computed in which type: it moves metrics by about 0.001, and differs between machines.
+
+    Args:
+        wanted: hardware.precision.
+    """
+    if wanted == "bf16":
+        return "bf16"
+    low = {
+        "frozen backbone": model.backbone is not None and model.backbone.low_precision(device),
+        "the method's networks": model.autocasted and wanted == "auto" and has_bf16(device),
+    }
+    parts = " and ".join(part for part, is_low in low.items() if is_low)
+    return f"float32, {parts} in bf16" if parts else "float32"

@@ -1,0 +1,97 @@
+"""What a run prints in the terminal: the table of metrics and a few lines; and which messages of libraries it hides."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from anomalib_lite.runs import folder
+
+#: messages about what is intended here
+EXPECTED_WARNINGS = (
+    r".*have no `validation_step`.*",
+    r".*does not have many workers.*",
+    r".*smaller than the logging interval.*",
+    r".*module\(s\) in eval mode.*",
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r".*configure_optimizers` returned `None`.*",
+    r".*trying to infer the `batch_size`.*",
+    r".*resuming from a checkpoint that ended before the epoch.*",  # the training loader goes on within an epoch
+    r".*Using `DistributedSampler` with the dataloaders.*",
+    r".*`Trainer\(barebones=True\)`.*",
+    r".*one pass will not be enough.*",
+    r"Total length of `DataLoader` across ranks is zero.*",  # no test images: a note of the result says so
+)
+
+
+def silence_libraries() -> None:
+    """Hide the messages of Lightning and timm about what is intended here."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("timm").setLevel(logging.ERROR)  # it lists a file's missing tensors; features/ checks them
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+
+
+def heading(key: str) -> str:
+    """A metric's key as a heading of two lines: image_auroc is image AUROC, aupro_30 is AUPRO @0.3."""
+    level, name = key.split("_")
+    if level == "aupro":
+        return f"AUPRO\n@{int(name) / 100:g}"
+    return f"{level}\n{ {'f1max': 'F1-max'}.get(name, name.upper()) }"
+
+
+def metrics_table(result: dict[str, Any]) -> Table:
+    """The metrics per category and their mean, in percent."""
+    title = f"{result['method']} on {result['dataset']} ({result['setting']}), seed {result['seed']}, in percent"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("\ncategory", overflow="fold")
+    for key in result["metrics"]:
+        table.add_column(heading(key), justify="right", no_wrap=True)
+    rows = list(result["per_category"].items())
+    means = [(f"{name} mean", metrics) for name, metrics in (result["groups"] or {}).items()]
+    means += [("mean", result["metrics"])] * (len(rows) > 1)
+    for part in (rows, means):
+        for name, metrics in part:
+            table.add_row(name, *("–" if value is None else f"{100 * value:.1f}" for value in metrics.values()))
+        table.add_section()
+    return table
+
+
+def summary_lines(run: Path, result: dict[str, Any]) -> list[str]:
+    """Held-out metrics, costs, times, decisions, and where the files are."""
+    lines = []
+    if result["validation"]:
+        values = [f"{key} {100 * value:.1f}" for key, value in result["validation"].items() if value is not None]
+        lines.append(f"held-out training images: {', '.join(values)}")
+    timing, cost = result["timing"], result["efficiency"]
+    lines.append(
+        f"{cost['parameters'] / 1e6:.1f} M parameters ({cost['trainable'] / 1e6:.1f} M trained), "
+        f"{cost['flops_per_image'] / 1e9:.1f} GFLOP per image, latency {timing['latency_ms']:.0f} ms, "
+        f"{timing['images_per_s']:.0f} images/s at batch {timing['batch_size']}, "
+        f"peak memory {max(timing['peak_memory_mb'].values()) / 1024:.1f} GiB"
+    )
+    lines.append(f"trained {timing['steps']} steps in {timing['fit_s']:.1f} s, tested in {timing['test_s']:.1f} s")
+    threshold = f"at the threshold ({result['thresholds']['quantile']:g} quantile of normal training images)"
+    for category, found in result["decisions"]["per_category"].items():
+        named = ((found["defective_found"], "defective images found"), (found["good_flagged"], "good ones flagged"))
+        shares = ", ".join(f"{100 * share:.0f} % of {what}" for share, what in named if share is not None)
+        if shares:
+            lines.append(f"{category}: {threshold} {shares}")
+    names = (folder.RESULT, folder.SCORES, folder.MAPS, folder.METRICS_LOG, folder.FIGURES, folder.CHECKPOINTS)
+    lines.append(f"{run}/ holds {', '.join(name for name in names if (run / name).exists())}")
+    return lines
+
+
+def show(run: Path, result: dict[str, Any]) -> None:
+    """Print the table, the notes, and the lines below them."""
+    console = Console(width=None if Console().is_terminal else 100)  # a pipe has no width of its own
+    console.print(metrics_table(result))
+    for note in result["notes"]:
+        console.print(f"note: {note}", style="dim", highlight=False, soft_wrap=True)
+    for line in summary_lines(run, result):
+        console.print(line, highlight=False, soft_wrap=True)

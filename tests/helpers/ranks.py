@@ -1,0 +1,47 @@
+"""Several ranks of a program on this machine, started as torchrun or SLURM would start them."""
+
+import multiprocessing
+import os
+import socket
+from typing import Any
+
+from tests.helpers import run_programs as runs
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["anomalib_lite.runs.run", "tests.helpers.run_programs", "albumentations"])
+
+
+def on_ranks(program: str, options: list[str], ranks: int) -> None:
+    """Run `train` or `evaluate` with these options on some ranks, all of which must succeed."""
+    started = start_ranks(program, options, ranks)
+    for process in started:
+        process.join(90)
+    codes = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+    assert codes == [0] * ranks
+
+
+def start_ranks(program: str, options: list[str], ranks: int) -> list[Any]:
+    """The processes of the ranks; one whose program fails exits with 1."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
+    started: list[Any] = []
+    for rank in range(ranks):
+        environment = shared | {"LOCAL_RANK": str(rank)}
+        started.append(PROCESSES.Process(target=_program, args=(program, options, environment)))
+        started[-1].start()
+    return started
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _program(program: str, options: list[str], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    outcome = runs.train(*options, small=False) if program == "train" else runs.evaluate(*options)
+    if outcome.code:
+        print(outcome.err)
+        os._exit(1)
