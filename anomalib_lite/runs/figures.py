@@ -150,7 +150,6 @@ def training_figure(folder: Path, data: AnomalyDataModule, model: AnomalyModule,
 
 @torch.inference_mode()
 def _visualized(model: AnomalyModule, batch: dict[str, Any]) -> Rows:
-    assert model.visualize is not None
     batch = model.eval().transfer_batch_to_device(batch, model.device, 0)
     return {title: _as_images(images) for title, images in model.visualize(batch).items()}
 
