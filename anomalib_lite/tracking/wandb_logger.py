@@ -92,7 +92,7 @@ class WandbRun(RunLogger):
     def _import_wandb(self) -> Any:
         """The module, which then writes below the run's folder only."""
         folder = self.dir / WANDB
-        (folder / "media").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         ours = {"WANDB_DATA_DIR": str(folder / "data"), "WANDB_CACHE_DIR": str(folder / "cache")}
         ours |= {"WANDB_HTTP_TIMEOUT": str(max(1, round(self.timeout)))}
         self.variables = {key: value for key, value in ours.items() if key not in os.environ}
@@ -103,11 +103,13 @@ class WandbRun(RunLogger):
             from wandb.analytics.opentelemetry import opentelemetry_proxy
 
             opentelemetry_proxy.disable()
-        with contextlib.suppress(ImportError, AttributeError):
-            # made at the import: jobs forked from one process share it, and the first one that ends removes it
+        with contextlib.suppress(ImportError, AttributeError, OSError):
+            # a temporary folder of the process: jobs forked from one process share it, the first that ends removes it
             from wandb.sdk.data_types import _private
 
+            _private.MEDIA_TMP.cleanup()
             _private.MEDIA_TMP.name = str(folder / "media")
+        (folder / "media").mkdir(exist_ok=True)
         return wandb
 
     def _init_options(
