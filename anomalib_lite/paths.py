@@ -17,6 +17,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ANOMALIB_LITE_CACHE") or "~/.cache/anomalib_lite").expanduser()
 
 
+def relative_path(path: Path, root: str | Path | None) -> str:
+    """The path below `root` with slashes, as tables name an image; the path itself if it lies elsewhere."""
+    return (path.relative_to(root) if root is not None and path.is_relative_to(root) else path).as_posix()
+
+
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
     """A path beside `file` to write to; it replaces `file` when the block ends without an exception.

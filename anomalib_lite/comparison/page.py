@@ -12,7 +12,8 @@ import numpy as np
 
 from anomalib_lite.comparison import export as formats
 from anomalib_lite.comparison.cells import COSTS, Cell, Row, Table
-from anomalib_lite.comparison.worst_cases import CURVES, Case, Maps, chosen, run_of, worst_cases
+from anomalib_lite.comparison.worst_cases import Case, Maps, chosen, run_of, worst_cases
+from anomalib_lite.metrics.functional import CURVES
 
 MOST_CASES = 24  # a category
 MOST_TESTS = 300

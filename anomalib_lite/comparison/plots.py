@@ -6,7 +6,8 @@ from pathlib import Path
 
 from anomalib_lite.comparison.cells import Table
 from anomalib_lite.comparison.export import heading, name_of
-from anomalib_lite.comparison.worst_cases import CURVES, Maps, chosen, run_of
+from anomalib_lite.comparison.worst_cases import Maps, chosen, run_of
+from anomalib_lite.metrics.functional import CURVES
 
 MOST_ROWS = 40  # a dot plot can't show more legibly: the best
 

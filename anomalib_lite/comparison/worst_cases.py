@@ -13,16 +13,10 @@ import numpy as np
 from anomalib_lite.comparison.cells import Row, Table
 from anomalib_lite.comparison.find_runs import Run, inner
 from anomalib_lite.comparison.statistics import disagreement
+from anomalib_lite.metrics.functional import CURVES
 
 MOST_METHODS = 8  # in curves and heat maps: the best
 TILE = 128  # pixels of an image's thumbnail
-CURVES: dict[str, tuple[str, str, str, str, float]] = {
-    "image ROC": ("image_fpr", "image_tpr", "false positive rate", "true positive rate", 1),
-    "image PR": ("image_recall", "image_precision", "recall", "precision", 1),
-    "pixel ROC": ("pixel_fpr", "pixel_tpr", "false positive rate", "true positive rate", 1),
-    "pixel PR": ("pixel_recall", "pixel_precision", "recall", "precision", 1),
-    "PRO": ("pro_fpr", "pro", "false positive rate", "region overlap", 0.3),
-}
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Runs from the command line to the folder that they leave, for every method of conf/method."""
 
 import csv
-import json
 import re
 from collections import Counter
 from importlib.metadata import version
@@ -403,18 +402,3 @@ def test_evaluate_does_not_overwrite(trained, tmp_path):
     assert outcome.code == 2
     assert "already holds results" in outcome.err
     assert runs.evaluate(f"run={tmp_path / 'none'}", f"output={tmp_path / 'again'}").code == 2
-
-
-def test_wandb_offline_lies_in_the_run(root, tmp_path, monkeypatch):
-    """The default logger, without a key: no prompt, and a second run does not log into the first one's."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("first", "second"):
-        run = tmp_path / name
-        train(run, root, f"method={TRAINED}", "trainer.max_epochs=1", "logger=default")
-        assert len(list(run.glob("wandb/offline-run-*/*.wandb"))) == 1
-        top = {path.name for path in run.iterdir()}
-        assert top == {file.split("/")[0] for file in FILES} | {"wandb"}
-        assert results.read_result(run)["metrics"]
-    assert json.loads((tmp_path / "second" / "result.json").read_text())["schema"] == 1

@@ -1,4 +1,4 @@
-"""Weights & Biases: what a run leaves there, read back by its own means, and that none of its faults matters."""
+"""Weights & Biases: what a run logs there, read back from W&B's own files, and that no failure of W&B stops a run."""
 
 import csv
 import json
@@ -48,24 +48,30 @@ def root(tmp_path_factory):
     return root
 
 
+#: variables that the tests themselves set
+ALLOWED = {"WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE", "WANDB_SWEEP_ID", "WANDB_RUN_ID"}
+
+
+def without_account(patch: pytest.MonkeyPatch, home: Path) -> None:
+    """No W&B account, and another home."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        patch.delenv(name)
+    patch.setenv("HOME", str(home))
+    patch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())  # a new one takes ten seconds
+
+
 @pytest.fixture(autouse=True)
 def own_home(monkeypatch, tmp_path_factory):
-    """No account, and a home where nothing must appear."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
+    """A home where no file and an environment where no variable of W&B may appear."""
     home = tmp_path_factory.mktemp("home")
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())  # a new one takes ten seconds
+    without_account(monkeypatch, home)
     yield
     assert not [path for path in home.rglob("*") if "wandb" in path.name]
     assert not [name for name in os.environ if name.startswith("WANDB_") and name not in ALLOWED]
 
 
-ALLOWED = {"WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE", "WANDB_SWEEP_ID", "WANDB_RUN_ID"}  # the tests' own
-
-
 def train(run: Path, root: Path, *more: str, category: str = "bottle", code: int = 0) -> str:
-    """A run with W&B; what it said."""
+    """A run with W&B; its output and its log."""
     data = runs.folder_data(root, category)
     outcome = runs.train("logger=default", *data, *more, f"hydra.run.dir={run}")
     assert outcome.code == code, outcome.err
@@ -76,22 +82,21 @@ def warnings(text: str) -> list[str]:
     return list(dict.fromkeys(line.partition(" WARNING ")[2] for line in text.splitlines() if " WARNING " in line))
 
 
+#: a unified run with everything that is logged
+EVERYTHING = (
+    "method=norm_occ", "data.val_fraction=0.4", "data.image_size=64", "trainer.max_epochs=3", "trainer.log_every=2",
+    "method.optimizer.lr=0.01", "scoring.quantile=0.5", "scoring.pixel_smooth=1",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def logged(root, tmp_path_factory):
-    """A unified run with all there is to log, from a folder of its own."""
-    run, here = tmp_path_factory.mktemp("logged") / "run", Path.cwd()
+    """The folder and the output of a run of EVERYTHING, started in a folder of its own."""
+    run = tmp_path_factory.mktemp("logged") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("WANDB_")]:
-            patch.delenv(name)
-        patch.setenv("HOME", str(run.parent))
-        patch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())
+        without_account(patch, run.parent)
         patch.chdir(run.parent)
-        text = train(
-            run, root, "method=norm_occ", "data.val_fraction=0.4", "data.image_size=64", "trainer.max_epochs=3",
-            "trainer.log_every=2", "method.optimizer.lr=0.01", "scoring.quantile=0.5", "scoring.pixel_smooth=1",
-            category="[bottle,screw]",
-        )  # fmt: skip
-    assert Path.cwd() == here
+        text = train(run, root, *EVERYTHING, category="[bottle,screw]")
     return run, text
 
 
@@ -103,7 +108,7 @@ def read(logged):
 
 @pytest.fixture(scope="module")
 def row(read):
-    """The results, all of which one call has logged."""
+    """The row of the results: one call logs all of them."""
     rows = [row for row in read["history"] if any("metrics" in key or "cases" in key for key in row)]
     assert len(rows) == 1
     assert rows == read["history"][-1:]
@@ -126,6 +131,7 @@ def test_the_run_says_what_it_is(logged, read):
     environment = results.read_result(logged[0])["environment"]
     assert config == stored["config"] | {"choices": stored["names"], "environment": environment}
     assert read["exit"] == 0
+    assert min(read["count"]["stats"], read["count"]["environment"]) >= 1  # the machine is watched
 
 
 def test_the_losses_are_those_of_metrics_csv(logged, read):
@@ -171,7 +177,7 @@ def test_curves_enclose_their_areas(logged, row):
     assert all(table(logged, row, f"curves/{key}_table") for key in ("image_pr", "pixel_pr", "pro"))
 
 
-def test_pictures_have_masks_that_can_be_switched(logged, read, row, root):
+def test_pictures_have_masks_that_can_be_switched_on(logged, read, row, root):
     (folder,) = wandb_file.folders(logged[0])
     result = results.read_result(logged[0])
     with np.load(logged[0] / "maps.npz") as file:
@@ -185,7 +191,7 @@ def test_pictures_have_masks_that_can_be_switched(logged, read, row, root):
             path = caption.rpartition(", ")[2]
             picture = np.asarray(Image.open(folder / "files" / name))
             np.testing.assert_array_equal(picture[:, :64], np.asarray(Image.open(root / path)))
-            truth, found = (
+            gt_mask, found = (
                 np.asarray(Image.open(folder / "files" / masks[key]["path"])) for key in ("ground_truth", "prediction")
             )
             if "/good/" in path:
@@ -193,10 +199,10 @@ def test_pictures_have_masks_that_can_be_switched(logged, read, row, root):
             else:
                 file = root / path.replace("/test/", "/ground_truth/").replace(".png", "_mask.png")
                 expected = np.asarray(Image.open(file)) > 0
-            np.testing.assert_array_equal(truth, np.tile(expected, 2))
+            np.testing.assert_array_equal(gt_mask, np.tile(expected, 2))
             near = np.abs(maps[path] - threshold) < 2e-3 * threshold  # half precision
-            wrong = (found[:, :64] == 2) != (maps[path] > threshold)
-            assert not (wrong & ~near).any()
+            differs = (found[:, :64] == 2) != (maps[path] > threshold)
+            assert not (differs & ~near).any()
             np.testing.assert_array_equal(found[:, :64], found[:, 64:])
             marked += int((found == 2).sum())
             # the heat map is brighter where more is above the threshold
@@ -208,22 +214,18 @@ def test_pictures_have_masks_that_can_be_switched(logged, read, row, root):
     assert labels["cases/bottle_wandb_delimeter_prediction"]["value"] == {"2": "above the threshold"}
 
 
-def test_the_machine_is_watched(read):
-    assert read["count"]["stats"] >= 1
-    assert read["count"]["environment"] >= 1
-
-
 def test_all_of_it_lies_in_the_run(logged):
     run, text = logged
-    assert not (run.parent / "wandb").exists()
     assert not [path for path in run.parent.rglob("*") if "wandb" in path.name and run not in path.parents]
+    files = {".hydra", "train.log", "checkpoints", "result.json", "scores.csv", "maps.npz", "metrics.csv", "figures"}
+    assert {path.name for path in run.iterdir()} == files | {"wandb"}
     (line,) = {line.partition("W&B: ")[2] for line in text.splitlines() if "W&B" in line}
     (folder,) = wandb_file.folders(run)
     assert line == f"to upload this run: wandb sync {folder}"
 
 
 def test_an_offline_run_can_be_uploaded(logged, row, tmp_path):
-    """With the command that the run has told, to a server."""
+    """To a server, with the command that the run reports."""
     words = shlex.split(logged[1].rpartition("upload this run: ")[2].splitlines()[0])
     with wandb_file.Server() as server:
         done = subprocess.run(
@@ -245,18 +247,14 @@ def test_an_offline_run_can_be_uploaded(logged, row, tmp_path):
 
 def test_wandb_changes_no_result(logged, root, tmp_path):
     stored = json.loads((logged[0] / "checkpoints" / "config.json").read_text())["config"]
-    train(
-        tmp_path / "run", root, "method=norm_occ", "logger.wandb.mode=disabled", "data.val_fraction=0.4",
-        "data.image_size=64", "trainer.max_epochs=3", "trainer.log_every=2", "method.optimizer.lr=0.01",
-        "scoring.quantile=0.5", "scoring.pixel_smooth=1", category="[bottle,screw]",
-    )  # fmt: skip
+    train(tmp_path / "run", root, *EVERYTHING, "logger.wandb.mode=disabled", category="[bottle,screw]")
     assert stored["logger"]["wandb"]["mode"] == "auto"
     assert (tmp_path / "run" / "scores.csv").read_bytes() == (logged[0] / "scores.csv").read_bytes()
     assert not (tmp_path / "run" / "wandb").exists()
 
 
-def test_a_resumed_run_goes_on_under_its_id(root, tmp_path, monkeypatch):
-    """Interrupted between two checkpoints, in a job of a sweep; uploaded, both parts are one run without a gap."""
+def test_a_resumed_run_continues_under_its_id(root, tmp_path, monkeypatch):
+    """A job of a sweep is interrupted between two checkpoints; together both parts are one run without a gap."""
     (tmp_path / "stops.py").write_text(STOPS)
     monkeypatch.syspath_prepend(str(tmp_path))
     run = tmp_path / "run"
@@ -274,13 +272,13 @@ def test_a_resumed_run_goes_on_under_its_id(root, tmp_path, monkeypatch):
     steps = [[row["step"] for row in part["history"] if "loss" in row] for part in parts]
     assert steps[0] == [1, 2, 4, 6]
     assert sorted({*steps[0], *steps[1]}) == [1, *range(2, 19, 2)]
-    told = shlex.split(text.rpartition("upload this run: ")[2].splitlines()[0])
-    assert told == ["wandb", "sync", str(first), str(second)]
+    command = shlex.split(text.rpartition("upload this run: ")[2].splitlines()[0])
+    assert command == ["wandb", "sync", str(first), str(second)]
     assert (run / "wandb" / "run_id").read_text().strip() == parts[0]["run"].run_id
 
 
 def test_two_runs_of_a_process_stay_apart(root, tmp_path):
-    """A sweep in one process; it is their group."""
+    """A sweep in one process. The sweep is the runs' group."""
     outcome = runs.train(
         "-m", "hydra/launcher=basic", "logger=default", "method=norm_occ_closed_form", *runs.folder_data(root),
         "seed=0,1", f"hydra.sweep.dir={tmp_path / 'both'}",
@@ -296,22 +294,29 @@ def test_two_runs_of_a_process_stay_apart(root, tmp_path):
         assert [row["metrics"] for row in made["history"]] == [result["metrics"]]
 
 
-def test_a_failed_run_says_so(root, tmp_path):
-    train(tmp_path / "run", root, "method=norm_occ", "method.optimizer.lr=1e30", "trainer.max_epochs=20", code=2)
+def test_a_failed_run_with_given_names(root, tmp_path):
+    given = ("logger.wandb.name=one", "logger.wandb.group=ours", "logger.wandb.tags=[a,b]", "logger.wandb.project=p")
+    diverges = ("method=norm_occ", "method.optimizer.lr=1e30", "trainer.max_epochs=20")
+    train(tmp_path / "run", root, *diverges, *given, code=2)
     (folder,) = wandb_file.folders(tmp_path / "run")
-    assert wandb_file.read(folder)["exit"] == 1
+    made = wandb_file.read(folder)
+    run = made["run"]
+    assert (run.display_name, run.run_group, list(run.tags), run.project) == ("one", "ours", ["a", "b"], "p")
+    assert made["exit"] == 1
 
 
-def test_names_can_be_given(root, tmp_path):
-    given = ("logger.wandb.name=mine", "logger.wandb.group=ours", "logger.wandb.tags=[a,b]", "logger.wandb.project=p")
-    train(tmp_path / "run", root, "method=norm_occ_closed_form", *given)
-    run = wandb_file.read(wandb_file.folders(tmp_path / "run")[0])["run"]
-    assert (run.display_name, run.run_group, list(run.tags), run.project) == ("mine", "ours", ["a", "b"], "p")
+def test_an_unknown_option(root, tmp_path):
+    """W&B is left out, the run is not."""
+    text = train(tmp_path / "run", root, "method=norm_occ_closed_form", "+logger.wandb.colour=red")
+    (line,) = warnings(text)
+    assert line.startswith("logger.wandb is left out: ")
+    assert "colour" in line
+    assert results.read_result(tmp_path / "run")["metrics"]
 
 
 @pytest.mark.parametrize("how", ["unreachable", "wrong key", "broken", "silent", "no key at all"])
-def test_a_server_that_is_no_good_leaves_the_run_offline(root, tmp_path, monkeypatch, how):
-    """In one line, and at once, or after the time that it may take."""
+def test_a_server_that_fails_leaves_the_run_offline(root, tmp_path, monkeypatch, how):
+    """One line says so, and the wait is bounded."""
     monkeypatch.setenv("WANDB_API_KEY", "short" if how == "no key at all" else KEY)
     status = {"wrong key": 401, "broken": 503}.get(how, 200)
     with wandb_file.Server(bad=status) as server, socket.create_server(("127.0.0.1", 0)) as deaf:
@@ -319,9 +324,9 @@ def test_a_server_that_is_no_good_leaves_the_run_offline(root, tmp_path, monkeyp
         monkeypatch.setenv(
             "WANDB_BASE_URL", {"unreachable": "http://127.0.0.1:9", "silent": silent}.get(how, server.url)
         )
-        begun = time.monotonic()
+        started = time.monotonic()
         text = train(tmp_path / "run", root, "method=norm_occ_closed_form", "logger.wandb.timeout=1")
-        assert time.monotonic() - begun < 15
+        assert time.monotonic() - started < 15
     (line,) = warnings(text)
     assert line.startswith("W&B: ")
     assert line.endswith(": this run is logged offline")
@@ -346,14 +351,14 @@ def test_online(root, tmp_path, monkeypatch):
 
 
 def test_a_server_that_goes_away(root, tmp_path, monkeypatch):
-    """Between the start and the results: the run ends with them, and what is not uploaded can be uploaded later."""
+    """The server disappears after the start: the run has its results, and they can be uploaded later."""
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     with wandb_file.Server(until="mutation UpsertBucket") as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        begun = time.monotonic()
+        started = time.monotonic()
         limits = ("logger.wandb.timeout=4", "logger.wandb.upload_timeout=1")
         text = train(tmp_path / "run", root, "method=norm_occ_closed_form", *limits)
-        assert time.monotonic() - begun < 20
+        assert time.monotonic() - started < 20
     assert results.read_result(tmp_path / "run")["metrics"]
     (folder,) = wandb_file.folders(tmp_path / "run")
     assert f"wandb sync --include-online {folder}" in text
@@ -365,7 +370,7 @@ def test_a_folder_that_cannot_be_written(root, tmp_path, where):
     run = tmp_path / "run"
     if where == "wandb":
         run.mkdir()
-        (run / "wandb").write_text("a file")
+        (run / where).write_text("a file where a folder belongs")
     else:
         (run / where).mkdir(parents=True)
     text = train(run, root, "method=norm_occ_closed_form")
@@ -385,13 +390,13 @@ def test_disabled_it_is_not_even_imported(root, tmp_path, monkeypatch, how):
 
 
 @pytest.mark.parametrize("option", ["mode=on", "timeout=0", "tags=a", "upload_timeout=soon"])
-def test_options_that_mean_nothing(root, tmp_path, option):
+def test_invalid_options(root, tmp_path, option):
     text = train(tmp_path / "run", root, f"logger.wandb.{option}", code=2)
     assert f"logger.wandb.{option}: give " in text
 
 
 def agent_command(study: dict, values: dict) -> list[str]:
-    """What a W&B agent runs for these values, by its own functions."""
+    """The command that a W&B agent runs for these values, made by the agent's own functions."""
     from wandb.sdk.launch.sweeps import utils
 
     parts = utils.create_sweep_command_args({"args": {key: {"value": value} for key, value in values.items()}})
@@ -403,7 +408,7 @@ def agent_command(study: dict, values: dict) -> list[str]:
 
 
 def test_the_sweep_file_of_wandb():
-    """Its values are options of ours, and it looks at nothing but what is held out."""
+    """Its parameters are valid options, and its metric is one on held-out images."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
@@ -424,7 +429,7 @@ def test_the_sweep_file_of_wandb():
 
 @pytest.mark.slow
 def test_an_agent_runs_it(root, tmp_path, monkeypatch):
-    """With the agent's own code: the run keeps the id that the agent has given, and joins no other group."""
+    """With the agent's own code: the run has the id that the agent gave, and no group beside the agent's sweep."""
     study = yaml.safe_load((runs.ROOT / "experiments" / "wandb_sweep.yaml").read_text())
     monkeypatch.chdir(tmp_path)
     environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(runs.ROOT)}
@@ -468,19 +473,22 @@ def test_several_ranks_are_one_run(root, tmp_path):
 
 @pytest.mark.slow
 def test_jobs_of_a_sweep(root, tmp_path):
-    """Forks of one process, at the same time: each has its pictures, and nothing is left running."""
+    """Forks of one process at the same time: each has its pictures, and no process or temporary folder remains."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     outcome = runs.python(
         "-m", "anomalib_lite.train", *runs.defaults("logger"), "-m", "logger=default", "method=norm_occ_closed_form",
-        *runs.folder_data(root), "seed=0,1,2,3", f"hydra.sweep.dir={tmp_path / 'mine'}", "hydra.launcher.jobs=2",
-        cwd=runs.ROOT,
+        *runs.folder_data(root), "seed=0,1,2,3", f"hydra.sweep.dir={tmp_path / 'jobs'}", "hydra.launcher.jobs=2",
+        cwd=runs.ROOT, TMPDIR=str(temporary),
     )  # fmt: skip
     assert outcome.code == 0, outcome.out + outcome.err
     for n in range(4):
-        (folder,) = wandb_file.folders(tmp_path / "mine" / str(n))
+        (folder,) = wandb_file.folders(tmp_path / "jobs" / str(n))
         made = wandb_file.read(folder)
-        assert made["run"].run_group == "mine"
+        assert made["run"].run_group == "jobs"
         names = made["history"][-1]["cases/bottle"]["filenames"]
         assert names
         assert all((folder / "files" / name).is_file() for name in names)
+    assert not list(temporary.glob("*wandb*"))
     commands = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline")] if sys.platform == "linux" else []
     assert not [command for command in commands if b"wandb-core" in command and str(tmp_path).encode() in command]
