@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from anomalib_lite.cli.schema import flat
+from anomalib_lite.cli.keys import flat
 from anomalib_lite.errors import UserError
 from anomalib_lite.runs.artifacts import read_result
 

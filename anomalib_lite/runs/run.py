@@ -15,8 +15,7 @@ import torch
 from hydra.utils import get_method, instantiate
 from torch.utils.data import DataLoader
 
-from anomalib_lite import __version__
-from anomalib_lite.cli import schema as configuration
+from anomalib_lite.cli.annotations import check_types
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.errors import UserError, enough_memory
 from anomalib_lite.features.backbones import Backbone, has_bf16
@@ -28,6 +27,7 @@ from anomalib_lite.runs.callbacks import Training, quiet
 from anomalib_lite.runs.devices import device_name, lightning_options, peak_memory_mb
 from anomalib_lite.runs.efficiency import efficiency
 from anomalib_lite.runs.figures import write_figures, write_rows
+from anomalib_lite.runs.folder import read_checkpoint
 from anomalib_lite.runs.visualize import of_test_images, of_training_images
 from anomalib_lite.tracking.csv_logger import make_loggers
 from anomalib_lite.tracking.wandb_logger import WandbRun
@@ -75,7 +75,7 @@ def make_method(
         "categories": categories,
         "precision": cfg["hardware"]["precision"],
     }
-    configuration.check_types("method", _target(cfg), cfg["method"])
+    check_types("method", _target(cfg), cfg["method"])
     model = instantiate(cfg["method"], backbone=backbone, scoring=cfg["scoring"], **context, _convert_="all")
     if open_keys := [key for key, value in model.scoring.items() if value == "auto"]:
         raise UserError(f"scoring.{open_keys[0]}=auto: this method has none of its own; give a value")
@@ -218,19 +218,6 @@ def precision(cfg: dict[str, Any], model: AnomalyModule, device: torch.device) -
     }
     parts = " and ".join(part for part, is_low in low.items() if is_low)
     return f"float32, {parts} in bf16" if parts else "float32"
-
-
-def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """What a run writes into its checkpoint beside Lightning's part: version, config, fingerprint, finished."""
-    try:
-        stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["anomalib_lite"]
-    except Exception as error:
-        raise UserError(f"{checkpoint}: damaged, or not a checkpoint of ours; remove it and train again") from error
-    if stored["version"].split(".")[:2] != __version__.split(".")[:2]:
-        raise UserError(
-            f"{checkpoint}: written by anomalib_lite {stored['version']}, this is {__version__}; train again"
-        )
-    return stored
 
 
 def describe(
