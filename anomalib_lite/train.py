@@ -29,7 +29,8 @@ def train(cfg: Any) -> float | None:
     from anomalib_lite.runs import ranks
 
     hydra = HydraConfig.get()
-    run, overrides = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
+    run = Path(hydra.runtime.output_dir)
+    overrides: Any = OmegaConf.to_container(hydra.overrides.task)  # as typed: with interpolations
     names = {choice: str(hydra.runtime.choices[choice]) for choice in ("method", "split")}
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     schema.check(config)

@@ -13,8 +13,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from anomalib_lite.cli import schema as configuration
-from anomalib_lite.cli.program import HOME
+from anomalib_lite.cli import schema
+from anomalib_lite.paths import HOME
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.run_programs import ROOT, python, result_of, train
 
@@ -94,14 +94,14 @@ def test_everything_composes(method, backbone):
         assert cfg["data"]["seed"] == cfg["seed"]
         assert (cfg["backbone"]["name"] or "none").split("/")[-1].startswith(backbone)
         assert cfg["hardware"]["accelerator"] == (hardware if hardware in ("cpu", "gpu") else "auto")
-        configuration.check(cfg)
+        schema.check(cfg)
 
 
 @pytest.mark.parametrize("group", ["split", "trainer", "scoring", "logger"])
 def test_other_groups_compose(group):
     for name in choices(group):
         more = ["split.path=FILE"] if name == "file" else []
-        configuration.check(composed(f"{group}={name}", *more))
+        schema.check(composed(f"{group}={name}", *more))
 
 
 STUDY = """# @package _global_

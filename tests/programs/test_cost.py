@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from anomalib_lite.cli import schema as configuration
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.readers import read_folder
 from anomalib_lite.data.samples import Sample
@@ -20,6 +19,7 @@ from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.metrics.functional import image_metrics, pixel_metrics
 from anomalib_lite.runs.efficiency import efficiency
+from anomalib_lite.runs.folder import read_run
 from anomalib_lite.runs.run import build
 from anomalib_lite.runs.test_outputs import defect_metrics
 from tests.helpers.image_trees import make_mvtec
@@ -116,7 +116,7 @@ def test_parameters_of_a_run(method, root, tmp_path):
     result = result_of(*folder_data(root), *choose(method), run_dir=tmp_path)
     state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     with restored():
-        _, model, _ = build(configuration.read_run(tmp_path)[1])
+        _, model, _ = build(read_run(tmp_path)[1])
     named = dict(model.named_parameters())
     assert result["efficiency"]["parameters"] == sum(state[name].numel() for name in named)
     assert result["efficiency"]["trainable"] == sum(p.numel() for p in named.values() if p.requires_grad)
@@ -129,7 +129,7 @@ def test_parameters_of_a_run(method, root, tmp_path):
 
 def collected(run: Path) -> tuple[list[Sample], dict[str, np.ndarray], dict[str, bool]]:
     """The test samples of a run, the arrays that its metrics come from (computed anew), and which have masks."""
-    checkpoint, cfg, _ = configuration.read_run(run)
+    checkpoint, cfg, _ = read_run(run)
     with restored(), torch.no_grad():
         data, model, _ = build(cfg)
         model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])

@@ -291,7 +291,7 @@ def test_a_changed_configuration_is_refused_by_its_key(arguments, interrupted, c
     before = (interrupted / "checkpoints" / "last.ckpt").read_bytes()
     outcome = runs.train(*arguments(interrupted, "resume=true", change), small=False)
     assert outcome.code == 2
-    assert re.fullmatch(rf"error: ({key}) but the run in .* was begun with .*\n", outcome.err)
+    assert re.fullmatch(rf"error: ({key}) but the run in .* was started with .*\n", outcome.err)
     assert (interrupted / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
