@@ -68,7 +68,7 @@ def train(cfg: Any) -> float | None:
     if result is None:
         return None
     results.show(run, result)
-    return schema.objective(config["objective"], result)
+    return folder.objective(config["objective"], result)
 
 
 if __name__ == "__main__":

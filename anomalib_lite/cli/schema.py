@@ -3,13 +3,14 @@
 The options of the `method` group are checked against the method's constructor instead: see `annotations`.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from anomalib_lite.cli.keys import refuse_renamed
 from anomalib_lite.errors import UserError
@@ -25,7 +26,7 @@ class Key:
             evaluated again), "compare" (between runs of the same experiment).
     """
 
-    give: str
+    give: str = "its options by their names"
     free: tuple[str, ...] = ()
 
 
@@ -64,13 +65,16 @@ Text = Annotated[str, Field(min_length=1)]
 Side = Annotated[int, Field(ge=16)]
 Size = Side | Annotated[list[Side], Field(min_length=2, max_length=2)]
 Auto = Literal["auto"]
+OBJECTIVE = re.compile(r"validation\.((image|pixel)_(auroc|ap|f1max)|aupro_\d+)")
+Metric = Annotated[str, _require(OBJECTIVE.fullmatch)]
+HELD_OUT = "a metric of held-out training images, such as validation.image_auroc: the test set chooses nothing"
 FLAG, WHOLE, WHOLE_OR_NULL = "true or false", "a whole number from 1", "a whole number from 1, or null"
 SIZE, GIGABYTES, SHARE = "a whole number from 16, or [height, width]", "gigabytes from 0", "a share above 0, at most 1"
-SECONDS = "seconds above 0"
+SECONDS, SMOOTH = "seconds above 0", "a sigma above 0, {sigma: 4, size: 5}, {box: 11, times: 3} (odd sizes)"
 
 
-class Group(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+class Group(BaseModel, strict=True, extra="ignore", allow_inf_nan=False):
+    """A group of the configuration; keys that it doesn't name belong to classes of the package or the user."""
 
 
 class Cache(Group):
@@ -81,10 +85,10 @@ class Cache(Group):
 
 
 class Data(Group):
-    name: Annotated[Any, Key("", ("compare",))] = None
-    reader: Annotated[Any, Key("", ("compare",))] = None
-    split: Annotated[Any, Key("", ("compare",))] = None
-    root: Annotated[Any, Key("", ALWAYS)] = None
+    name: Annotated[Any, Key(free=("compare",))] = None
+    reader: Annotated[Any, Key(free=("compare",))] = None
+    split: Annotated[Any, Key(free=("compare",))] = None
+    root: Annotated[Any, Key(free=ALWAYS)] = None
     category: Annotated[Names, Key("a name, a list such as [bottle,toothbrush], or all", ("compare",))]
     image_size: Annotated[Size, Key(SIZE)]
     batch_size: Annotated[Whole, Key(WHOLE)]
@@ -124,7 +128,7 @@ class Trainer(Group):
     checkpoint_minutes: Annotated[NumberFrom0, Key("minutes from 0", ("resume", "compare"))]
 
     @model_validator(mode="after")
-    def _budget(self) -> "Trainer":
+    def _has_budget(self) -> "Trainer":
         if self.max_epochs is None and self.max_steps is None:
             raise UserError("trainer.max_epochs and trainer.max_steps are both null: give a budget")
         return self
@@ -146,8 +150,8 @@ class Backbone(Group):
         return self
 
 
-class Smoothing(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+class Smoothing(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
+    """A filter of anomaly maps, with exactly these options."""
 
 
 class Gauss(Smoothing):
@@ -162,9 +166,6 @@ class Box(Smoothing):
 
 class Pool(Smoothing):
     pool: Whole
-
-
-SMOOTH = "a sigma above 0, {sigma: 4, size: 5}, {box: 11, times: 3} (odd sizes)"
 
 
 class Scoring(Group):
@@ -192,7 +193,7 @@ class Wandb(Group):
 
 
 class Logger(Group):
-    wandb: Annotated[Wandb | None, Key("the options of W&B, or null")] = None
+    wandb: Wandb | None = None
 
 
 class Config(Group):
@@ -201,26 +202,16 @@ class Config(Group):
     seed: Annotated[WholeFrom0, Field(lt=2**32), Key("a whole number from 0, below 2^32")]
     resume: Annotated[bool, Key(FLAG, ("resume", "compare"))]
     debug: Annotated[bool, Key(FLAG, ALWAYS)]
-    objective: Annotated[
-        str | None,
-        _require(lambda name: name is None or OBJECTIVE.fullmatch(name)),
-        Key(
-            "a metric of held-out training images, such as validation.image_auroc: the test set chooses nothing",
-            ("resume",),
-        ),
-    ]
-    data: Annotated[Data, Key("the options of data")]
-    backbone: Annotated[Backbone, Key("the options of backbone")]
-    trainer: Annotated[Trainer, Key("the options of trainer")]
-    hardware: Annotated[Hardware, Key("the options of hardware", ("resume", "evaluate"))]
-    cache: Annotated[Cache, Key("the options of cache", ("resume", "compare"))]
-    logger: Annotated[Logger | None, Key("the options of logger", ("resume", "compare"))] = None
-    scoring: Annotated[Scoring, Key("the options of scoring", ("evaluate", "compare"))]
-    split: Annotated[Split | None, Key("the options of split", ("compare",))] = None
-    method: Annotated[dict[str, Any], Key("the options of method")]
-
-
-OBJECTIVE = re.compile(r"validation\.((image|pixel)_(auroc|ap|f1max)|aupro_\d+)")
+    objective: Annotated[Metric | None, Key(HELD_OUT, ("resume",))]
+    data: Data
+    backbone: Backbone
+    trainer: Trainer
+    hardware: Annotated[Hardware, Key(free=("resume", "evaluate"))]
+    cache: Annotated[Cache, Key(free=("resume", "compare"))]
+    logger: Annotated[Logger | None, Key(free=("resume", "compare"))] = None
+    scoring: Annotated[Scoring, Key(free=("evaluate", "compare"))]
+    split: Annotated[Split | None, Key(free=("compare",))] = None
+    method: dict[str, Any]
 
 
 def check(config: dict[str, Any]) -> None:
@@ -244,7 +235,7 @@ def check_group(values: dict[str, Any], model: type[Group], prefix: str = "") ->
 
 def _message(value: Any, model: Any, place: tuple[int | str, ...], key: str) -> str:
     """`place`: the path to the invalid value as pydantic gives it, with parts of the type at its end."""
-    give = "options by their names"
+    give = Key().give
     for part in place:
         if part not in getattr(model, "model_fields", ()):
             break
@@ -257,7 +248,7 @@ def _message(value: Any, model: Any, place: tuple[int | str, ...], key: str) -> 
 
 
 def _metadata(field: Any) -> Key:
-    return next(each for each in field.metadata if isinstance(each, Key))
+    return next((each for each in field.metadata if isinstance(each, Key)), Key())
 
 
 def _group(field: Any) -> Any:
@@ -266,6 +257,7 @@ def _group(field: Any) -> Any:
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Group)), None)
 
 
+@functools.cache
 def free(where: str) -> tuple[str, ...]:
     """The keys and groups that may change on "resume" or "evaluate", or between runs that "compare"."""
 
@@ -282,15 +274,3 @@ def free(where: str) -> tuple[str, ...]:
 def is_free(key: str, where: str) -> bool:
     """Whether a key, or a group that it belongs to, may change."""
     return any(key == name or key.startswith(f"{name}.") for name in free(where))
-
-
-def objective(name: str | None, result: dict[str, Any]) -> float | None:
-    """The value of `validation.METRIC` that an optimising sweeper gets; None if nothing was held out."""
-    metrics = result["validation"]
-    if name is None or metrics is None:
-        return None
-    metric = name.partition(".")[2]
-    if metric not in metrics:
-        choices = ", ".join(f"validation.{each}" for each in metrics)
-        raise UserError(f"objective={name}: no such metric; choose from {choices}")
-    return metrics[metric]

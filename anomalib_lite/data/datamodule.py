@@ -222,8 +222,7 @@ class AnomalyDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         rank, world = self._rank_and_world()
-        if self.batch_size % world:
-            raise UserError(f"data.batch_size={self.batch_size} must divide by the {world} devices that share it")
+        check_batch_size(self.batch_size, world)
         classes = [s.category for s in self.train_samples] if self.balanced else None
         how = (self.batch_size, self.seed, rank, world, self.drop_last, self.batches_done, classes)
         batches = TrainBatches(len(self.train_samples), *how)
@@ -308,6 +307,14 @@ class AnomalyDataModule(L.LightningDataModule):
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         devices = max(1, torch.cuda.device_count()) if self._rank_and_world()[1] > 1 else 1
         return min(4, max(1, cpus // devices))
+
+
+def check_batch_size(batch_size: int, devices: int) -> None:
+    """Raise UserError if a batch can't be divided into equal parts for the devices."""
+    if batch_size % devices:
+        raise UserError(
+            f"data.batch_size={batch_size} is not divisible by {devices} devices; use a multiple of {devices}."
+        )
 
 
 def fingerprint(data: DataSet) -> str:

@@ -208,6 +208,18 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     return stored
 
 
+def objective(name: str | None, result: dict[str, Any]) -> float | None:
+    """The value of `validation.METRIC` that an optimising sweeper gets; None if nothing was held out."""
+    metrics = result["validation"]
+    if name is None or metrics is None:
+        return None
+    metric = name.partition(".")[2]
+    if metric not in metrics:
+        choices = ", ".join(f"validation.{each}" for each in metrics)
+        raise UserError(f"objective={name}: no such metric; choose from {choices}")
+    return metrics[metric]
+
+
 def _stored_overrides(run: Path) -> list[str]:
     """The command line of a stored run; empty where it is missing."""
     import yaml

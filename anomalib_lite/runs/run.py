@@ -16,7 +16,7 @@ from hydra.utils import get_method, instantiate
 from torch.utils.data import DataLoader
 
 from anomalib_lite.cli.annotations import check_types
-from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.data.datamodule import AnomalyDataModule, check_batch_size
 from anomalib_lite.errors import UserError, enough_memory
 from anomalib_lite.features.backbones import Backbone, has_bf16
 from anomalib_lite.features.precompute import FrozenFeatures
@@ -104,11 +104,8 @@ def execute(
     quiet()
     hardware = lightning_options(cfg["hardware"], multirun)
     ranks = hardware["devices"] * hardware["num_nodes"]
-    if fit and cfg["data"]["batch_size"] % ranks:
-        raise UserError(
-            f"data.batch_size={cfg['data']['batch_size']} can't be shared out to {ranks} devices evenly; "
-            f"give a multiple of {ranks}"
-        )
+    if fit:
+        check_batch_size(cfg["data"]["batch_size"], ranks)
     stored = read_checkpoint(checkpoint) if checkpoint.is_file() else {}
     data, model, notes = build(cfg, bool(stored))
     if stored and stored["fingerprint"] != data.fingerprint:

@@ -16,7 +16,6 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from omegaconf import OmegaConf
 
-from anomalib_lite.cli import schema as configuration
 from anomalib_lite.cli.keys import translate
 from anomalib_lite.errors import UserError
 from anomalib_lite.runs import folder
@@ -51,7 +50,7 @@ class Job:
 
     @property
     def objective(self) -> float | None:
-        return configuration.objective(self.plain["objective"], self.result) if self.result else None
+        return folder.objective(self.plain["objective"], self.result) if self.result else None
 
 
 def key_of(overrides: list[str]) -> str:

@@ -69,6 +69,15 @@ def test_nothing_heavy_is_imported(arguments, tmp_path):
     imported = set(re.findall(r"^import time:.*\| +(\S+)$", outcome.err, re.MULTILINE))
     assert "omegaconf" in imported
     assert not {name.partition(".")[0] for name in imported} & set(HEAVY)
+    assert ("pydantic" in imported) == ("data.batch_size=0" in arguments)
+
+
+def test_help_lists_what_a_user_may_choose(tmp_path):
+    outcome = train("--help", small=False)
+    groups = dict(line.split(": ", 1) for line in outcome.out.splitlines() if re.match(r"\w+: \w+, ", line))
+    assert groups["data"] == "folder, mvtec, synthetic, visa"
+    assert "ltad_small" in groups["experiments"].split(", ")
+    assert not re.search(r"[ ,]_\w+[,\n]", outcome.out)
 
 
 def test_help_of_evaluate(tmp_path):

@@ -340,7 +340,7 @@ def test_options_are_checked(root, options, message):
 
 
 def test_batch_size_must_divide(root):
-    with pytest.raises(UserError, match=r"data\.batch_size=6 must divide by the 4 devices"):
+    with pytest.raises(UserError, match=r"data\.batch_size=6 is not divisible by 4 devices"):
         module(root, 0, 4).train_dataloader()
 
 
