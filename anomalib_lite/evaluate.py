@@ -3,12 +3,13 @@
     python -m anomalib_lite.evaluate run=DIR output=DIR [KEY=VALUE ...]
 
 KEY is a key of the run's configuration that training does not depend on: scoring.*, hardware.*, data.root,
-data.workers, data.eval_batch_size, data.check. Everything else comes from the run's folder.
+data.workers, data.eval_batch_size, data.check. All other values come from the run's folder.
 
-scoring.pixel_smooth=2            another smoothing of the maps (image_smooth: of those that give the image score)
-scoring.image_score=0.01          max, mean, or the mean of a map's top share
-scoring.fpr_limits=[0.3,0.1]      of AUPRO
-scoring.map_size=original         maps beside masks at each image's own size; or a side, [h,w], null (the input's)
+scoring.pixel_smooth=2            another smoothing of the maps (image_smooth: of the maps for the image score)
+scoring.image_score=0.01          max, mean, or the mean of the top share of a map
+scoring.fpr_limits=[0.3,0.1]      limits of the false positive rate for AUPRO
+scoring.map_size=original         maps and masks are compared at each image's own size; or a side, [h,w], or null (the
+                                  input's size)
 hardware.devices=2                on several devices
 """
 
@@ -16,12 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from anomalib_lite.cli import keys
 from anomalib_lite.cli import program as cli
-from anomalib_lite.cli import schema as configuration
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import make_folder
-
-CHANGEABLE = ("scoring.", "hardware.", "data.root", "data.workers", "data.eval_batch_size", "data.check", "debug")
+from anomalib_lite.runs import folder
 
 
 def main() -> None:
@@ -33,13 +33,20 @@ def evaluate(options: dict[str, Any]) -> None:
     if not all(given):
         raise UserError("give run=DIR, a run's folder, and output=DIR, the folder for the new results; see --help")
     run, output = (Path(path).expanduser() for path in given)
-    checkpoint, cfg, names = configuration.read_run(run)
+    from anomalib_lite.cli import schema
+
+    checkpoint, config, names = folder.read_run(run)
+    changeable = ", ".join(schema.free("evaluate"))
     for key, value in options.items():
-        if not key.startswith(CHANGEABLE):
-            raise UserError(f"{key} can't be changed without training anew: change {', '.join(CHANGEABLE)}")
-        configuration.assign(cfg, key, value)
-    configuration.check(cfg)
-    if (output / "result.json").exists():
+        if key in keys.RENAMED:
+            raise UserError(keys.new_name(key))
+        if not schema.is_free(key, "evaluate"):
+            raise UserError(f"{key} can't be changed without training anew: change {changeable}")
+        if keys.lookup(config, key, ...) is ...:
+            raise UserError(f"{key}: the run's configuration has no such key")
+        keys.assign(config, key, value)
+    schema.check(config)
+    if folder.is_finished(output):
         raise UserError(f"{output} already holds results: choose another output=DIR")
     make_folder(output, "output")
 
@@ -47,7 +54,7 @@ def evaluate(options: dict[str, Any]) -> None:
     from anomalib_lite.runs.run import execute
 
     overrides = [argument for argument in sys.argv[1:] if "=" in argument]
-    result = execute(cfg, output, names, checkpoint, overrides, [f"evaluated again from {run}"], fit=False)
+    result = execute(config, output, names, checkpoint, overrides, [f"evaluated again from {run}"], fit=False)
     if result is not None:
         terminal.show(output, result)
 

@@ -4,14 +4,15 @@
 
 run=DIR         the folder of a finished run; nothing else is needed
 input=PATH      an image, or a folder (searched with its subfolders)
-output=DIR      gets scores.csv (path, score, threshold, decision), heatmaps/ and overlays/; refused if it has scores
-category=NAME   whose thresholds hold, for a model of several categories
-quantile=0.99   the thresholds: this quantile over the run's normal training images (default: the run's)
-batch_size=32   images a batch
-workers=0       processes that read images
+output=DIR      a folder for scores.csv (path, score, threshold, decision), heatmaps/ and overlays/; it must hold no
+                scores.csv yet
+category=NAME   the category whose thresholds are used; needed for a model of several categories
+quantile=0.99   thresholds at this quantile over the run's normal training images (default: as in the run)
+batch_size=32   images per batch
+workers=0       processes that read the images
 device=auto     auto, cpu or gpu
 
-Exit codes: 0; 1 if some images could not be read (they are named and left out); 2 for an error that is yours to mend.
+Exit codes: 0; 1 if some images could not be read (they are listed and left out); 2 for an error that you can fix.
 """
 
 import csv
@@ -20,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from anomalib_lite.cli import program as cli
-from anomalib_lite.cli import schema as configuration
 from anomalib_lite.errors import UserError
-from anomalib_lite.paths import make_folder
+from anomalib_lite.paths import make_folder, replacing
+from anomalib_lite.runs.folder import HEATMAPS, OVERLAYS, SCORES, read_run
 
 DEFAULTS = {"category": None, "quantile": None, "batch_size": 32, "workers": 0, "device": "auto", "debug": False}
 TEXTS = ("run", "input", "output", "category")
@@ -47,13 +48,13 @@ def predict(options: dict[str, Any]) -> None:
             raise UserError(f"{name}={number}: give a whole number from {low}")
     if options["device"] not in ("auto", "cpu", "gpu"):
         raise UserError(f"device={options['device']}: choose auto, cpu or gpu")
-    checkpoint, cfg, _ = configuration.read_run(run)
+    checkpoint, cfg, _ = read_run(run)
     if source.is_dir() and output.absolute().is_relative_to(source.absolute()):
         raise UserError(
-            f"output={output} lies inside input={source}: choose a folder outside, or its pictures are input next time"
+            f"output={output} lies inside input={source}: choose a folder outside, or its pictures are read next time"
         )
     files = images_below(source)
-    scores = output / "scores.csv"
+    scores = output / SCORES
     if scores.exists():
         raise UserError(f"{scores} is there already: choose another output=DIR, or remove it")
 
@@ -73,8 +74,7 @@ def predict(options: dict[str, Any]) -> None:
     base, bar = source if source.is_dir() else source.parent, ProgressBar("images", len(files))
     left_out: list[str] = []
     make_folder(output, "output")
-    part = output / "scores.csv.part"
-    with part.open("w", newline="") as file:
+    with replacing(scores) as part, part.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "score", "threshold", "decision"])
         for batch in data.new_dataloader(files, category, options["batch_size"], options["workers"]):
@@ -92,7 +92,6 @@ def predict(options: dict[str, Any]) -> None:
                     draw(output, base, below, amap.float().cpu().numpy(), limits)
             bar.step(count=len(batch["path"]) + len(batch["damaged"]))
     bar.close()
-    part.replace(scores)
     done = len(files) - len(left_out)
     print(f"{done} of {len(files)} images scored; {output}/ holds scores.csv, heatmaps/, overlays/")
     if left_out:
@@ -110,7 +109,7 @@ def draw(output: Path, base: Path, below: Path, amap: Any, limits: dict[str, Any
 
     image = load_rgb(base / below)
     amap = cv2.resize(amap, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-    for folder, picture in (("heatmaps", colours(amap, limits)), ("overlays", overlay(image, amap, limits))):
+    for folder, picture in ((HEATMAPS, colours(amap, limits)), (OVERLAYS, overlay(image, amap, limits))):
         file = output / folder / f"{below}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(cv2.imencode(".png", picture[..., ::-1])[1].tobytes())

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from anomalib_lite.cli import program as cli
-from anomalib_lite.cli import schema as configuration
 from anomalib_lite.errors import UserError
 
 SUFFIXES = {".jsonl": "jsonl", ".json": "meta", ".csv": "csv", ".txt": "list"}
@@ -33,7 +32,7 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print((__doc__ or "").strip())
         return
-    cli.import_from_here()
+    cli.prepare()
     with cli.reported(outside=True, folder="--write"):
         show(sys.argv[1:])
 
@@ -93,6 +92,8 @@ def composed(overrides: Sequence[str], folder: str | None) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
+    from anomalib_lite.cli import schema
+
     for override in overrides:
         if "=" not in override:
             raise UserError(f"{override}: arguments are KEY=VALUE, or flags; see --help")
@@ -103,7 +104,7 @@ def composed(overrides: Sequence[str], folder: str | None) -> dict[str, Any]:
         defaults.append(f"hydra.searchpath=[file://{Path(folder).absolute()}]")
     with initialize_config_dir(str(cli.HOME / "conf"), version_base="1.3"):
         cfg: Any = OmegaConf.to_container(compose("train", [*defaults, *overrides]), resolve=True)
-    configuration.check(cfg)
+    schema.check(cfg)
     return cfg
 
 

@@ -1,9 +1,7 @@
-"""What the programs share: where the configuration lies, and errors as one line. Imports nothing heavy."""
+"""Flags, the configuration, errors as one line, exit codes: what the programs share. Imports nothing heavy."""
 
 import argparse
 import contextlib
-import difflib
-import errno
 import functools
 import os
 import re
@@ -17,27 +15,33 @@ from anomalib_lite.paths import HOME
 
 
 def run(task: Callable[[Any], Any], config_name: str) -> None:
-    """Compose the configuration from the command line and run `task(cfg)`; an error is one line, exit code 2."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing its own report
-    _wait_quietly()
-    import_from_here()
+    """Compose the configuration from the command line and run `task(cfg)`; an error is one line, exit code 2.
+
+    A start that fails leaves no empty folder behind.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing a report of its own
+    prepare()
     import hydra
+
+    from anomalib_lite.cli.hydra_hooks import no_private_choices, remove_empty_folders
 
     @functools.wraps(task)
     def job(cfg: Any) -> Any:
-        with reported():  # here already: Hydra would add a line of its own
+        with reported():  # inside Hydra, which would add a line of its own
             return task(cfg)
 
-    with reported(outside=True):
+    with reported(outside=True), remove_empty_folders(), no_private_choices():
         _parse_arguments()
         hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name=config_name)(job)()
 
 
 def run_plain(task: Callable[[dict[str, Any]], None], usage: str | None, texts: Sequence[str]) -> None:
-    """The same for a program that takes KEY=VALUE alone: `task(options)` with values read as YAML, or as they are
-    typed for the keys in `texts` (paths and names: a folder may be called 01, or no)."""
-    _wait_quietly()
-    import_from_here()
+    """The same for a program whose arguments are all KEY=VALUE: runs `task(options)`.
+
+    Values are read as YAML. Those of the keys in `texts` (paths and names) stay as typed: a folder may be called 01,
+    or no.
+    """
+    prepare()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print((usage or "").strip())
         return
@@ -52,7 +56,7 @@ def run_plain(task: Callable[[dict[str, Any]], None], usage: str | None, texts: 
 
 
 class Parser(argparse.ArgumentParser):
-    """Of the programs that take flags: a mistake is a UserError."""
+    """The parser of programs with flags: a mistake is a UserError."""
 
     def __init__(self) -> None:
         super().__init__(add_help=False, allow_abbrev=False)
@@ -61,16 +65,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def import_from_here() -> None:
-    """A user's own method file is importable from the console scripts too."""
+def prepare() -> None:
+    """Settings of the process, before torch is imported.
+
+    OpenMP's threads wait without spinning: otherwise runs that share cores slow each other down a hundredfold. A
+    user's method file in the current folder is importable, also from the console scripts.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-
-
-def _wait_quietly() -> None:
-    """Before torch is imported: OpenMP's threads wait without spinning, or runs that share cores slow each other down
-    a hundredfold."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _yaml(key: str, text: str) -> Any:
@@ -79,47 +82,39 @@ def _yaml(key: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{key}={text}: not a value that can be read") from error
+        raise UserError(f"{key}={text}: the value is not valid YAML; see --help") from error
 
 
 @contextlib.contextmanager
 def reported(outside: bool = False, folder: str = "hydra.run.dir") -> Iterator[None]:
-    """Turn errors that a user can mend into one line and exit code 2; debug=true shows the traceback.
+    """Print an error that a user can fix as one line and exit with 2; debug=true shows the traceback.
 
-    `outside` of a job any OSError is one: it comes from the run's folder, which the option `folder` names.
+    `outside`, `folder`: see `messages.one_line`.
     """
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    debug = any(re.fullmatch(r"\+*debug=(true|1|yes|on)", argument, re.IGNORECASE) for argument in sys.argv)
     try:
         yield
-    except (UserError, HydraException, OmegaConfBaseException, YAMLError, OSError) as error:
-        if debug:
-            raise
-        if isinstance(error, BrokenPipeError):  # `… | head`: nobody reads on
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
-        cause = next((e for e in _chain(error) if isinstance(e, UserError)), None)
-        if cause is None and isinstance(error, OSError) and not (outside or _writing(error)):
-            raise  # not a folder that can't be written: a fault of ours, shown whole
-        fail(_one_line(cause or error, folder))
     except KeyboardInterrupt as error:
         print(error if error.args else "interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if any(re.fullmatch(r"\+*debug=(true|1|yes|on)", argument, re.IGNORECASE) for argument in sys.argv):
+            raise
+        if isinstance(error, BrokenPipeError):  # `… | head`: the reader of our output has ended
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        from anomalib_lite.cli.messages import one_line
 
-
-def fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.stderr.flush()
-    sys.exit(2)
+        line = one_line(error, outside, folder)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
 def _parse_arguments() -> None:
-    """Let Hydra's own parsers look at the arguments first: what they say of a mistake is a page, or a traceback.
+    """Check the arguments with Hydra's own parsers, whose reports of a mistake are a page or a traceback.
 
-    Flags may stand anywhere among the overrides; Hydra wants all overrides together.
+    Flags may stand anywhere among the overrides: they are moved to the front, since Hydra wants all overrides together.
     """
     from hydra._internal.utils import get_args_parser
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -145,98 +140,8 @@ def _parse_arguments() -> None:
         raise UserError("--resolve: goes with --cfg job")
     for override in OverridesParser.create().parse_overrides(known.overrides):
         name = override.key_or_group
-        group = override.value() is None or isinstance(override.value(), int | float | dict)
-        if group and not override.is_delete() and (not name or (HOME / "conf" / name).is_dir()):
+        is_value = override.value() is None or isinstance(override.value(), int | float | dict)
+        if is_value and not override.is_delete() and (not name or (HOME / "conf" / name).is_dir()):
             raise UserError(f"{override.input_line}: {name or 'an option'} takes the name of a choice; see --help")
     rest = list(known.overrides)
-    flags = [argument for argument in sys.argv[1:] if argument not in rest]
-    sys.argv[1:] = [*flags, *rest]
-
-
-def _chain(error: BaseException | None):
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _writing(error: OSError) -> bool:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return bool(error.filename) and not isinstance(error, FileNotFoundError | ConnectionError | TimeoutError)
-
-
-def _one_line(error: BaseException, folder: str) -> str:
-    return re.sub(r"\s*\n\s*", " ", _text(error, folder)).strip()
-
-
-def _text(error: BaseException, folder: str) -> str:
-    """What to tell of an error: the option and what to do, where Hydra and OmegaConf show their inner view."""
-    from hydra import errors
-    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
-
-    cause = error.__cause__
-    if isinstance(error, errors.MissingConfigException):
-        return _missing_choice(error)
-    if isinstance(error, errors.OverrideParseException):
-        why = error.message.partition("\nSee https")[0].splitlines()[-1].strip(" ^")
-        return (
-            f"{error.override}: can't be read{f' ({why})' * bool(why)}; options are KEY=VALUE, quote special "
-            "characters: 'KEY=\"VALUE\"'"
-        )
-    if isinstance(error, errors.InstantiationException):
-        return _not_made(error)
-    if isinstance(error, OSError):
-        place = error.filename or "the folder of the results"
-        return f"{place}: {error.strerror or error}; mend the path, or choose another folder with {folder}=DIR"
-    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-        return _missing_option(cause)
-    text = re.sub(r"\n\s*(full_key|object_type|reference_type)[:=].*", "", str(error))
-    if isinstance(error, OmegaConfBaseException) and error.full_key and error.full_key not in text:
-        text = f"{error.full_key}: {text}"
-    if isinstance(cause, OmegaConfBaseException):
-        text += ": " + str(cause).partition("\n")[0]
-    return text
-
-
-def _missing_choice(error: Any) -> str:
-    """`method=foo`, and what there is instead."""
-    if not error.missing_cfg_file or "/" not in error.missing_cfg_file:
-        return str(error).partition("\n")[0]  # the primary configuration
-    group, _, name = error.missing_cfg_file.removesuffix(".yaml").rpartition("/")
-    there = [option for option in error.options or () if not option.startswith("_")]
-    advice = f"choose from {', '.join(there)}" if there else f"no folder that is searched holds {group}/{name}.yaml"
-    return f"{group}={name}: no such choice; {advice} (--config-dir DIR adds a folder of yours)"
-
-
-def _missing_option(error: Any) -> str:
-    """`data.foo`, and what there is instead."""
-    key, parent = str(error.full_key or error.key), error.parent_node
-    group = key.rpartition(".")[0]
-    there = [str(name) for name in parent or () if not str(name).startswith("_")]
-    near = difflib.get_close_matches(key.rpartition(".")[2], there, n=1)
-    if near:
-        advice = f"did you mean {f'{group}.{near[0]}'.strip('.')}?"
-    else:
-        advice = f"{group or 'the configuration'} has {', '.join(there)}" if there else "see --cfg job"
-    return f"{key}: no such option; {advice} (+{key}=VALUE adds one)"
-
-
-def _not_made(error: BaseException) -> str:
-    """A `_target_` that can't be found, or that refuses its options."""
-    for inner in _chain(error):
-        if type(inner) is type(error):
-            error = inner  # the innermost: it names the target that failed
-    cause = error.__cause__
-    found = re.match(r"Error .*?(?:'|\()([\w.]+)", str(error))
-    if cause is None or not found:
-        return str(error)
-    if "locating" in str(error):
-        cause = cause.__cause__ or cause
-        return (
-            f"{found[1]}: can't be imported ({type(cause).__name__}: {cause}); check _target_ and the file that it "
-            "names (the current folder and PYTHONPATH are searched; debug=true shows the traceback)"
-        )
-    return (
-        f"{found[1]}: can't be made from its options ({type(cause).__name__}: {cause}); check their values, or see "
-        "the traceback with debug=true"
-    )
+    sys.argv[1:] = [*(argument for argument in sys.argv[1:] if argument not in rest), *rest]

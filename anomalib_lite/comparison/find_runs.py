@@ -1,5 +1,6 @@
 """Finished runs found below folders, and which of them compare."""
 
+import contextlib
 import csv
 import json
 import math
@@ -13,17 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from anomalib_lite.cli.schema import flat
+from anomalib_lite.cli.keys import flat
 from anomalib_lite.errors import UserError
 from anomalib_lite.runs.artifacts import read_result
+from anomalib_lite.runs.folder import read_config as read_stored
 
-#: parts of the configuration that leave a result as it is, or that the result itself tells
-FREE = (
-    "resume", "debug", "logger", "cache", "hardware.accelerator", "hardware.devices", "hardware.nodes",
-    "hardware.threads", "hardware.feature_memory_gb", "trainer.log_every", "trainer.checkpoint_minutes", "data.root",
-    "data.category", "data.workers", "data.check", "data.eval_batch_size", "data.name", "data.reader", "data.split",
-    "split", "scoring", "backbone.name", "backbone.layers", "backbone.weights",
-)  # fmt: skip
 PRUNED = {"checkpoints", "wandb", "figures", ".hydra", ".git", ".venv"}
 
 
@@ -60,10 +55,12 @@ class Run:
 
     def traits(self) -> dict[str, str]:
         """Everything but the seed that makes a run another experiment, as {key: JSON}."""
+        from anomalib_lite.cli.schema import is_free  # here: --help needs no pydantic
+
         found = {
             key: value
             for key, value in flat(self.config).items()
-            if not any(key == free or key.startswith(f"{free}.") for free in FREE)
+            if not is_free(key, "compare")
             and key.rpartition(".")[2] not in ("seed", "_partial_", "_convert_", "_recursive_")
         }
         backbone = self.result.get("backbone") or {}
@@ -137,12 +134,8 @@ def read_config(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     notes = result.get("notes")
     again = [re.fullmatch(r"evaluated again from (.+)", str(n)) for n in (notes if isinstance(notes, list) else [])]
     for place in [folder, *(Path(match[1]) for match in again if match)]:
-        try:
-            config = json.loads((place / "checkpoints" / "config.json").read_text())["config"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if isinstance(config, dict):
-            return config
+        with contextlib.suppress(UserError):
+            return read_stored(place)[0]
     return {}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from anomalib_lite.cli.schema import flat
+from anomalib_lite.cli.keys import flat
 from anomalib_lite.comparison.cells import Row, Table
 from anomalib_lite.comparison.find_runs import Run, inner, some
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
 from lightning.pytorch.loggers import Logger
 
-from anomalib_lite.cli import schema
+from anomalib_lite.cli.annotations import check_types
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.errors import UserError
 from anomalib_lite.features.backbones import Backbone
@@ -41,7 +42,7 @@ def make_method(
     cfg: dict[str, Any], backbone: Backbone | None, data: AnomalyDataModule, categories: list[str], steps: int = 0
 ) -> AnomalyModule:
     """The method on its backbone, with a budget of so many batches in each of its phases."""
-    schema.check_types("method", _method_class(cfg), cfg["method"])
+    check_types("method", _method_class(cfg), cfg["method"])
     model = instantiate(
         cfg["method"],
         backbone=backbone,
@@ -79,15 +80,19 @@ def budget(cfg: dict[str, Any], data: AnomalyDataModule) -> int:
 
 
 def make_loggers(cfg: dict[str, Any], folder: Path) -> list[Logger]:
-    """The loggers of the configuration. An optional logger that can't be made is left out with a warning."""
+    """The loggers of the configuration's group `logger`, constructed with their options and the run's folder.
+
+    A logger that can't be constructed is left out with a warning. Only for `csv` the exception is raised: every run has
+    its metrics.csv.
+    """
     loggers = []
-    for name, logger in cfg.items():
+    for name, options in cfg.items():
         try:
-            loggers.append(instantiate(logger, run_dir=str(folder)))
-        except Exception as error:
+            loggers.append(instantiate(options, run_dir=str(folder)))
+        except InstantiationException as error:
             if name == "csv":
                 raise
-            log.warning("logger.%s is left out: %s", name, str(error).splitlines()[0] if str(error) else repr(error))
+            log.warning("logger.%s is left out: %s", name, " ".join(str(error).split()))
     return loggers
 
 

@@ -15,6 +15,7 @@ from anomalib_lite import __version__
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.progress import ProgressBar
 from anomalib_lite.runs.checkpoints import CheckpointWriter, on_any_rank
+from anomalib_lite.runs.run_logger import RunLogger
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ class Training(L.Callback):
         if self.steps:
             log.info("resuming after batch %d", self.steps)
             for logger in trainer.loggers:
-                logger.keep_until(self.steps)  # type: ignore[attr-defined]
+                if isinstance(logger, RunLogger):
+                    logger.keep_until(self.steps)
 
     def finished(self, module: L.LightningModule) -> bool:
         return self.steps >= self.total_steps or bool(module.stopped_early)

@@ -1,6 +1,20 @@
-"""What lies where in a run's folder: every file and folder name is defined here. Imports nothing heavy."""
+"""A run's folder: every file and folder name, whether it is new, resumed or refused, and what it stores of the run.
 
+Imports nothing heavy.
+"""
+
+import contextlib
+import copy
+import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from anomalib_lite import __version__
+from anomalib_lite.cli.keys import assign, flat, lookup, translate
+from anomalib_lite.errors import UserError
+from anomalib_lite.paths import write_text
 
 #: written by a finished run or by `evaluate`
 RESULT = "result.json"
@@ -13,6 +27,7 @@ METRICS_LOG = "metrics.csv"
 CHECKPOINTS = "checkpoints"
 HYDRA = ".hydra"
 WANDB = "wandb"
+LOG = "train.log"  # by hydra.job.name
 #: written by `predict`, beside SCORES
 HEATMAPS = "heatmaps"
 OVERLAYS = "overlays"
@@ -36,3 +51,182 @@ def is_run(folder: Path) -> bool:
 def is_finished(run: Path) -> bool:
     """Whether the run has its results: result.json is written last."""
     return (run / RESULT).is_file()
+
+
+def make_absolute(config: dict[str, Any]) -> None:
+    """Replace paths by absolute ones: a stored run is used later, from any folder."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).expanduser().absolute())
+
+    data, backbone = config["data"], config["backbone"]
+    if data["root"] is not None:
+        data["root"] = absolute(data["root"])
+    for split in (config["split"], data["split"]):
+        if isinstance(split, dict) and isinstance(split.get("path"), str):
+            split["path"] = absolute(split["path"])
+    name = str(backbone["name"])
+    if "/" in name and Path(name).expanduser().is_dir():  # a checkpoint's folder, not a model of the hub
+        backbone["name"] = absolute(name)
+    if (backbone.get("weights") or "none") not in ("auto", "none"):
+        backbone["weights"] = absolute(backbone["weights"])
+
+
+# --- started: new, resumed, or refused ---
+
+
+def open_run(run: Path, config: dict[str, Any], names: dict[str, str], overrides: Sequence[str], hydra: Any) -> bool:
+    """Write the configuration into the run's folder; False if the run to be resumed is finished already.
+
+    Args:
+        config: the resolved configuration.
+        names: its choices of `method` and `split`.
+        overrides: the command line.
+        hydra: Hydra's own configuration.
+
+    Raises:
+        UserError: the folder holds a run, and `resume` is false.
+    """
+    from omegaconf import OmegaConf
+
+    if is_run(run) and not config["resume"]:
+        raise UserError(f"{run} already holds a run: add resume=true to continue it, or choose another hydra.run.dir")
+    if config["resume"] and is_finished(run):
+        return False
+    (run / CHECKPOINTS).mkdir(exist_ok=True)
+    (run / HYDRA).mkdir(exist_ok=True)
+    write_text(stored_config(run), json.dumps({"config": config, "names": names}, indent=1))
+    for name, content in (("config", config), ("hydra", {"hydra": hydra}), ("overrides", list(overrides))):
+        write_text(run / HYDRA / f"{name}.yaml", OmegaConf.to_yaml(OmegaConf.create(content)))
+    return True
+
+
+def resumed(
+    run: Path, config: dict[str, Any], names: dict[str, str], overrides: list[str]
+) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """Configuration, names and command line of a run started with `resume=true`; arguments: as the command line says.
+
+    The command line is either repeated in full, or it chooses no group. Then what it leaves out comes from the stored
+    run, so that `resume=true hydra.run.dir=DIR` is enough.
+
+    Raises:
+        UserError: a key has another value than in the stored run and may not change on resume; or the command line
+            holds nothing but such keys, and the folder no run.
+    """
+    from anomalib_lite.cli.schema import is_free
+
+    def is_choice(key: str) -> bool:  # of a group, such as method=ssae or +experiments=demo
+        return "." not in key and isinstance(config.get(key, {}), dict)
+
+    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    bound = [key for key in keys if not is_free(key, "resume")]
+    if not is_run(run):
+        if bound:  # a run that was killed before it wrote anything starts from the beginning
+            return config, names, overrides
+        raise UserError(
+            f"hydra.run.dir={run}: no run to resume in this folder; fix the path, or repeat the whole command line"
+        )
+    stored, stored_names = read_config(run)
+    if not any(is_choice(key) for key in bound):
+        given, config, names = config, copy.deepcopy(stored), stored_names
+        for key in keys:
+            assign(config, key, lookup(given, key))
+        overrides = [each for each in _stored_overrides(run) if each.partition("=")[0] not in keys] + overrides
+    check_unchanged(stored, config, run)
+    return config, names, overrides
+
+
+def check_unchanged(stored: dict[str, Any], config: dict[str, Any], run: Path) -> None:
+    """Raise UserError for the first key whose value differs from the stored one and may not change on resume."""
+    from anomalib_lite.cli.schema import is_free
+
+    before, after = flat(stored), flat(config)
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key) and not is_free(key, "resume"):
+            raise UserError(
+                f"{key}={after.get(key)} but the run in {run} was started with {before.get(key)}: "
+                "resume with the same configuration, or start a new run in another folder"
+            )
+
+
+def withdraw(run: Path) -> None:
+    """Undo `open_run` for a start that failed before the first checkpoint: a corrected run may use the folder.
+
+    A folder with nothing but what a start writes is emptied.
+    """
+    stored_config(run).unlink(missing_ok=True)
+    if {each.name for each in run.iterdir()} <= {HYDRA, CHECKPOINTS, LOG}:
+        shutil.rmtree(run / HYDRA, ignore_errors=True)
+        (run / LOG).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (run / CHECKPOINTS).rmdir()
+
+
+# --- stored ---
+
+
+def read_config(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The resolved configuration of a run, with today's names, and its choices of `method` and `split`.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    file = stored_config(run)
+    try:
+        content = json.loads(file.read_text())
+        return translate(content["config"]), content["names"]
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: no such file; is run={run} the folder of a finished run?") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: damaged ({error}); train again") from error
+
+
+def read_run(run: Path) -> tuple[Path, dict[str, Any], dict[str, str]]:
+    """The checkpoint's file, configuration and names of a trained run; UserError where one is missing or damaged."""
+    if not run.is_dir():
+        raise UserError(f"run={run}: no such folder")
+    config, names = read_config(run)
+    if not checkpoint(run).is_file():
+        raise UserError(f"{checkpoint(run)}: no such file; is run={run} the folder of a finished run?")
+    return checkpoint(run), config, names
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside Lightning's part: version, config, fingerprint, categories, finished,
+    and of that part the number of batches trained on, `steps`.
+
+    Raises:
+        UserError: the file is damaged, or was written by a version whose checkpoints can't be read.
+    """
+    import torch
+
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        stored = content["anomalib_lite"] | {"steps": content["callbacks"]["Training"]["steps"]}
+    except Exception as error:
+        raise UserError(f"{file}: damaged, or not a checkpoint of ours; remove it and train again") from error
+    if stored["version"].split(".")[:2] not in (["0", "1"], __version__.split(".")[:2]):
+        raise UserError(f"{file}: written by anomalib_lite {stored['version']}, this is {__version__}; train again")
+    return stored
+
+
+def objective(name: str | None, result: dict[str, Any]) -> float | None:
+    """The value of `validation.METRIC` that an optimising sweeper gets; None if nothing was held out."""
+    metrics = result["validation"]
+    if name is None or metrics is None:
+        return None
+    metric = name.partition(".")[2]
+    if metric not in metrics:
+        choices = ", ".join(f"validation.{each}" for each in metrics)
+        raise UserError(f"objective={name}: no such metric; choose from {choices}")
+    return metrics[metric]
+
+
+def _stored_overrides(run: Path) -> list[str]:
+    """The command line of a stored run; empty where it is missing."""
+    import yaml
+
+    try:
+        return [str(each) for each in yaml.safe_load((run / HYDRA / "overrides.yaml").read_text())]
+    except (OSError, TypeError, yaml.YAMLError):
+        return []

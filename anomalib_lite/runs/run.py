@@ -10,7 +10,6 @@ import lightning as L
 import torch
 from hydra.utils import instantiate
 
-from anomalib_lite import __version__
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.sampler import check_batch_size
 from anomalib_lite.errors import UserError, enough_memory
@@ -22,6 +21,8 @@ from anomalib_lite.runs.callbacks import Training
 from anomalib_lite.runs.devices import lightning_options, peak_memory_mb
 from anomalib_lite.runs.efficiency import efficiency
 from anomalib_lite.runs.figures import training_figure, write_figures
+from anomalib_lite.runs.folder import read_checkpoint
+from anomalib_lite.runs.run_logger import RunLogger
 from anomalib_lite.runs.terminal import silence_libraries
 from anomalib_lite.runs.test_outputs import HELD_OUT, NORMAL, TEST, Evaluation
 
@@ -63,11 +64,12 @@ def execute(
     training, evaluation = Training(cfg, checkpoint, model.total_steps), Evaluation()
     loggers = build.make_loggers(cfg["logger"], run) if fit else []
     trainer = build.make_trainer(hardware, run, [training, evaluation], loggers, model.total_steps)
+    run_loggers = [logger for logger in loggers if isinstance(logger, RunLogger)]
     if trainer.is_global_zero:
         for line in data.kept.told(names["split"]):
             log.info(line)
-        for logger in loggers:
-            logger.start(cfg, names, data)  # type: ignore[attr-defined]
+        for logger in run_loggers:
+            logger.start(cfg, names, data)
 
     with build.all_ranks(trainer):
         fit = fit and not stored.get("finished", False)  # a run that was interrupted in its test is trained already
@@ -113,8 +115,8 @@ def execute(
     }
     curves = make_curves(outputs[TEST], data.has_masks)
     write(run, data, outputs, curves, result, model)
-    for logger in loggers:
-        logger.log_test(result, data, outputs[TEST], curves)  # type: ignore[attr-defined]
+    for logger in run_loggers:
+        logger.log_test(result, data, outputs[TEST], curves)
     return result
 
 
@@ -179,21 +181,3 @@ def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyMod
             f"{checkpoint}: damaged, or not of the method that {cfg['method']['_target_']} is now"
         ) from error
     return model.eval().to("cuda" if options["accelerator"] == "gpu" else "cpu"), data
-
-
-def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """What a run writes into its checkpoint beside Lightning's part, and the number of batches trained on.
-
-    Raises:
-        UserError: the file is damaged, or of another version.
-    """
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        stored = content["anomalib_lite"] | {"steps": content["callbacks"]["Training"]["steps"]}
-    except Exception as error:
-        raise UserError(f"{checkpoint}: damaged, or not a checkpoint of ours; remove it and train again") from error
-    if stored["version"].split(".")[:2] != __version__.split(".")[:2]:
-        raise UserError(
-            f"{checkpoint}: written by anomalib_lite {stored['version']}, this is {__version__}; train again"
-        )
-    return stored

@@ -16,8 +16,9 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from omegaconf import OmegaConf
 
-from anomalib_lite.cli import schema as configuration
+from anomalib_lite.cli.keys import translate
 from anomalib_lite.errors import UserError
+from anomalib_lite.runs import folder
 from anomalib_lite.runs.artifacts import read_result
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class Job:
 
     @property
     def objective(self) -> float | None:
-        return configuration.objective(self.plain["objective"], self.result) if self.result else None
+        return folder.objective(self.plain["objective"], self.result) if self.result else None
 
 
 def key_of(overrides: list[str]) -> str:
@@ -97,13 +98,13 @@ def before_now(job: Job) -> None:
     if not stored.is_file():
         return
     try:
-        begun = json.loads(stored.read_text())["config"]
+        begun = translate(json.loads(stored.read_text())["config"])
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s: damaged (%s); job %d begins anew", stored, error, job.number)
         for place in (stored.parent, job.folder / "result.json"):
             put_aside(place)
         return
-    configuration.check_unchanged(begun, job.plain, job.folder)
+    folder.check_unchanged(begun, job.plain, job.folder)
     job.resume = True
     if (job.folder / "result.json").is_file():
         try:

@@ -1,19 +1,14 @@
-"""metrics.csv: a run's scalars as a table. `make_loggers` constructs all loggers of a run."""
+"""metrics.csv: a run's scalars as a table."""
 
 import csv
-import logging
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 
 from anomalib_lite.paths import replacing
 from anomalib_lite.runs import folder
-from anomalib_lite.tracking.base import RunLogger
-
-log = logging.getLogger(__name__)
+from anomalib_lite.runs.run_logger import RunLogger
 
 
 class CSVLogger(RunLogger):
@@ -51,20 +46,3 @@ class CSVLogger(RunLogger):
 
     def finalize(self, status: str) -> None:
         self.save()
-
-
-def make_loggers(cfg: dict[str, Any], run_dir: Path) -> list[RunLogger]:
-    """The loggers of the configuration group `logger`, constructed with their options and `run_dir`.
-
-    A logger that can't be constructed is left out with a warning. Only for `csv` the exception is raised: every run has
-    its metrics.csv.
-    """
-    loggers = []
-    for name, options in cfg.items():
-        try:
-            loggers.append(instantiate(options, run_dir=str(run_dir)))
-        except InstantiationException as error:
-            if name == "csv":
-                raise
-            log.warning("logger.%s is left out: %s", name, " ".join(str(error).split()))
-    return loggers

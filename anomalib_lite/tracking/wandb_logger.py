@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.paths import write_text
 from anomalib_lite.runs.folder import WANDB
-from anomalib_lite.tracking.base import RunLogger
+from anomalib_lite.runs.run_logger import RunLogger
 
 log = logging.getLogger(__name__)
 

@@ -177,5 +177,5 @@ def test_a_batch_that_ranks_can_not_share(root, tmp_path):
     options = [*arguments(root, tmp_path / "run", "norm_occ", 3, "bottle"), "trainer.max_steps=2"]
     outcome = runs.train(*options, small=False)
     assert outcome.code == 2
-    assert outcome.err.startswith("error: data.batch_size=4 can't be shared out to 3 devices evenly")
+    assert outcome.err.startswith("error: data.batch_size=4 is not divisible by 3 devices")
     assert outcome.err.count("\n") == 1

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from anomalib_lite.cli.schema import check_scoring
+from anomalib_lite.cli.schema import Scoring, check_group
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods import blocks
 from anomalib_lite.methods.scoring import image_scores, smooth
@@ -197,9 +197,9 @@ def test_pooling_for_image_scores():
 @pytest.mark.parametrize(("key", "how"), [("pixel_smooth", {"pool": 16}), ("image_smooth", {"pool": 0})])
 def test_pooling_is_for_image_scores_alone(key, how):
     defaults = {"pixel_smooth": 4, "image_smooth": "same", "image_score": "max", "quantile": 0.99, "fpr_limits": [0.3]}
-    check_scoring(defaults | {"image_smooth": {"pool": 16}})
+    check_group(defaults | {"image_smooth": {"pool": 16}}, Scoring, "scoring")
     with pytest.raises(UserError, match=rf"scoring.{key}=\{{'pool': \d+\}}: give"):
-        check_scoring(defaults | {key: how})
+        check_group(defaults | {key: how}, Scoring, "scoring")
 
 
 def test_only_training_is_jittered_and_dropped_out():

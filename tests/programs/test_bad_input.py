@@ -12,7 +12,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from anomalib_lite.cli import schema as configuration
+from anomalib_lite.cli.annotations import check_types
 from anomalib_lite.errors import UserError
 from tests.helpers.image_trees import make_mvtec, make_visa, save_image, save_mask
 from tests.helpers.run_programs import Outcome, evaluate, folder_data, python, result_of, train
@@ -50,10 +50,10 @@ def assert_one_line(outcome: Outcome, pattern: str) -> None:
 
 
 def assert_refused(pattern: str, *arguments: str | Path, run_dir: Path, small: bool = True) -> None:
-    """`train` with these arguments is refused by one line that matches, and `run_dir` holds no run afterwards."""
+    """`train` with these arguments is refused by one line that matches, and leaves nothing behind."""
+    before = {run_dir, *run_dir.rglob("*")} if run_dir.exists() else set()
     assert_one_line(train(*arguments, f"hydra.run.dir={run_dir}", small=small), pattern)
-    assert not list(run_dir.rglob("*.ckpt"))
-    assert not list(run_dir.rglob("*.json"))
+    assert ({run_dir, *run_dir.rglob("*")} if run_dir.exists() else set()) == before
 
 
 def assert_mended(*arguments: str | Path, run_dir: Path) -> None:
@@ -138,6 +138,11 @@ OPTIONS = {
     "--cfg=foo": "--cfg.*'foo'.*--help",
     "--resolve": "--resolve: goes with --cfg",
     "--multirun --run": "--run and --multirun: give one of them",
+    "cache.type=auto": "cache.type: .*new name; give cache.dtype",
+    "+cache.type=auto": "cache.type: this key has a new name; give cache.dtype",
+    "method=ltad method.semantic=0": "method.semantic: this key has a new name; give method.classifier_weight",
+    "method=ssae ++method.look_every=0": "method.look_every: this key has a new name; give method.eval_every",
+    "-m method=ssae method.look_every=1,2": "method.look_every: this key has a new name; give method.eval_every",
     "method._target_=no.such.Thing": "no.such.Thing: can't be imported .*No module named 'no'",
     "method._target_=anomalib_lite.methods.norm_occ.Foo": r"methods.norm_occ.Foo: can't be imported .*_target_",
     "method.optimizer._target_=torch.optim.Foo": "torch.optim.Foo: can't be imported",
@@ -176,7 +181,7 @@ def test_gpu_without_gpu(data, tmp_path):
 def test_batch_size_that_devices_cant_share(data, tmp_path):
     devices = ["hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2"]
     assert_refused(
-        "data.batch_size=3 can't be shared out to 2",
+        "data.batch_size=3 is not divisible by 2 devices; use a multiple of 2",
         *folder_data(data),
         *devices,
         "data.batch_size=3",
@@ -191,9 +196,16 @@ def test_sweep_over_several_devices(data, tmp_path):
     assert_one_line(outcome, "hardware.devices=2 in a sweep with hydra/launcher=basic")
 
 
-def test_sweep_over_a_wrong_choice(data, tmp_path):
-    outcome = train("-m", *folder_data(data), "method=norm_occ,foo", f"hydra.sweep.dir={tmp_path}")
-    assert_one_line(outcome, "method=foo: no such choice")
+@pytest.mark.parametrize(
+    ("argument", "pattern"),
+    [("method=norm_occ,foo", "method=foo: no such choice"), ("data.batch_size=4,0", "data.batch_size=0: give")],
+)
+def test_sweep_that_is_refused(argument, pattern, data, tmp_path):
+    (tmp_path / "mine").mkdir()
+    sweep_dir = tmp_path / "mine" / "sweeps" / "first"
+    outcome = train("-m", *folder_data(data), argument, f"hydra.sweep.dir={sweep_dir}")
+    assert_one_line(outcome, pattern)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]  # an empty folder that was there before stays
 
 
 @pytest.mark.parametrize("place", ["below_a_file", "in_proc"])
@@ -435,9 +447,16 @@ EVALUATE = {
     "key that is trained on": (["run={run}", "output={out}", "seed=1"], "seed can't be changed without training anew"),
     "method": (["run={run}", "output={out}", "method.norm=1"], "method.norm can't be changed"),
     "unknown key": (["run={run}", "output={out}", "scoring.foo=1"], "scoring.foo: the run's configuration has no such"),
+    "renamed key": (
+        ["run={run}", "output={out}", "cache.type=auto"],
+        "cache.type: .*new name; give cache.dtype",
+    ),
     "bad value": (["run={run}", "output={out}", "scoring.image_score=best"], "scoring.image_score=best: give"),
     "no value": (["run={run}", "output={out}", "seed"], "seed: arguments are KEY=VALUE"),
-    "unreadable value": (["run={run}", "output={out}", "hardware.devices=[1"], r"hardware.devices=\[1: not a value"),
+    "unreadable value": (
+        ["run={run}", "output={out}", "hardware.devices=[1"],
+        "the value is not valid YAML",
+    ),
     "root that is gone": (["run={run}", "output={out}", "data.root={run}/none"], "none: no such folder; set data.root"),
     "output that is taken": (["run={run}", "output={run}"], "already holds results: choose another output=DIR"),
     "output below a file": (["run={run}", "output={run}/result.json/out"], "result.json/out: .*output=DIR"),
@@ -521,7 +540,7 @@ class More(Options):
 )
 def test_an_option_of_a_wrong_type(option, value, wanted):
     right = {"count": 2, "share": 1, "flag": False, "names": ["a"], "sizes": [1], "parts": {"a": 1}, "name": "b"}
-    configuration.check_types("method", More, right | {"anything": object(), "_target_": "x", "unknown": 1})
-    configuration.check_types("method", More, {"share": None, "names": None, "parts": None, "sizes": []})
+    check_types("method", More, right | {"anything": object(), "_target_": "x", "unknown": 1})
+    check_types("method", More, {"share": None, "names": None, "parts": None, "sizes": []})
     with pytest.raises(UserError, match=rf"^method.{option}={re.escape(json.dumps(value))}: give {wanted}"):
-        configuration.check_types("method", More, right | {option: value})
+        check_types("method", More, right | {option: value})

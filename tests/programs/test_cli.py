@@ -13,8 +13,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from anomalib_lite.cli import schema as configuration
-from anomalib_lite.cli.program import HOME
+from anomalib_lite.cli import schema
+from anomalib_lite.paths import HOME
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.run_programs import ROOT, python, result_of, train
 
@@ -69,6 +69,15 @@ def test_nothing_heavy_is_imported(arguments, tmp_path):
     imported = set(re.findall(r"^import time:.*\| +(\S+)$", outcome.err, re.MULTILINE))
     assert "omegaconf" in imported
     assert not {name.partition(".")[0] for name in imported} & set(HEAVY)
+    assert ("pydantic" in imported) == ("data.batch_size=0" in arguments)
+
+
+def test_help_lists_what_a_user_may_choose(tmp_path):
+    outcome = train("--help", small=False)
+    groups = dict(line.split(": ", 1) for line in outcome.out.splitlines() if re.match(r"\w+: \w+, ", line))
+    assert groups["data"] == "folder, mvtec, synthetic, visa"
+    assert "ltad_small" in groups["experiments"].split(", ")
+    assert not re.search(r"[ ,]_\w+[,\n]", outcome.out)
 
 
 def test_help_of_evaluate(tmp_path):
@@ -94,14 +103,14 @@ def test_everything_composes(method, backbone):
         assert cfg["data"]["seed"] == cfg["seed"]
         assert (cfg["backbone"]["name"] or "none").split("/")[-1].startswith(backbone)
         assert cfg["hardware"]["accelerator"] == (hardware if hardware in ("cpu", "gpu") else "auto")
-        configuration.check(cfg)
+        schema.check(cfg)
 
 
 @pytest.mark.parametrize("group", ["split", "trainer", "scoring", "logger"])
 def test_other_groups_compose(group):
     for name in choices(group):
         more = ["split.path=FILE"] if name == "file" else []
-        configuration.check(composed(f"{group}={name}", *more))
+        schema.check(composed(f"{group}={name}", *more))
 
 
 STUDY = """# @package _global_

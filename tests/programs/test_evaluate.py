@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from anomalib_lite.cli import schema as configuration
 from anomalib_lite.metrics.functional import image_metrics, pixel_metrics
+from anomalib_lite.runs.folder import read_run
 from anomalib_lite.runs.run import build
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.run_programs import evaluate, folder_data, predict, restored, result_of, train
@@ -62,7 +62,7 @@ def scores_of(run: Path) -> list[float]:
 
 def raw_maps(run: Path) -> tuple[Any, dict[str, np.ndarray]]:
     """The DataModule of a run, and the method's own maps of the test and training images by path."""
-    checkpoint, cfg, _ = configuration.read_run(run)
+    checkpoint, cfg, _ = read_run(run)
     with restored(), torch.no_grad():
         data, model, _ = build(cfg)
         model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])

@@ -291,8 +291,31 @@ def test_a_changed_configuration_is_refused_by_its_key(arguments, interrupted, c
     before = (interrupted / "checkpoints" / "last.ckpt").read_bytes()
     outcome = runs.train(*arguments(interrupted, "resume=true", change), small=False)
     assert outcome.code == 2
-    assert re.fullmatch(rf"error: ({key}) but the run in .* was begun with .*\n", outcome.err)
+    assert re.fullmatch(rf"error: ({key}) but the run in .* was started with .*\n", outcome.err)
     assert (interrupted / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+def test_resume_alone(arguments, undisturbed, tmp_path):
+    """The run's folder is enough; keys that may change are given besides, others are refused by name."""
+    run = tmp_path / "run"
+    interrupt(arguments(run), 4)
+    alone = ("resume=true", f"hydra.run.dir={run}")
+    outcome = runs.train(*alone, "seed=1", small=False)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert outcome.err.startswith("error: seed=1 but the run in")
+    finish([*alone, "hardware=cpu", "data.eval_batch_size=3", "trainer.checkpoint_minutes=5"])
+    assert_equal(state_of(run), undisturbed(arguments))
+    result = results.read_result(run)
+    assert {"method=noisy", "data.eval_batch_size=3"} <= set(result["overrides"])
+    assert json.loads((run / "checkpoints" / "config.json").read_text())["names"]["method"] == "noisy"
+
+
+@pytest.mark.parametrize("more", [(), ("data.workers=0", "hardware=cpu")])
+def test_resume_alone_in_a_folder_without_a_run(more, tmp_path):
+    outcome = runs.train("resume=true", f"hydra.run.dir={tmp_path / 'runs' / 'mistyped'}", *more, small=False)
+    assert outcome.code == 2
+    assert re.fullmatch(r"error: hydra.run.dir=.*mistyped: no run to resume in this folder; [^\n]*\n", outcome.err)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ import torch
 import yaml
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from anomalib_lite.cli import schema as configuration
 from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.runs import artifacts as results
+from anomalib_lite.runs.folder import read_run
 from anomalib_lite.runs.run import build
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
@@ -235,7 +235,7 @@ def test_evaluating_under_another_protocol(finished, tmp_path):
 
 
 def test_thresholds_come_from_normal_training_images(finished):
-    checkpoint, cfg, _ = configuration.read_run(finished)
+    checkpoint, cfg, _ = read_run(finished)
     with runs.restored():
         data, model, _ = build(cfg)
     model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from anomalib_lite.cli import keys
 from anomalib_lite.cli import schema as configuration
 from anomalib_lite.runs import artifacts as results
 from tests.helpers import run_programs as runs
@@ -424,7 +425,7 @@ def test_the_sweep_file_of_wandb():
     configuration.check(plain)
     assert plain["data"]["val_fraction"] > 0
     for key, value in values.items():
-        assert configuration.lookup(plain, key) == value
+        assert keys.lookup(plain, key) == value
 
 
 @pytest.mark.slow

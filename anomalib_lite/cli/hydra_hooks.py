@@ -1,0 +1,58 @@
+"""Two hooks into Hydra: a failed start leaves no empty folder, and --help lists no choice that begins with `_`."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.experimental.callback import Callback
+
+#: Hydra's record of a sweep, written before its jobs are checked
+SWEEP_RECORD = "multirun.yaml"
+_new_folders: list[Path] = []
+
+
+class NoteNewFolders(Callback):
+    """Notes which folders this start will create. `hydra.callbacks` of conf/train.yaml names this class."""
+
+    def on_run_start(self, config: Any, **kwargs: Any) -> None:
+        _note(config.hydra.run.dir)
+
+    def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
+        _note(config.hydra.sweep.dir)
+
+
+def _note(place: str) -> None:
+    folder = Path(place).absolute()
+    _new_folders[:] = [each for each in (folder, *folder.parents) if not each.exists()]
+
+
+@contextlib.contextmanager
+def remove_empty_folders() -> Iterator[None]:
+    """If the block fails, remove the folders that it created and left empty."""
+    _new_folders.clear()
+    try:
+        yield
+    except BaseException:
+        for folder in _new_folders:
+            with contextlib.suppress(OSError):  # also: not empty
+                if [each.name for each in folder.iterdir()] == [SWEEP_RECORD]:
+                    (folder / SWEEP_RECORD).unlink()
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def no_private_choices() -> Iterator[None]:
+    """Hydra lists every file of a group as a choice: hide those that are parts of others, such as data/_base."""
+    original = ConfigLoaderImpl.get_group_options
+
+    def public(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> list[str]:
+        return [name for name in original(self, *args, **kwargs) if not name.startswith("_")]
+
+    ConfigLoaderImpl.get_group_options = public  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ConfigLoaderImpl.get_group_options = original  # type: ignore[method-assign]

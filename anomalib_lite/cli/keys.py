@@ -1,0 +1,85 @@
+"""Keys such as `data.batch_size` in a nested configuration, and the names that keys and classes had before."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from anomalib_lite.errors import UserError
+
+#: old key -> new key, since 0.2
+RENAMED = {
+    "cache.type": "cache.dtype",
+    "method.semantic": "method.classifier_weight",
+    "method.look_every": "method.eval_every",
+}
+#: old module -> new module of a `_target_`, since 0.2
+MOVED = {
+    "anomalib_lite.backbones": "anomalib_lite.features.backbones",
+    "anomalib_lite.methods.vision_language": "anomalib_lite.features.vision_language",
+    "anomalib_lite.loggers": "anomalib_lite.tracking.csv_logger",
+    "anomalib_lite.wandb_run": "anomalib_lite.tracking.wandb_logger",
+}
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested dict as {"a.b.c": value}."""
+    if not isinstance(config, dict):
+        return {prefix: config}
+    return {
+        key: value for name, part in config.items() for key, value in flat(part, f"{prefix}.{name}".strip(".")).items()
+    }
+
+
+def lookup(config: Any, key: str, default: Any = None) -> Any:
+    """config[a][b] for the key a.b, or the default."""
+    for part in key.split("."):
+        if not isinstance(config, dict) or part not in config:
+            return default
+        config = config[part]
+    return config
+
+
+def assign(config: dict[str, Any], key: str, value: Any) -> None:
+    """config[a][b] = value for the key a.b; the groups must exist."""
+    group, _, name = key.rpartition(".")
+    parent = lookup(config, group) if group else config
+    parent[name] = value
+
+
+def new_name(key: str) -> str:
+    """The error for a renamed key."""
+    return f"{key}: this key has a new name; give {RENAMED[key]}=VALUE"
+
+
+def refuse_renamed(config: dict[str, Any]) -> None:
+    """Raise UserError for the first key of a configuration that has a new name."""
+    for key in _old_keys(config):
+        raise UserError(new_name(key))
+
+
+def translate(config: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration with today's names of keys and classes, in the stored order."""
+    old = list(_old_keys(config))
+
+    def renamed(value: Any, key: str) -> Any:
+        if isinstance(value, list):
+            return [renamed(each, key) for each in value]
+        if isinstance(value, dict):
+            inner = {name: f"{key}.{name}".strip(".") for name in value}
+            return {
+                RENAMED[inner[name]].rpartition(".")[2] if inner[name] in old else name: renamed(each, inner[name])
+                for name, each in value.items()
+            }
+        if key.endswith("_target_") and isinstance(value, str):
+            module, _, name = value.rpartition(".")
+            return f"{MOVED.get(module, module)}.{name}" if module else value
+        return value
+
+    return renamed(config, "")
+
+
+def _old_keys(config: dict[str, Any]) -> Iterator[str]:
+    """The keys of a configuration that were renamed; a user's own method may have options of any name."""
+    own_method = not str(lookup(config, "method._target_", "")).startswith("anomalib_lite.")
+    for key in RENAMED:
+        if lookup(config, key, ...) is not ... and not (own_method and key.startswith("method.")):
+            yield key
