@@ -37,7 +37,7 @@ class Split:
     def counts(self) -> Counts:
         return count(self.train, self.full)
 
-    def told(self, name: str) -> list[str]:
+    def summary_lines(self, name: str) -> list[str]:
         """What is to be said before training starts; nothing of a full set."""
         if self.profile == "full":
             return self.notes

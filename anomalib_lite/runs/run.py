@@ -124,7 +124,7 @@ def execute(
         if data.balanced:
             notes.append("data.balanced=true changes nothing: this method sees every training image once")
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        for line in data.kept.told(names["split"]):
+        for line in data.kept.summary_lines(names["split"]):
             log.info(line)
     trainer = L.Trainer(
         **hardware,
