@@ -26,7 +26,7 @@ from anomalib_lite.data.dataset import (
     one_thread,
 )
 from anomalib_lite.data.samples import DataSet, Sample
-from anomalib_lite.data.transforms import Crop, Pipeline, Resize, build, pair
+from anomalib_lite.data.transforms import Crop, Pipeline, Resize, pair
 from anomalib_lite.errors import UserError
 
 TEXTURES = {  # what `treatment="auto"` knows, by the data set's name
@@ -165,8 +165,8 @@ class AnomalyDataModule(L.LightningDataModule):
             transform = [] if isinstance(self.test_size, str) else [Resize(self.test_size, self.resample)]
         if self.test_size == "original":
             self.eval_batch_size, self.map_size = 1, self.map_size or "original"
-        self.eval_pipeline = build(transform, normalize=self.normalize)
-        self.train_pipeline = build(transform, [*crop, *self.augment] if crop else self.augment, self.normalize)
+        self.eval_pipeline = Pipeline(transform, normalize=self.normalize)
+        self.train_pipeline = Pipeline(transform, [*crop, *self.augment] if crop else self.augment, self.normalize)
         #: whether training sees images as test does, so that their frozen features may be computed once
         self.varies = bool(crop or self.augment or self.corrupt)
 

@@ -5,28 +5,18 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from anomalib_lite.data.mvtec_layout import (
-    Counts,
-    absent_notes,
-    category_folders,
-    choose,
-    count_notes,
-    existing_root,
-    missing_notes,
-    read_folders,
-    subfolders,
-)
+from anomalib_lite.data import mvtec_layout as layout
 from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.errors import UserError
 
 # fmt: off
-MVTEC: Counts = {
+MVTEC: layout.Counts = {
     "bottle": (209, 20, 63), "cable": (224, 58, 92), "capsule": (219, 23, 109), "carpet": (280, 28, 89),
     "grid": (264, 21, 57), "hazelnut": (391, 40, 70), "leather": (245, 32, 92), "metal_nut": (220, 22, 93),
     "pill": (267, 26, 141), "screw": (320, 41, 119), "tile": (230, 33, 84), "toothbrush": (60, 12, 30),
     "transistor": (213, 60, 40), "wood": (247, 19, 60), "zipper": (240, 32, 119),
 }
-VISA: Counts = {
+VISA: layout.Counts = {
     "candle": (900, 100, 100), "capsules": (542, 60, 100), "cashew": (450, 50, 100), "chewinggum": (453, 50, 100),
     "fryum": (450, 50, 100), "macaroni1": (900, 100, 100), "macaroni2": (900, 100, 100), "pcb1": (904, 100, 100),
     "pcb2": (901, 100, 100), "pcb3": (905, 101, 100), "pcb4": (904, 101, 100), "pipe_fryum": (450, 50, 100),
@@ -37,18 +27,18 @@ VISA_COLUMNS = ["object", "split", "label", "image", "mask"]
 
 def read_mvtec(root: str | Path | None, category: str | Sequence[str]) -> DataSet:
     """MVTec AD. Only official categories; counts that differ from the official ones become notes."""
-    base = existing_root(root)
+    base = layout.existing_root(root)
     return _read_official(base, base, category, MVTEC, "MVTec AD")
 
 
 def read_visa(root: str | Path | None, category: str | Sequence[str], split_csv: str = "1cls.csv") -> DataSet:
     """VisA: raw with `split_csv/<split_csv>` at the root, or in the MVTec layout at the root or in `1cls/`."""
-    base = existing_root(root)
+    base = layout.existing_root(root)
     table = base / "split_csv" / split_csv
     if table.is_file():
         return _read_visa_raw(base, category, table)
     for converted in (base / "1cls", base):
-        if category_folders(converted).keys() & VISA.keys():
+        if layout.category_folders(converted).keys() & VISA.keys():
             return _read_official(base, converted, category, VISA, "VisA")
     raise UserError(
         f"{base}: neither VisA's raw layout (split_csv/{split_csv} is missing) nor a converted one "
@@ -58,24 +48,26 @@ def read_visa(root: str | Path | None, category: str | Sequence[str], split_csv:
 
 def read_folder(root: str | Path | None, category: str | Sequence[str]) -> DataSet:
     """Any categories in the MVTec layout; without `ground_truth` masks are None. The root may be the one category."""
-    base = existing_root(root)
-    folders = {base.name or base.resolve().name: base} if (base / "train").is_dir() else category_folders(base)
-    return read_folders(base, {name: folders[name] for name in choose(category, list(folders), base)})
+    base = layout.existing_root(root)
+    folders = {base.name or base.resolve().name: base} if (base / "train").is_dir() else layout.category_folders(base)
+    return layout.read_folders(base, {name: folders[name] for name in layout.choose(category, list(folders), base)})
 
 
-def _read_official(base: Path, below: Path, category: str | Sequence[str], official: Counts, title: str) -> DataSet:
+def _read_official(
+    base: Path, below: Path, category: str | Sequence[str], official: layout.Counts, title: str
+) -> DataSet:
     """A data set in the MVTec layout of which the categories and their counts are known."""
-    folders = category_folders(below)
+    folders = layout.category_folders(below)
     hint = ""
     if (base / "train").is_dir():
         hint = f"; it seems to be a category itself, set data.root to {base.parent}"
     elif folders.keys() - official.keys():
         hint = f"; data=folder reads categories that are not {title}'s"
-    names = choose(category, [name for name in folders if name in official], base, hint)
-    data = read_folders(base, {name: folders[name] for name in names})
-    data.notes += count_notes(data, official)
+    names = layout.choose(category, [name for name in folders if name in official], base, hint)
+    data = layout.read_folders(base, {name: folders[name] for name in names})
+    data.notes += layout.count_notes(data, official)
     if category == "all":
-        data.notes += absent_notes(data, official, title)
+        data.notes += layout.absent_notes(data, official, title)
     return data
 
 
@@ -84,8 +76,8 @@ def _read_official(base: Path, below: Path, category: str | Sequence[str], offic
 
 def _read_visa_raw(base: Path, category: str | Sequence[str], table: Path) -> DataSet:
     """The rows of the table whose objects are chosen; a table lists all objects, a disk may hold some of them."""
-    available = [p.name for p in subfolders(base) if p.name in VISA and (p / "Data").is_dir()]
-    names = choose(category, available, base, "" if available else "; VisA's raw layout is OBJECT/Data/Images")
+    available = [p.name for p in layout.subfolders(base) if p.name in VISA and (p / "Data").is_dir()]
+    names = layout.choose(category, available, base, "" if available else "; VisA's raw layout is OBJECT/Data/Images")
     data, left_out = DataSet(base, [], []), 0
     for where, row in _visa_rows(table):
         if row["object"] not in names:
@@ -104,11 +96,11 @@ def _read_visa_raw(base: Path, category: str | Sequence[str], table: Path) -> Da
         samples.sort(key=lambda s: (names.index(s.category), s.label, s.path))
     if left_out:
         data.notes.append(f"{table.name}: {left_out} defective training images left out")
-    data.notes += missing_notes(data)
+    data.notes += layout.missing_notes(data)
     if table.name == "1cls.csv":
-        data.notes += count_notes(data, VISA)
+        data.notes += layout.count_notes(data, VISA)
     if category == "all":
-        data.notes += absent_notes(data, VISA, "VisA")
+        data.notes += layout.absent_notes(data, VISA, "VisA")
     return data
 
 

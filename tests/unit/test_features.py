@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from anomalib_lite.data.transforms import Resize, build
+from anomalib_lite.data.transforms import Pipeline, Resize
 from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.features.cache import FeatureFiles, FeatureStore, compact, image_key, key, shapes, table
 from tests.helpers.image_trees import make_mvtec
@@ -91,7 +91,7 @@ def test_key_holds_everything_that_features_depend_on(tmp_path):
     def make(layers=(2, 3), seed=0, precision="32", size=32, resample="bilinear", normalize="imagenet", kind="auto"):
         torch.manual_seed(seed)
         backbone = Backbone(RESNET, list(layers), "none", precision)
-        return json.dumps(key(backbone, build([Resize(size, resample)], (), normalize), CPU, kind), sort_keys=True)
+        return json.dumps(key(backbone, Pipeline([Resize(size, resample)], (), normalize), CPU, kind), sort_keys=True)
 
     first = make()
     assert make() == first
