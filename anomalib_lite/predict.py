@@ -117,16 +117,16 @@ def draw(output: Path, base: Path, below: Path, amap: Any, limits: dict[str, Any
 
 def images_below(source: Path) -> list[Path]:
     """The image itself, or all images below a folder, sorted, without hidden ones."""
-    from anomalib_lite.data.readers import EXTENSIONS
+    from anomalib_lite.data.samples import IMAGE_SUFFIXES
 
     if source.is_file():
         return [source]
     if not source.is_dir():
         raise UserError(f"input={source}: no such file or folder")
-    found = sorted(p for p in source.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    found = sorted(p for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(source).parts)]
     if not found:
-        raise UserError(f"input={source}: holds no image ({', '.join(sorted(EXTENSIONS))})")
+        raise UserError(f"input={source}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
     return found
 
 

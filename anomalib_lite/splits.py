@@ -8,24 +8,30 @@ KEY=VALUE        as for training: split=exp100, data=mvtec data.root=DIR data.ca
 --write FILE     the split as a file, which split=file split.path=FILE reads again
 --format NAME    of that file; by its name, or
                  jsonl  JSON lines of training images (UniAD)    meta   ADer's meta.json, with the test set
-                 csv    VisA's columns, with the test set        list   a training image's path a line
+                 csv    VisA's columns, with the test set        list   one path of a training image per line
                  prune  paths of images to leave out (the file must be called prune_*)
 --config-dir DIR a folder of your own configuration
 
-Exit codes: 0; 2 for an error that is yours to mend.
+Exit codes: 0; 2 for a user error.
 """
+
+from __future__ import annotations
 
 import re
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anomalib_lite.cli import program as cli
 from anomalib_lite.errors import UserError
 
-SUFFIXES = {".jsonl": "jsonl", ".json": "meta", ".csv": "csv", ".txt": "list"}
+if TYPE_CHECKING:
+    from anomalib_lite.data.samples import DataSet
+    from anomalib_lite.data.splits import Split
+
+FORMAT_OF_SUFFIX = {".jsonl": "jsonl", ".json": "meta", ".csv": "csv", ".txt": "list"}
 
 
 def main() -> None:
@@ -46,45 +52,54 @@ def show(arguments: Sequence[str]) -> None:
     if options.format and not options.write:
         raise UserError(f"--format {options.format}: of which file? give --write FILE")
     cfg = composed(options.overrides, options.config_dir)
+    if options.counts and options.write:
+        raise UserError(f"--write {options.write}: a file lists images; leave out --counts and give data.root=DIR")
+    if options.counts and "path" in cfg["split"]:
+        raise UserError("--counts: this split is made of files; give data.root=DIR instead")
 
-    if options.counts:
-        if options.write:
-            raise UserError(f"--write {options.write}: a file lists images; leave out --counts and give data.root=DIR")
-        full = chosen(options.counts, cfg["data"]["category"])
-        kept, head, tail = profile_of(cfg["split"], full)
-        draw(title(cfg), full, kept, head, tail)
-        return
     from hydra.utils import instantiate
 
-    data = instantiate(cfg["data"]["reader"])(cfg["data"]["root"], cfg["data"]["category"])
+    if options.counts:
+        data = without_files(options.counts, cfg["data"]["category"])
+    else:
+        data = instantiate(cfg["data"]["reader"])(cfg["data"]["root"], cfg["data"]["category"])
     split = instantiate(cfg["split"])(data)
-    draw(title(cfg), split.full, split.counts, split.head, split.tail)
-    for note in data.notes + split.notes:
-        print(f"note: {note}")
+    print_table(title(cfg), split)
+    if not options.counts:
+        for note in data.notes + split.notes:
+            print(f"note: {note}")
     if options.write:
-        from anomalib_lite.data import split_files
-
         file = Path(options.write).expanduser()
-        form = options.format or ("prune" if file.name.startswith("prune_") else SUFFIXES.get(file.suffix.lower()))
-        if form not in split_files.FORMATS:
-            which = f"--format {form}" if form else f"--write {file}: its name tells no format; give --format"
-            raise UserError(f"{which}: choose {', '.join(split_files.FORMATS)}")
-        split_files.write(file, form, data, split.train)
-        again = [o for o in options.overrides if o.startswith("data")]
+        format = write(file, options.format, data, split)
+        again = [option for option in options.overrides if option.startswith("data")]
         again += ["data.category=all"] * (not any(o.startswith("data.category=") for o in again))
         again += ["split=file", f"split.path={file}", *read_as(split)]
-        print(f"written: {file} ({form}); its arguments: {shlex.join(again)}")
+        print(f"written: {file} ({format}); its arguments: {shlex.join(again)}")
 
 
-def read_as(split: Any) -> list[str]:
+def write(file: Path, format: str | None, data: DataSet, split: Split) -> str:
+    """Write the split in the format, or in the one that the file's name tells; gives the format."""
+    from anomalib_lite.data import split_files
+    from anomalib_lite.data.split_formats import FORMATS
+
+    by_name = "prune" if file.name.startswith("prune_") else FORMAT_OF_SUFFIX.get(file.suffix.lower())
+    chosen = format or by_name
+    if chosen not in FORMATS:
+        which = f"--format {format}" if format else f"--write {file}: its name tells no format; give --format"
+        raise UserError(f"{which}: choose {', '.join(FORMATS)}")
+    split_files.write(file, chosen, data, split.train)
+    return chosen
+
+
+def read_as(split: Split) -> list[str]:
     """The arguments without which a file of this split would be read with another head and tail."""
-    from anomalib_lite.data.splits import halves, ordered
+    from anomalib_lite.data.splits import head_and_tail, ordered
 
     head, names = len(split.head), [*split.head, *split.tail]
-    if not head or halves(ordered(split.counts, "size")) == (split.head, split.tail):
+    if not head or head_and_tail(ordered(split.counts, "size")) == (split.head, split.tail):
         return []
     listed = ",".join(name if re.fullmatch(r"[A-Za-z_]\w*", name) else f'"{name}"' for name in names)
-    return [f"split.order=[{listed}]"] + [f"split.head={head}"] * (halves(names)[0] != split.head)
+    return [f"split.order=[{listed}]"] + [f"split.head={head}"] * (head_and_tail(names)[0] != split.head)
 
 
 def composed(overrides: Sequence[str], folder: str | None) -> dict[str, Any]:
@@ -108,9 +123,10 @@ def composed(overrides: Sequence[str], folder: str | None) -> dict[str, Any]:
     return cfg
 
 
-def chosen(which: str, category: Any) -> dict[str, int]:
-    """Full training counts of the categories: of a known data set, or as given."""
+def without_files(which: str, category: str | list[str]) -> DataSet:
+    """The training images of the categories by their numbers alone: those of a known data set, or as given."""
     from anomalib_lite.data.readers import MVTEC, VISA
+    from anomalib_lite.data.samples import DataSet, Sample
 
     known = {"mvtec": MVTEC, "visa": VISA}
     if which in known:
@@ -120,66 +136,55 @@ def chosen(which: str, category: Any) -> dict[str, int]:
         counts = {pair[1]: int(pair[2]) for pair in pairs if pair}
         if len(counts) != len(pairs):
             raise UserError(f"--counts {which}: give mvtec, visa, or each class once, as in bottle=209,cable=224")
-    names = (
-        list(counts) if category == "all" else [str(c) for c in ([category] if isinstance(category, str) else category)]
-    )
+    chosen = [category] if isinstance(category, str | int) else category
+    names = list(counts) if category == "all" else [str(name) for name in chosen]
     if unknown := [name for name in names if name not in counts]:
         raise UserError(f"data.category: '{unknown[0]}' is not in --counts, which has {', '.join(counts)}")
-    return {name: counts[name] for name in names}
-
-
-def profile_of(split: dict[str, Any], full: dict[str, int]) -> tuple[dict[str, int], list[str], list[str]]:
-    """Kept counts, head and tail of a split that needs no images."""
-    from anomalib_lite.data.splits import halves, kept_counts
-
-    if len(full) == 1 or split["_target_"].endswith(".splits.full"):
-        return full, [], []
-    if "imbalance" not in split:
-        raise UserError("--counts: this split is made of files; give data.root=DIR instead")
-    kept = kept_counts(full, split["profile"], split["imbalance"], split["order"])
-    return kept, *halves(list(kept))
+    root = Path("/")
+    images = [Sample(root / name / str(i), name, "good", 0, None) for name in names for i in range(counts[name])]
+    return DataSet(root, images, [])
 
 
 def title(cfg: dict[str, Any]) -> str:
-    told = ", ".join(f"{k} {v}" for k, v in cfg["split"].items() if not k.startswith("_") and v is not None)
-    return told or "all training images"
+    options = [f"{key} {value}" for key, value in cfg["split"].items() if not key.startswith("_") and value is not None]
+    return ", ".join(options) or "all training images"
 
 
-def draw(title: str, full: dict[str, int], kept: dict[str, int], head: list[str], tail: list[str]) -> None:
-    """A row a class: its images, and a bar of what is kept of what there is."""
+def print_table(title: str, split: Split) -> None:
+    """One row per class: its images, and a bar of those in the split among all of them."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    counts, full = split.counts, split.full
+    groups = {"head": split.head, "tail": split.tail} if split.head else {None: list(full)}
     console = Console(width=None if Console().is_terminal else 100)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    names = [*head, *tail] or list(full)
-    width = max(10, console.width - max(map(len, names)) - 34 - 7 * bool(head))
     table.add_column("class", overflow="fold")
-    if head:
+    if split.head:
         table.add_column("")
     for heading in ("images", "of", "kept"):
         table.add_column(heading, justify="right")
     table.add_column("")
-    most = max(full.values())
-    for part in (head, tail) if head else (names,):
-        for name in part:
-            group = ["head" if part is head else "tail"] * bool(head)
-            share = f"{100 * kept[name] / full[name]:.1f} %"
-            table.add_row(
-                name, *group, str(kept[name]), str(full[name]), share, bar(kept[name], full[name], most, width)
-            )
+
+    def add_row(name: str, group: str | None, number: int, of: int, drawn: str = "") -> None:
+        groups_cell = [] if group is None else [group]
+        table.add_row(name, *groups_cell, str(number), str(of), f"{100 * number / of:.1f} %", drawn)
+
+    width = max(10, console.width - max(map(len, full)) - 34 - 7 * bool(split.head))
+    for group, names in groups.items():
+        for name in names:
+            add_row(name, group, counts[name], full[name], bar(counts[name], full[name], max(full.values()), width))
         table.add_section()
-    total, all_of_them = sum(kept.values()), sum(full.values())
-    table.add_row("all", *[""] * bool(head), str(total), str(all_of_them), f"{100 * total / all_of_them:.1f} %", "")
+    add_row("all", "" if split.head else None, sum(counts.values()), sum(full.values()))
     console.print(table)
 
 
-def bar(kept: int, full: int, most: int, width: int) -> str:
-    """Solid for what is kept, in eighths of a character, light for what is left out."""
-    eighths = max(1, round(8 * width * kept / most))
+def bar(number: int, full: int, largest: int, width: int) -> str:
+    """Solid for the split's images, in eighths of a character, and light for the others of the class."""
+    eighths = max(1, round(8 * width * number / largest))
     solid = "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
-    return solid + "░" * (round(width * full / most) - len(solid))
+    return solid + "░" * (round(width * full / largest) - len(solid))
 
 
 if __name__ == "__main__":

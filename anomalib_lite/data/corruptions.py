@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-from anomalib_lite.data.samples import load_rgb
+from anomalib_lite.data.samples import is_image, load_rgb
 from anomalib_lite.errors import UserError
 
 SHAPES = {"stain": 0.6, "perlin": 0.2, "rectangle": 0.1, "line": 0.1}
@@ -185,9 +185,7 @@ def _from_folder(image: np.ndarray, rng: Generator, box: Box, folder: str) -> np
 
 @lru_cache(maxsize=4)
 def _texture_files(folder: str) -> list[Path]:
-    suffixes = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-    path = Path(folder).expanduser()
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith("."))
+    files = sorted(path for path in Path(folder).expanduser().rglob("*") if is_image(path))
     if not files:
         raise UserError(f"data.corrupt.textures={folder}: no folder with images; give one such as DTD's, or null")
     return files

@@ -19,7 +19,7 @@ from anomalib_lite.data.dataset import CORRUPTED, HOLD_OUT, AnomalyDataset, MapS
 from anomalib_lite.data.loader import AnomalyLoader, StoredFeatures
 from anomalib_lite.data.sampler import TrainBatchSampler, rank_and_world
 from anomalib_lite.data.samples import DataSet, Sample
-from anomalib_lite.data.transforms import Crop, Pipeline, Resize, build, pair
+from anomalib_lite.data.transforms import Crop, Pipeline, Resize, pair
 from anomalib_lite.errors import UserError
 
 TEXTURES = {  # what `treatment="auto"` knows, by the data set's name
@@ -164,10 +164,10 @@ class AnomalyDataModule(L.LightningDataModule):
             transform = [] if isinstance(self.test_size, str) else [Resize(self.test_size, self.resample)]
         if self.test_size == "original":
             self.eval_batch_size, self.map_size = 1, self.map_size or "original"
-        self.eval_pipeline = build(transform, normalize=self.normalize)
+        self.eval_pipeline = Pipeline(transform, normalize=self.normalize)
         augment = [*crop, *self.augment]
         # The same object where training prepares images as test does: features are stored for one pipeline.
-        self.train_pipeline = build(transform, augment, self.normalize) if augment else self.eval_pipeline
+        self.train_pipeline = Pipeline(transform, augment, self.normalize) if augment else self.eval_pipeline
 
     def setup(self, stage: str | None = None) -> None:
         """Read, check, split and hold out, once; `stage` does not matter."""

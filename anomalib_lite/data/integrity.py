@@ -1,19 +1,30 @@
-"""A look at the files of a data set before a run starts: better now than in the middle of the night."""
+"""A look at the files of a data set before a run starts, so that a damaged one can't end it hours later."""
 
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
-from anomalib_lite.data.samples import DataSet, Sample, load_mask, load_rgb, undecodable
+from anomalib_lite.data.samples import DataSet, Sample, decoding, load_mask, load_rgb
 from anomalib_lite.errors import UserError
 
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 JPEG_END = b"\xff\xd9"
 TAIL = 64  # bytes at the end in which a complete file has its end mark; some cameras and tools pad after it
+
+
+class Decoded(NamedTuple):
+    """What the thorough check knows of a sample: its size as "WxH", and a hash of its pixels."""
+
+    sample: Sample
+    size: str
+    mask_is_empty: bool
+    pixels: bytes
 
 
 def check(dataset: DataSet, thorough: bool = False) -> list[str]:
@@ -22,97 +33,74 @@ def check(dataset: DataSet, thorough: bool = False) -> list[str]:
     Raises UserError for the first file (training before test, in order) that is damaged or whose mask has another size.
     Only the thorough check looks for empty masks, images that are in both train and test, and differing sizes.
     """
+    read = _read_pixels if thorough else _read_ends
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        samples = dataset.train + dataset.test
-        facts = [pool.submit(_thorough if thorough else _fast, sample) for sample in samples]
-        try:
-            found = [fact.result() for fact in facts]
-        except UserError:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return _notes(dataset, found) if thorough else []
+        train = list(pool.map(read, dataset.train))
+        test = list(pool.map(read, dataset.test))
+    return [*_mask_and_size_notes([*train, *test]), *_duplicate_notes(train, test)] if thorough else []
 
 
-def _fast(sample: Sample) -> tuple[tuple[int, int], bool, bytes]:
-    size = _readable(sample.path)
+def _read_ends(sample: Sample) -> Decoded:
+    size = _check_end(sample.path)
     if sample.mask is not None:
-        _same_size(sample, size, _readable(sample.mask))
-    return size, False, b""
+        _check_mask_size(sample, size, _check_end(sample.mask))
+    return Decoded(sample, size, False, b"")
 
 
-def _thorough(sample: Sample) -> tuple[tuple[int, int], bool, bytes]:
-    """Size (W, H), whether the mask is empty, and a hash of the pixels."""
-    _readable(sample.path)
+def _read_pixels(sample: Sample) -> Decoded:
+    decoded = _read_ends(sample)
     image = load_rgb(sample.path)
-    size = image.shape[1], image.shape[0]
-    empty = False
-    if sample.mask is not None:
-        _readable(sample.mask)
-        mask = load_mask(sample.mask)
-        _same_size(sample, size, (mask.shape[1], mask.shape[0]))
-        empty = not mask.any()
-    return size, empty, hashlib.sha256(repr(size).encode() + image.tobytes()).digest()
+    empty = sample.mask is not None and not load_mask(sample.mask).any()
+    digest = hashlib.sha256(decoded.size.encode() + image.tobytes()).digest()
+    return Decoded(sample, decoded.size, empty, digest)
 
 
-def _readable(path: Path) -> tuple[int, int]:
-    """(W, H) from the header. Decodes the whole file only where its end does not look like the end of its format."""
-    try:
-        with path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            length = file.tell()
-            if length == 0:
-                raise UserError(f"{path}: the file is empty; copy it again or remove it")
-            file.seek(max(0, length - TAIL))
-            tail = file.read()
-            file.seek(0)
-            image = Image.open(file)
-            complete = (image.format == "PNG" and tail.endswith(PNG_END)) or (
-                image.format == "JPEG" and JPEG_END in tail
-            )
-            if not complete:
-                image.load()
-            return image.size
-    except UserError:
-        raise
-    except Exception as error:  # see samples._decode
-        raise undecodable(path, error) from None
+def _check_end(path: Path) -> str:
+    """The size from the header. The whole file is decoded only if its end is not the end mark of its format."""
+    with decoding(path), path.open("rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        if length == 0:
+            raise UserError(f"{path}: the file is empty; copy it again or remove it")
+        file.seek(max(0, length - TAIL))
+        tail = file.read()
+        file.seek(0)
+        image = Image.open(file)
+        complete = {"PNG": tail.endswith(PNG_END), "JPEG": JPEG_END in tail}
+        if not complete.get(image.format or ""):
+            image.load()
+        return f"{image.width}x{image.height}"
 
 
-def _same_size(sample: Sample, size: tuple[int, int], mask: tuple[int, int]) -> None:
-    if size != mask:
+def _check_mask_size(sample: Sample, size: str, mask_size: str) -> None:
+    if size != mask_size:
         raise UserError(
-            f"{sample.mask}: the mask is {mask[0]}x{mask[1]}, its image {sample.path.name} {size[0]}x{size[1]}; "
+            f"{sample.mask}: the mask is {mask_size}, its image {sample.path.name} {size}; "
             "give the mask the image's size"
         )
 
 
-def _notes(dataset: DataSet, found: list[tuple[tuple[int, int], bool, bytes]]) -> list[str]:
-    samples = dataset.train + dataset.test
-    trained = {digest: s for s, (_, _, digest) in zip(dataset.train, found, strict=False)}
+def _mask_and_size_notes(decoded: Sequence[Decoded]) -> list[str]:
     notes = []
-    for category in dict.fromkeys(s.category for s in samples):
-        mine = [(s, *facts) for s, facts in zip(samples, found, strict=True) if s.category == category]
-        empty = [s for s, _, no_pixel, _ in mine if no_pixel]
-        if empty:
-            defective = sum(s.label for s, *_ in mine)
-            notes.append(f"{category}: {len(empty)} of {defective} masks are empty (first: {_short(empty[0])})")
-        sizes = Counter(size for _, size, _, _ in mine)
+    for category in dict.fromkeys(d.sample.category for d in decoded):
+        images = [d for d in decoded if d.sample.category == category]
+        if empty := [d.sample for d in images if d.mask_is_empty]:
+            defective = sum(d.sample.label for d in images)
+            notes.append(f"{category}: {len(empty)} of {defective} masks are empty (first: {_name(empty[0])})")
+        sizes = Counter(d.size for d in images).most_common()
         if len(sizes) > 1:
-            listed = ", ".join(f"{w}x{h} ({n})" for (w, h), n in sizes.most_common(4))
+            listed = ", ".join(f"{size} ({number})" for size, number in sizes[:4])
             notes.append(f"{category}: images of {len(sizes)} sizes: {listed}{', ...' * (len(sizes) > 4)}")
-    seen = [
-        (s, trained[digest])
-        for s, (_, _, digest) in zip(dataset.test, found[len(dataset.train) :], strict=True)
-        if digest in trained
-    ]
-    if seen:
-        test, train = seen[0]
-        notes.append(
-            f"{len(seen)} test images are identical to training images "
-            f"(first: {_short(test)} equals train {train.path.name})"
-        )
     return notes
 
 
-def _short(sample: Sample) -> str:
+def _duplicate_notes(train: Sequence[Decoded], test: Sequence[Decoded]) -> list[str]:
+    trained = {d.pixels: d.sample for d in train}
+    seen = [d for d in test if d.pixels in trained]
+    if not seen:
+        return []
+    first = f"{_name(seen[0].sample)} equals train {trained[seen[0].pixels].path.name}"
+    return [f"{len(seen)} test images are identical to training images (first: {first})"]
+
+
+def _name(sample: Sample) -> str:
     return f"{sample.category} {sample.defect}/{sample.path.name}"

@@ -1,45 +1,16 @@
-"""Published split files: read into entries, matched with a data set's images, and written.
-
-jsonl  JSON lines, as UniAD and its descendants read them: {"filename", "label", "label_name", "clsname"}
-meta   ADer's meta.json: {"train": {CLASS: [{"img_path", "mask_path", "cls_name", "specie_name", "anomaly"}]}, "test"}
-csv    a header with at least a path (VisA's: object,split,label,image,mask)
-list   a path a line
-prune  the same, of images to leave out (TailedCore's prune_good.txt); only a file called prune_* is taken for one
+"""Published split files: read into entries, matched with a data set's images, and written; see `split_formats`.
 
 Wherever a path was written, `CLASS/.../FILE` at its end says which image below the data root is meant. VisA's images
 are found in its raw layout by paths of the converted one, and the other way round. Test entries are passed over.
 """
 
-import bisect
-import csv
-import io
-import json
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from anomalib_lite.data.samples import DataSet, Sample
+from anomalib_lite.data.split_formats import FORMATS, KNOWN, Entry, Image, detect, parse
 from anomalib_lite.errors import UserError
-
-FORMATS = ("jsonl", "meta", "csv", "list", "prune")
-PATH = ("filename", "img_path", "image_path", "image", "path")
-CLASS = ("clsname", "cls_name", "object", "category", "class")
-LABEL, PART = ("label", "anomaly"), ("split", "phase", "set")
-NORMAL = {"0", "0.0", "false", "good", "normal", "ok", "none", ""}
-PARTS = {"train": True, "training": True, "test": False, "testing": False, "val": False, "valid": False, "": True}
-KNOWN = "JSON lines, ADer's meta.json, a CSV with a header, a path list, or prune_*"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A training image as a file names it; `line` is 0 where it can't be told."""
-
-    line: int
-    path: str
-    category: str | None = None
-    anomalous: bool = False
+from anomalib_lite.paths import replacing
 
 
 def read(file: Path, format: str = "auto") -> tuple[list[Entry], str]:
@@ -58,9 +29,8 @@ def read(file: Path, format: str = "auto") -> tuple[list[Entry], str]:
         raise UserError(f"split.path={file}: {error.strerror or error}") from None
     if not text.strip():
         raise UserError(f"{file} line 1: the file is empty; give one that lists training images")
-    format = _detect(file, text) if format == "auto" else format
-    parse: dict[str, Callable[[Path, str], Iterator[Entry]]] = {"jsonl": _jsonl, "meta": _meta, "csv": _csv}
-    entries = list(parse.get(format, _paths)(file, text))
+    format = detect(file, text) if format == "auto" else format
+    entries = parse(file, text, format)
     if not entries:
         raise UserError(f"{file}: no training entries in its {len(text.splitlines())} lines; give the training list")
     return entries, format
@@ -81,7 +51,7 @@ def select(
     named: dict[Path, tuple[Sample, int]] = {}
     lines: dict[str, str] = {}
     for entry in entries:
-        where = f"{file} line {entry.line}" if entry.line else str(file)
+        where = f"{file} line {entry.line}"
         sample = _match(data, index, position, entry, where)
         if sample is None:
             continue
@@ -109,58 +79,34 @@ def select(
             if prune:
                 raise UserError(f"{lines[category]}: leaves out the last training image of '{category}'; keep one")
             end = max(entry.line for entry in entries)
-            last = f"{file} lines 1-{end}" if end > 1 else f"{file} line 1"
-            there = ",".join(sorted({s.category for s in train if not s.label})) or "others"
+            lines_read = f"{file} lines 1-{end}" if end > 1 else f"{file} line 1"
+            listed = ",".join(sorted({s.category for s in train if not s.label})) or "others"
             raise UserError(
-                f"{last}: no normal training image of '{category}'; add some, or set data.category=[{there}]"
+                f"{lines_read}: no normal training image of '{category}'; add some, or set data.category=[{listed}]"
             )
     return sorted(train, key=lambda s: position[s.category]), {c: lines.get(c, str(file)) for c in position}
 
 
 def write(file: Path, format: str, data: DataSet, train: list[Sample]) -> None:
     """The split as a file; meta and csv hold the test set too, prune what `train` lacks of `data.train`."""
-
-    def place(path: Path | None, sample: Sample) -> str:
-        return "/".join((sample.category, *_below(path, sample.category, data.root)[1])) if path else ""
-
-    def plain(samples: list[Sample]) -> str:
-        paths = [place(s.path, s) for s in samples]
-        if odd := [path for path in paths if path != path.strip() or "\n" in path]:
-            raise UserError(f"{odd[0]!r}: a name that a path list can't hold; choose --format meta")
-        return "".join(f"{path}\n" for path in paths)
-
     if (format == "prune") != file.name.startswith("prune_") and format in ("prune", "list"):
         raise UserError(f"{file}: a file called prune_* lists images to leave out (--format prune), no other does")
-    parts = (("train", train), ("test", data.test))
     if format == "prune":
-        kept = {s.path for s in train}
-        text = plain([s for s in data.train if s.path not in kept])
-    elif format == "list":
-        text = plain(train)
-    elif format == "jsonl":
-        keys = ("filename", "label", "label_name", "clsname")
-        rows = [(place(s.path, s), s.label, "defective" if s.label else "good", s.category) for s in train]
-        text = "".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows)
-    elif format == "csv":
-        out = io.StringIO()
-        table = csv.writer(out, lineterminator="\n")
-        table.writerow(["object", "split", "label", "image", "mask"])
-        for part, samples in parts:
-            for s in samples:
-                label = "anomaly" if s.label else "normal"
-                table.writerow([s.category, part, label, place(s.path, s), place(s.mask, s)])
-        text = out.getvalue()
-    else:
-        content: dict[str, dict[str, list[dict[str, Any]]]] = {part: {} for part, _ in parts}
-        for part, samples in parts:
-            for s in samples:
-                entry = {"img_path": place(s.path, s), "mask_path": place(s.mask, s), "cls_name": s.category}
-                entry |= {"specie_name": s.defect, "anomaly": s.label}  # type: ignore[dict-item]
-                content[part].setdefault(s.category, []).append(entry)
-        text = json.dumps(content, indent=4) + "\n"
+        retained = {s.path for s in train}
+        train = [s for s in data.train if s.path not in retained]
+
+    def relative(path: Path | None, category: str) -> str:
+        return "/".join((category, *_below(path, category, data.root)[1])) if path else ""
+
+    text = FORMATS[format].write(
+        Image(split, s.category, s.defect, s.label, relative(s.path, s.category), relative(s.mask, s.category))
+        for split, samples in (("train", train), ("test", data.test))
+        for s in samples
+    )
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+        with replacing(file) as part:
+            part.write_text(text, encoding="utf-8")
     except (OSError, UnicodeEncodeError) as error:
         raise UserError(f"{file}: {getattr(error, 'strerror', None) or error}; choose another file") from None
 
@@ -219,117 +165,3 @@ def _match(
     lost = _below(first.path, category, data.root)[0].joinpath(*rest)
     what = "is no image that the data set holds" if lost.exists() else "is missing"
     raise UserError(f"{where}: {lost} {what}; restore the file, or remove the entry")
-
-
-# --- formats ---------------------------------------------------------------------------------------------------------
-
-
-def _detect(file: Path, text: str) -> str:
-    first = text.strip().partition("\n")[0].strip()
-    if first.startswith("{"):
-        try:
-            content = json.loads(first)
-        except ValueError:
-            return "meta"
-        return "meta" if isinstance(content.get("train"), dict) else "jsonl"
-    if set(PATH) & {name.strip(' "').lower() for name in first.split(",")}:
-        return "csv"
-    if "/" in first.replace("\\", "/") and not first.startswith("["):
-        return "prune" if file.name.startswith("prune_") else "list"
-    line = text[: text.index(first)].count("\n") + 1
-    raise UserError(f"{file} line {line}: not a format that is read here; give {KNOWN} (split.format names it)")
-
-
-def _entry(fields: dict[Any, Any], where: str, line: int, category: str | None = None) -> Entry | None:
-    """An entry of named fields; None for one of the test set."""
-    path, label, part = (next((fields[k] for k in keys if k in fields), None) for keys in (PATH, LABEL, PART))
-    if not isinstance(path, str) or not path.strip():
-        raise UserError(f"{where}: no path in this entry (it is looked for in {', '.join(PATH)})")
-    of = next((fields[key] for key in CLASS if fields.get(key) not in (None, "")), category)
-    trained = PARTS.get(str("" if part is None else part).strip().lower())
-    if trained is None:
-        raise UserError(f"{where}: {part!r} is neither train nor test; mend the entry")
-    anomalous = str("" if label is None else label).strip().lower() not in NORMAL
-    return Entry(line, path.strip(), None if of is None else str(of), anomalous) if trained else None
-
-
-def _jsonl(file: Path, text: str) -> Iterator[Entry]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{file} line {number}"
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: no JSON object ({error}); mend the line, or set split.format") from None
-        if not isinstance(fields, dict):
-            raise UserError(f"{where}: no JSON object; mend the line, or set split.format")
-        if entry := _entry(fields, where, number):
-            yield entry
-
-
-def _meta(file: Path, text: str) -> Iterator[Entry]:
-    begun: list[int] = []
-    starts: list[int] = []  # where objects begin, in the order in which they end
-    for token in re.finditer(r'"(?:[^"\\]|\\.)*+"|[{}]', text, re.DOTALL):
-        if token[0] == "{":
-            begun.append(token.start())
-        elif token[0] == "}" and begun:
-            starts.append(begun.pop())
-    ends = [match.start() for match in re.finditer("\n", text)]
-    order = iter(starts)
-
-    def numbered(fields: dict[Any, Any]) -> dict[Any, Any]:  # called for each object as it ends
-        return fields | {None: bisect.bisect_left(ends, next(order)) + 1}
-
-    try:
-        content = json.loads(text, object_hook=numbered)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} line {error.lineno}: no JSON ({error.msg}); mend the file") from None
-    except RecursionError:
-        raise UserError(f"{file}: nested too deeply for a split; give {KNOWN}") from None
-    train = content.get("train") if isinstance(content, dict) else None
-    if not isinstance(train, dict):
-        raise UserError(
-            f'{file} line 1: no {{"train": {{CLASS: [...]}}}} in it; give ADer\'s meta.json, or set split.format'
-        )
-    for category, entries in train.items():
-        if category is None:
-            continue
-        if not isinstance(entries, list) or not all(isinstance(fields, dict) for fields in entries):
-            raise UserError(f"{file} line {train[None]}: train.{category} is no list of entries; mend the file")
-        for fields in entries:
-            line = fields.pop(None)
-            if entry := _entry(fields, f"{file} line {line}", line, category):
-                yield entry
-
-
-def _csv(file: Path, text: str) -> Iterator[Entry]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
-    try:
-        names = [name.strip().lower() for name in reader.fieldnames or ()]
-        if not set(names) & set(PATH):
-            raise UserError(
-                f"{file} line 1: no column for paths ({', '.join(PATH)}); give a header, or set split.format"
-            )
-        reader.fieldnames = names
-        for row in reader:
-            where = f"{file} line {reader.line_num}"
-            if None in row or None in row.values():
-                raise UserError(f"{where}: {len(names)} fields are needed, as in the header; mend the line")
-            if entry := _entry(row, where, reader.line_num):
-                yield entry
-    except csv.Error as error:
-        raise UserError(f"{file} line {reader.line_num}: no CSV ({error}); mend the line") from None
-
-
-def _paths(file: Path, text: str) -> Iterator[Entry]:
-    for number, line in enumerate(text.split("\n"), 1):
-        path = line.strip()
-        if not path:
-            continue
-        if "/" not in path.replace("\\", "/"):
-            raise UserError(
-                f"{file} line {number}: {path[:60]!r} is no path CLASS/.../FILE; mend it, or set split.format"
-            )
-        yield Entry(number, path)

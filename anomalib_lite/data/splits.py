@@ -14,14 +14,14 @@ from anomalib_lite.data import split_files
 from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.errors import UserError
 
-PROFILES, ORDERS = ("exp", "step"), ("size", "reverse", "name", "reverse_name")
-DRAW = 100  # stream of random numbers, beside those of `loading`
+PROFILES = ("exp", "step")
+DRAW = 100  # stream of random numbers; those of `dataset` begin at 0
 Counts = dict[str, int]  # images per class
 
 
 @dataclass(frozen=True)
 class Split:
-    """What is left of the training images. `head` and `tail` name the classes in order, empty without a long tail.
+    """The training images of a run. `head` and `tail` name the classes in order; both are empty without a long tail.
 
     `full` holds each class's number of training images before the split.
     """
@@ -37,43 +37,43 @@ class Split:
     def counts(self) -> Counts:
         return count(self.train, self.full)
 
-    def told(self, name: str) -> list[str]:
-        """What is to be said before training starts; nothing of a full set."""
+    def summary_lines(self, name: str) -> list[str]:
+        """What the log reports before training starts: the numbers of images, unless all are there, and the notes."""
         if self.profile == "full":
             return self.notes
-        parts = (("head", self.head), ("tail", self.tail)) if self.head else (("", list(self.full)),)
-        told = "; ".join(f"{part} {', '.join(f'{c} {self.counts[c]}' for c in names)}".strip() for part, names in parts)
-        return [f"split {name}: {len(self.train)} of {sum(self.full.values())} training images; {told}", *self.notes]
+        groups = {"head ": self.head, "tail ": self.tail} if self.head else {"": list(self.full)}
+        listed = "; ".join(g + ", ".join(f"{c} {self.counts[c]}" for c in names) for g, names in groups.items())
+        return [f"split {name}: {len(self.train)} of {sum(self.full.values())} training images; {listed}", *self.notes]
 
     def describe(self) -> dict[str, Any]:
-        """What a result tells of it."""
+        """The result's entries about the split."""
         kinds = {"profile": self.profile, "head": self.head, "tail": self.tail}
         return kinds | {"counts": self.counts, "full_counts": self.full}
 
 
 def full(data: DataSet) -> Split:
-    """All of them."""
+    """All training images."""
     return Split(data.train, count(data.train))
 
 
 def long_tail(
     data: DataSet, profile: str, imbalance: float, order: str | Sequence[str] = "size", seed: int = 0
 ) -> Split:
-    """As many images of each class as `kept_counts` says, drawn by a seeded shuffle of its sorted files.
+    """As many images of each class as `class_counts` says, drawn by a seeded shuffle of its sorted files.
 
     The draw depends on `seed` and the class's name alone, so that a smaller imbalance keeps a superset of a larger one.
     """
-    whole = count(data.train)
-    counts = kept_counts(whole, profile, imbalance, order)
+    full_counts = count(data.train)
+    counts = class_counts(full_counts, profile, imbalance, order)
     if len(counts) == 1:
         return full(data)
-    kept: set[Path] = set()
+    drawn: set[Path] = set()
     for category, number in counts.items():
         files = sorted((s.path for s in data.train if s.category == category), key=Path.as_posix)
         shuffled = np.random.default_rng([seed, DRAW, *category.encode()]).permutation(len(files))
-        kept |= {files[i] for i in shuffled[:number]}
-    notes = _alone(counts, dict.fromkeys(counts, ""))
-    return Split([s for s in data.train if s.path in kept], whole, profile, *halves(list(counts)), notes)
+        drawn |= {files[i] for i in shuffled[:number]}
+    notes = [f"{name}: a single training image" for name, number in counts.items() if number == 1]
+    return Split([s for s in data.train if s.path in drawn], full_counts, profile, *head_and_tail(list(counts)), notes)
 
 
 def from_file(
@@ -84,7 +84,7 @@ def from_file(
     head: int | None = None,
     anomalous: bool = False,
 ) -> Split:
-    """The training images that a file lists, or leaves over (`format` prune); see `split_files` for the formats.
+    """The training images that a file lists, or all others (`format` prune); see `split_formats`.
 
     Args:
         order: of the classes, by their number of images in this split. head: how many of them are the head.
@@ -95,28 +95,29 @@ def from_file(
     file = Path(path).expanduser()
     entries, found = split_files.read(file, format)
     train, lines = split_files.select(data, file, entries, prune=found == "prune", anomalous=anomalous)
-    whole = count(data.train)
-    counts = count(train, whole)
+    full_counts = count(data.train)
+    counts = count(train, full_counts)
     names = ordered(counts, order)
     if head is not None and not 0 < head < len(names) and len(names) > 1:
         raise UserError(f"split.head={head}: give a number of classes from 1 to {len(names) - 1}, or null for half")
-    notes = _alone(counts, {category: f" ({where})" for category, where in lines.items()})
+    notes = [f"{name}: a single training image ({lines[name]})" for name, number in counts.items() if number == 1]
     if defects := sum(s.label for s in train):
         notes.append(f"{file.name}: {defects} of {len(train)} training images are defective (split.anomalous=true)")
     if len(names) == 1:
-        return Split(train, whole, "file", notes=notes)
-    top, rest = halves(names, head)
-    if counts[top[-1]] == counts[rest[0]] and order == "size":
-        both = f"'{top[-1]}' (head) and '{rest[0]}' (tail)"
-        notes.append(f"{both} have {counts[rest[0]]} training images each; split.head=N: how many classes are the head")
-    return Split(train, whole, "file", top, rest, notes)
+        return Split(train, full_counts, "file", notes=notes)
+    head_names, tail_names = head_and_tail(names, head)
+    last, first = head_names[-1], tail_names[0]
+    if counts[last] == counts[first] and order == "size":
+        both = f"'{last}' (head) and '{first}' (tail) have {counts[first]} training images each"
+        notes.append(f"{both}; split.head=N sets how many classes are the head")
+    return Split(train, full_counts, "file", head_names, tail_names, notes)
 
 
-def kept_counts(full: Counts, profile: str, imbalance: float, order: str | Sequence[str] = "size") -> Counts:
+def class_counts(full: Counts, profile: str, imbalance: float, order: str | Sequence[str] = "size") -> Counts:
     """Images per class of a long tail, in the classes' order (LDAM, arXiv 1906.07413; LTAD).
 
     With position i of C classes, N the largest full count: exp keeps N · imbalance^(-i / (C - 1)) images, step all of
-    the head's and N / imbalance of the tail's; rounded down, at least 1, at most what there is.
+    the head's and N / imbalance of the tail's; rounded down, at least 1, at most the class's full count.
     """
     if profile not in PROFILES:
         raise UserError(f"split.profile={profile}: choose {' or '.join(PROFILES)}")
@@ -125,13 +126,13 @@ def kept_counts(full: Counts, profile: str, imbalance: float, order: str | Seque
     names = ordered(full, order)
     if len(names) == 1:
         return dict(full)
-    most, head = max(full.values()), halves(names)[0]
-    kept = {}
+    largest, head = max(full.values()), head_and_tail(names)[0]
+    counts = {}
     for i, name in enumerate(names):
-        left = most * imbalance ** (-i / (len(names) - 1)) if profile == "exp" else most / imbalance
-        rounded = max(1, int(left + 1e-9))  # an exact power may come out a rounding error below a whole number
-        kept[name] = full[name] if profile == "step" and name in head else min(full[name], rounded)
-    return kept
+        number = largest * imbalance ** (-i / (len(names) - 1)) if profile == "exp" else largest / imbalance
+        rounded = max(1, int(number + 1e-9))  # an exact power may come out a rounding error below a whole number
+        counts[name] = full[name] if profile == "step" and name in head else min(full[name], rounded)
+    return counts
 
 
 def ordered(counts: Counts, order: str | Sequence[str]) -> list[str]:
@@ -145,7 +146,7 @@ def ordered(counts: Counts, order: str | Sequence[str]) -> list[str]:
     names = [str(name) for name in order]
     wrong = (
         [f"'{name}' is no category of this run" for name in names if name not in counts]
-        + [f"'{name}' is there {names.count(name)} times" for name in dict.fromkeys(names) if names.count(name) > 1]
+        + [f"'{name}' is listed {names.count(name)} times" for name in names if names.count(name) > 1]
         + [f"'{name}' is missing" for name in counts if name not in names]
     )
     if wrong:
@@ -153,8 +154,8 @@ def ordered(counts: Counts, order: str | Sequence[str]) -> list[str]:
     return names
 
 
-def halves(names: list[str], head: int | None = None) -> tuple[list[str], list[str]]:
-    """Head and tail: the first half of the classes, rounded up (or `head` of them), and the rest."""
+def head_and_tail(names: list[str], head: int | None = None) -> tuple[list[str], list[str]]:
+    """Head and tail: the first half of the ordered classes, rounded up (or `head` of them), and the rest."""
     head = -(-len(names) // 2) if head is None else head
     return names[:head], names[head:]
 
@@ -165,7 +166,3 @@ def count(samples: list[Sample], names: Sequence[str] | Counts = ()) -> Counts:
     for sample in samples:
         counts[sample.category] = counts.get(sample.category, 0) + 1
     return counts
-
-
-def _alone(counts: Counts, where: dict[str, str]) -> list[str]:
-    return [f"{name}: a single training image{where[name]}" for name, number in counts.items() if number == 1]

@@ -7,7 +7,6 @@ two differ; light and noise come after that. Points and lengths are in units of 
 import cv2
 import numpy as np
 from numpy.random import Generator, default_rng
-from numpy.typing import ArrayLike
 
 VISIBLE = 0.035  # the mask is where the two drawings differ by more than this
 MIN_AREA = 0.0012  # smallest mask, as a share of the picture
@@ -37,11 +36,11 @@ def _polar(angle: np.ndarray | float, radius: np.ndarray | float) -> np.ndarray:
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1)
 
 
-def _circle(at: ArrayLike, radius: float) -> np.ndarray:
+def _circle(at: tuple[float, float] | np.ndarray, radius: float) -> np.ndarray:
     return _polar(np.linspace(0, 2 * np.pi, 64, endpoint=False), radius) + np.asarray(at)
 
 
-def _box(at: ArrayLike, width: float, height: float) -> np.ndarray:
+def _box(at: tuple[float, float] | np.ndarray, width: float, height: float) -> np.ndarray:
     return np.asarray(at) + np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * [width / 2, height / 2]
 
 
@@ -116,9 +115,8 @@ def _fabric(rng: Generator, size: int, defect: str | None, spoil: Generator) -> 
     along = np.where(over, step + v - j, step - 2 + u - i) / 2
     bulge = np.sin(np.pi * np.where(over, u - i, v - j)) ** 0.8 * (0.55 + 0.45 * np.sin(np.pi * along))
     plain = 0.24 + 0.4 * bulge + np.where(over, tones[0][i % 64], tones[1][j % 64])
-    plain = plain * (
-        1 + 0.06 * _noise(rng, size, size // 2, size // 2) + 0.08 * _noise(rng, size, 3, 3).clip(-1.8, 1.8)
-    )
+    grain, cloud = _noise(rng, size, size // 2, size // 2), _noise(rng, size, 3, 3).clip(-1.8, 1.8)
+    plain = plain * (1 + 0.06 * grain + 0.08 * cloud)
     if defect == "missing_thread":  # the warp shows through where the weft is gone
         gap = (j == int(at[1] * threads)) & (np.abs(u / threads - at[0]) < spoil.uniform(0.1, 0.25))
         plain = np.where(gap, 0.19 + 0.17 * np.sin(np.pi * (u - i)), plain)

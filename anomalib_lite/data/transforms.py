@@ -90,9 +90,13 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 class Pipeline:
-    """Call with an image and its mask to get their tensors; see `build`."""
+    """Call with an image and its mask to get their tensors: albumentations transforms, then normalisation.
 
-    def __init__(self, transforms: Sequence, augment: Sequence, normalize: str):
+    `transforms` are of every image, `augment` of training images. Raises UserError for what is no list of transforms,
+    and for an unknown `normalize` ("imagenet": mean and standard deviation, "none": [0, 1]).
+    """
+
+    def __init__(self, transforms: Sequence, augment: Sequence = (), normalize: str = "imagenet"):
         if normalize not in NORMALIZE:
             raise UserError(f"data.normalize={normalize} is not known: choose one of {', '.join(NORMALIZE)}")
         for option, value in (("transform", transforms), ("augment", augment)):
@@ -106,7 +110,7 @@ class Pipeline:
         self.std = torch.tensor(std).view(3, 1, 1)
 
     def description(self) -> dict[str, Any]:
-        """All that decides what becomes of an image, as plain Python; NotImplementedError if a transform hides it."""
+        """All settings that decide the output, as plain Python; NotImplementedError if a transform can't list them."""
         normalize = {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
         return {"transforms": A.to_dict(self.compose)["transform"], "normalize": normalize}
 
@@ -146,11 +150,3 @@ class Pipeline:
         """Image uint8 [H, W, 3] to float32 [3, H, W], normalised."""
         tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float().div_(255)
         return tensor.sub_(self.mean).div_(self.std)
-
-
-def build(transforms: Sequence, augment: Sequence = (), normalize: str = "imagenet") -> Pipeline:
-    """A Pipeline of albumentations transforms: `transforms` always, then `augment` (training only), then normalisation.
-
-    Raises UserError for an unknown `normalize` ("imagenet": mean and standard deviation, "none": [0, 1]).
-    """
-    return Pipeline(transforms, augment, normalize)

@@ -66,7 +66,7 @@ def execute(
     trainer = build.make_trainer(hardware, run, [training, evaluation], loggers, model.total_steps)
     run_loggers = [logger for logger in loggers if isinstance(logger, RunLogger)]
     if trainer.is_global_zero:
-        for line in data.kept.told(names["split"]):
+        for line in data.kept.summary_lines(names["split"]):
             log.info(line)
         for logger in run_loggers:
             logger.start(cfg, names, data)

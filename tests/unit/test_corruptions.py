@@ -33,7 +33,27 @@ def test_share_of_clean_images():
     image = smooth(32, 32)
     clean = [not corrupt(image, np.random.default_rng(seed), p_clean=0.25)[1].any() for seed in range(400)]
     assert 0.17 < np.mean(clean) < 0.33  # 3.5 standard deviations
-    assert all(corrupt(image, np.random.default_rng(seed))[1].any() for seed in range(50))
+    result, mask = corrupt(image, np.random.default_rng(0), p_clean=1.0)
+    assert result is not image
+    assert not mask.any()
+    np.testing.assert_array_equal(result, image)
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (96, 160)])
+def test_the_mask_is_what_changed_and_has_the_area(shape):
+    image, areas = smooth(*shape), []
+    before, results = image.copy(), []
+    for seed in (*range(60), 0):
+        result, mask = corrupt(image, np.random.default_rng(seed))
+        assert result.dtype == np.uint8
+        np.testing.assert_array_equal(mask, (result != image).any(-1))
+        areas.append(mask.mean())
+        results.append(result)
+    np.testing.assert_array_equal(image, before)
+    np.testing.assert_array_equal(results[0], results[60])
+    assert (results[0] != results[1]).any()
+    assert 0.005 <= min(areas) < 0.03
+    assert 0.06 < max(areas) <= 0.2
 
 
 def test_what_is_inside_a_shape_is_a_blend(folder):
@@ -120,15 +140,19 @@ def test_perlin_noise_is_smooth_zero_on_its_grid_and_bounded():
 
 def test_flat_images_get_what_they_can_show():
     """A flat patch looks the same when deformed: after a while any content may come."""
-    flat = np.full((48, 48, 3), 90, np.uint8)
-    for kind in ("elastic", "elsewhere", "blur"):
-        assert corrupt(flat, np.random.default_rng(0), contents={kind: 1.0})[1].any()
+    chosen = [{"contents": {kind: 1.0}} for kind in ("elastic", "elsewhere", "blur")]
+    for options in chosen + [{"shapes": {kind: 1.0}} for kind in SHAPES]:
+        for level in (0, 90, 255):
+            flat = np.full((64, 48, 3), level, np.uint8)
+            assert corrupt(flat, np.random.default_rng(0), **options)[1].any()  # type: ignore[arg-type]
 
 
 def test_kinds_can_be_chosen_and_mistakes_are_named(folder, tmp_path):
     image = smooth()
     for kind in SHAPES:
         assert corrupt(image, np.random.default_rng(0), shapes={kind: 1.0}, area=(0.001, 0.5))[1].any()
+    for kind in CONTENTS:
+        assert corrupt(image, np.random.default_rng(0), contents={kind: 1.0}, area=(0.002, 0.3))[1].any()
     for options, message in (
         ({"shapes": {"star": 1.0}}, r"data\.corrupt\.shapes=.*stain, perlin"),
         ({"contents": {"elastic": -1.0}}, r"data\.corrupt\.contents"),

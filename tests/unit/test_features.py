@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from anomalib_lite.data.loader import StoredFeatures
-from anomalib_lite.data.transforms import Resize, build
+from anomalib_lite.data.transforms import Pipeline, Resize
 from anomalib_lite.features import precompute
 from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.features.cache import FeatureFiles, image_key, key
@@ -28,7 +28,7 @@ from tests.helpers.run_programs import ROOT, SMALL, folder_data, result_of, trai
 
 RESNET = "resnet18.tv_in1k"
 CPU = torch.device("cpu")
-PIPELINE = build([Resize(32)], (), "imagenet")
+PIPELINE = Pipeline([Resize(32)], (), "imagenet")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_key_holds_everything_that_features_depend_on(tmp_path):
     def make(layers=(2, 3), seed=0, precision="32", size=32, resample="bilinear", normalize="imagenet", kind="auto"):
         torch.manual_seed(seed)
         backbone = Backbone(RESNET, list(layers), "none", precision)
-        return json.dumps(key(backbone, build([Resize(size, resample)], (), normalize), CPU, kind), sort_keys=True)
+        return json.dumps(key(backbone, Pipeline([Resize(size, resample)], (), normalize), CPU, kind), sort_keys=True)
 
     first = make()
     assert make() == first

@@ -56,7 +56,7 @@ def test_every_published_count_from_class_counts_alone():
         found = re.fullmatch(r"(mvtec|visa)_(reverse_|)(exp|step)(\d+)_(size|alpha)", row["config"])
         assert found
         data, reverse, profile, imbalance, by = found.groups()
-        kept = splits.kept_counts(FULL[data], profile, int(imbalance), orders[reverse][by])
+        kept = splits.class_counts(FULL[data], profile, int(imbalance), orders[reverse][by])
         assert kept == json.loads(row["per_class"]), row["config"]
         assert list(kept) == list(json.loads(row["per_class"])), row["config"]  # in the classes' order
         assert sum(kept.values()) == int(row["total"])
@@ -68,13 +68,13 @@ def test_rounding_down_is_exact(classes):
     for most in (3, 60, 98, 300, 391, 900, 7000):
         for imbalance in (1, 2, 7, 20, 49, 100, 500):
             counts = {f"c{i:02}": most for i in range(classes)}
-            kept = splits.kept_counts(counts, "exp", imbalance, "name")
+            kept = splits.class_counts(counts, "exp", imbalance, "name")
             for i, n in enumerate(kept.values()):
                 power = classes - 1
                 least = (n + 1) ** power * imbalance**i > most**power
                 assert least
                 assert n == 1 or n**power * imbalance**i <= most**power
-            tail = list(splits.kept_counts(counts, "step", imbalance, "name").values())[-(classes // 2) :]
+            tail = list(splits.class_counts(counts, "step", imbalance, "name").values())[-(classes // 2) :]
             assert set(tail) == {max(1, most // imbalance)}
 
 
@@ -97,7 +97,7 @@ def test_a_smaller_imbalance_keeps_a_superset(tmp_path, profile):
         assert kept[less] < kept[more] or kept[less] == kept[more]
     assert len(kept[1000]) < len(kept[20]) < len(kept[2]) < len(kept[1]) == 147 - (profile == "no")
     split = splits.long_tail(data, profile, 20)
-    assert split.counts == splits.kept_counts(split.full, profile, 20)
+    assert split.counts == splits.class_counts(split.full, profile, 20)
     assert (split.head, split.tail) == (["a", "c", "e"], ["b", "d"])
     assert [s.path for s in split.train] == sorted(s.path for s in split.train)  # the data set's order
 
@@ -140,13 +140,13 @@ def test_split_seed_is_independent_of_seed(tmp_path):
         ({"profile": "log"}, "split.profile=log: choose exp or step"),
         ({"order": "random"}, "split.order=random: choose size, reverse, name, reverse_name, or give a list"),
         ({"order": ["a", "b", "x"]}, "split.order: 'x' is no category of this run"),
-        ({"order": ["a", "b", "a"]}, "split.order: 'a' is there 2 times"),
+        ({"order": ["a", "b", "a"]}, "split.order: 'a' is listed 2 times"),
         ({"order": ["a", "b"]}, "split.order: 'c' is missing; name each of these once: c, b, a"),
     ],
 )
 def test_profiles_are_checked(options, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        splits.kept_counts({"a": 1, "b": 2, "c": 3}, **({"profile": "exp", "imbalance": 2} | options))
+        splits.class_counts({"a": 1, "b": 2, "c": 3}, **({"profile": "exp", "imbalance": 2} | options))
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -562,7 +562,7 @@ def test_program_prints_counts_without_images():
     outcome = splits_program("--counts", "mvtec", "split=exp100")
     assert outcome.code == 0, outcome.err
     rows = [line.split() for line in outcome.out.splitlines()]
-    expected = splits.kept_counts(FULL["mvtec"], "exp", 100)
+    expected = splits.class_counts(FULL["mvtec"], "exp", 100)
     assert [(row[0], int(row[2])) for row in rows if len(row) > 4 and row[1] in ("head", "tail")] == list(
         expected.items()
     )

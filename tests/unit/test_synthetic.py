@@ -1,4 +1,4 @@
-"""The synthetic set and the corruptions: what is on disk, that it repeats, that it is neither trivial nor wrong."""
+"""The synthetic set: what is on disk, that it repeats, that it is neither trivial nor wrong."""
 
 import ast
 import json
@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from anomalib_lite.data import corruptions, drawings, synthetic
-from anomalib_lite.data.corruptions import corrupt
+from anomalib_lite.data import corruptions, synthetic, synthetic_drawings
 from anomalib_lite.data.synthetic import generate, read_synthetic
 from anomalib_lite.data.synthetic_drawings import CATEGORIES, picture
 from anomalib_lite.errors import UserError
@@ -58,7 +57,7 @@ def test_mask_is_the_changed_area(name, kind, split):
         clean, nothing = picture(name, None, 5, 256, split, index)
         change = np.abs(image.astype(int) - clean).max(2)
         assert not nothing.any()
-        assert drawings.MIN_AREA <= mask.mean() < 0.08
+        assert synthetic_drawings.MIN_AREA <= mask.mean() < 0.08
         assert change[~mask].max() <= 16  # what is left out can't be seen
         assert (change[mask] > 4).mean() > 0.9
 
@@ -150,49 +149,5 @@ def test_defects_and_corruptions_share_no_code():
         return " ".join(ast.unparse(n) for n in nodes if isinstance(n, ast.Import | ast.ImportFrom))
 
     assert "synthetic" not in imported(corruptions)
-    assert "drawings" not in imported(corruptions)
-    assert "corruptions" not in imported(drawings)
+    assert "corruptions" not in imported(synthetic_drawings)
     assert "corruptions" not in imported(synthetic)
-
-
-@pytest.mark.parametrize("shape", [(256, 256), (96, 160)])
-def test_corruption_bounds_and_mask(shape):
-    image = cv2.resize(picture("wood", None, 0, 256, 0, 0)[0], shape[::-1])
-    kept, areas = image.copy(), []
-    for seed in range(60):
-        result, mask = corrupt(image, np.random.default_rng(seed))
-        assert result.dtype == np.uint8
-        assert result.shape == image.shape
-        np.testing.assert_array_equal(mask, (result != image).any(-1))
-        areas.append(mask.mean())
-    np.testing.assert_array_equal(image, kept)
-    assert 0.005 <= min(areas) < 0.03
-    assert 0.06 < max(areas) <= 0.2
-
-
-def test_corruption_repeats_and_varies():
-    image = picture("gear", None, 0, 128, 0, 0)[0]
-    first, again, other = (corrupt(image, np.random.default_rng(s))[0] for s in (0, 0, 1))
-    np.testing.assert_array_equal(first, again)
-    assert (first != other).any()
-
-
-@pytest.mark.parametrize("kind", corruptions.SHAPES)
-def test_each_shape_and_flat_images(kind):
-    for level in (0, 128, 255):
-        flat = np.full((64, 48, 3), level, np.uint8)
-        assert corrupt(flat, np.random.default_rng(0), shapes={kind: 1.0})[1].any()
-
-
-@pytest.mark.parametrize("kind", corruptions.CONTENTS)
-def test_each_content(kind):
-    image = picture("board", None, 0, 128, 0, 0)[0]
-    assert corrupt(image, np.random.default_rng(0), contents={kind: 1.0}, area=(0.002, 0.3))[1].any()
-
-
-def test_corruption_can_leave_an_image_clean():
-    image = picture("gear", None, 0, 64, 0, 0)[0]
-    result, mask = corrupt(image, np.random.default_rng(0), p_clean=1.0)
-    assert result is not image
-    assert not mask.any()
-    np.testing.assert_array_equal(result, image)

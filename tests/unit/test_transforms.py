@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
-from anomalib_lite.data.transforms import Resize, build
+from anomalib_lite.data.transforms import Pipeline, Resize
 from anomalib_lite.errors import UserError
 
 
@@ -33,7 +33,7 @@ def test_resize_equals_pil(picture, size, resample):
     height, width = (size, size) if isinstance(size, int) else size
     wanted = Image.fromarray(picture).resize((width, height), Image.Resampling[resample.upper()])
     wanted_mask = Image.fromarray(mask.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
-    image, small_mask = build([Resize(size, resample)], normalize="none")(picture, mask)
+    image, small_mask = Pipeline([Resize(size, resample)], normalize="none")(picture, mask)
     assert image.dtype == torch.float32
     assert small_mask.dtype == torch.bool
     assert ((image * 255).round().byte().permute(1, 2, 0).numpy() == np.asarray(wanted)).all()
@@ -47,8 +47,8 @@ def test_albumentations_own_resize_differs():
 
 def test_normalisation():
     picture = noise(16)
-    plain, _ = build([], normalize="none")(picture, np.zeros((16, 16), bool))
-    normal, _ = build([])(picture, np.zeros((16, 16), bool))
+    plain, _ = Pipeline([], normalize="none")(picture, np.zeros((16, 16), bool))
+    normal, _ = Pipeline([])(picture, np.zeros((16, 16), bool))
     assert plain.min() >= 0
     assert plain.max() <= 1
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -59,7 +59,7 @@ def test_normalisation():
 def test_centre_crop_takes_image_and_mask():
     mask = np.zeros((64, 64), bool)
     mask[0, 0] = mask[32, 32] = True
-    image, cropped = build([Resize(64), A.CenterCrop(32, 32)])(noise(64), mask)
+    image, cropped = Pipeline([Resize(64), A.CenterCrop(32, 32)])(noise(64), mask)
     assert image.shape == (3, 32, 32)
     assert cropped.nonzero().tolist() == [[16, 16]]
 
@@ -69,7 +69,9 @@ def augmented(pipeline, *seed):
 
 
 def test_augmentation_follows_its_seed():
-    pipeline = build([Resize(32)], [A.HorizontalFlip(p=0.5), A.OneOf([A.GaussNoise(p=1), A.ColorJitter(p=1)], p=0.9)])
+    pipeline = Pipeline(
+        [Resize(32)], [A.HorizontalFlip(p=0.5), A.OneOf([A.GaussNoise(p=1), A.ColorJitter(p=1)], p=0.9)]
+    )
     first = [augmented(pipeline, 0, e, i) for e in range(3) for i in range(4)]
     again = [augmented(pipeline, 0, e, i) for e in range(3) for i in range(4)]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -81,7 +83,7 @@ def test_augmentation_follows_its_seed():
 
 def test_transforms_of_one_sample_are_independent():
     """albumentations' set_random_seed gives each its own generator of the same seed: two flips would always agree."""
-    pipeline = build([], [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)], "none")
+    pipeline = Pipeline([], [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)], "none")
     corner = np.zeros((2, 2, 3), np.uint8)
     corner[0, 0] = 255
     mask = np.zeros((2, 2), bool)
@@ -94,12 +96,12 @@ def test_corruption_comes_after_the_transforms():
         assert image.shape == (8, 8, 3)
         return image, np.ones((8, 8), bool)
 
-    _, mask = build([Resize(16), A.CenterCrop(8, 8)])(noise(32), np.zeros((32, 32), bool), corrupt=corrupt)
+    _, mask = Pipeline([Resize(16), A.CenterCrop(8, 8)])(noise(32), np.zeros((32, 32), bool), corrupt=corrupt)
     assert mask.all()
 
 
 def test_seeding_is_fast():
-    pipeline = build([], [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)], "none")
+    pipeline = Pipeline([], [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)], "none")
     picture, mask = noise(8), np.zeros((8, 8), bool)
     start = time.perf_counter()
     for i in range(200):
@@ -113,9 +115,9 @@ def test_seeding_is_fast():
         (lambda: Resize(256, "blinear"), "data.resample=blinear is not known: choose one of nearest, "),
         (lambda: Resize(0), "data.image_size=0 must be"),
         (lambda: Resize([1, 2, 3]), "data.image_size="),
-        (lambda: build([], normalize="image"), "data.normalize=image is not known: choose one of imagenet, none"),
+        (lambda: Pipeline([], normalize="image"), "data.normalize=image is not known: choose one of imagenet, none"),
         (
-            lambda: augmented(build([A.Normalize()]), 0),
+            lambda: augmented(Pipeline([A.Normalize()]), 0),
             "must leave a uint8 image .*leave normalisation to data.normalize",
         ),
     ],

@@ -1,0 +1,183 @@
+"""What readers share: the root and the categories that a user names, the MVTec layout, and notes about what was read.
+
+The layout is CATEGORY/{train/good, test/good, test/DEFECT, ground_truth/DEFECT}; hidden files and folders are ignored.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from anomalib_lite.data.samples import IMAGE_SUFFIXES, DataSet, Sample, is_image
+from anomalib_lite.errors import UserError
+
+Counts = Mapping[str, tuple[int, int, int]]  # per category: train, normal test, defective test
+
+
+# --- root and categories ---------------------------------------------------------------------------------------------
+
+
+def existing_root(root: str | Path | None) -> Path:
+    """`data.root` as an absolute path. Raises UserError if it is not set or no folder."""
+    if root is None or str(root) == "":
+        raise UserError("data.root is not set: give the folder that holds the data set, as in data.root=DIR")
+    path = Path(root).expanduser().absolute()
+    if path.name == "..":
+        path = path.resolve()
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; set data.root to the folder that holds the data set")
+    return path
+
+
+def choose(category: str | Sequence[str], available: list[str], base: Path, hint: str = "") -> list[str]:
+    """The categories that `data.category` names, in its order; "all" is sorted.
+
+    Raises UserError for a name that is not available; the message ends with `hint`.
+    """
+    if not available:
+        hint = hint or "; set data.root to the folder that holds the categories (CATEGORY/train/good)"
+        raise UserError(f"{base}: no category in this folder{hint}")
+    if category == "all":
+        return sorted(available)
+    names = [str(category)] if isinstance(category, str | int) else [str(name) for name in category or []]
+    if not names or "" in names:
+        raise UserError("data.category is empty: give a name, a list such as [bottle,cable], or all")
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"data.category names '{name}' {names.count(name)} times: name each category once")
+        if name not in available:
+            near = difflib.get_close_matches(name.lower(), available, n=1)
+            guess = f"; did you mean '{near[0]}'?" if near else ""
+            listed = ", ".join(sorted(available))
+            raise UserError(f"{base}: no category '{name}'{guess} (data.category: {listed}){hint}")
+    return names
+
+
+def subfolders(folder: Path) -> list[Path]:
+    return sorted(p for p in _entries(folder) if p.is_dir() and not p.name.startswith("."))
+
+
+def category_folders(base: Path) -> dict[str, Path]:
+    """The folders below `base` that hold `train` or `test`, by name."""
+    return {p.name: p for p in subfolders(base) if (p / "train").is_dir() or (p / "test").is_dir()}
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(p for p in _entries(folder) if is_image(p))
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+# --- images and masks ------------------------------------------------------------------------------------------------
+
+
+def read_folders(base: Path, folders: Mapping[str, Path]) -> DataSet:
+    """The categories, each in its folder, with notes on what can't be measured.
+
+    Raises UserError for an image in the wrong place, and for images and masks that are not one to one.
+    """
+    data = DataSet(base, [], [])
+    for category, folder in folders.items():
+        data.train += _read_train(folder / "train", category)
+        data.test += _read_test(folder, category)
+    data.notes = missing_notes(data)
+    return data
+
+
+def _read_train(train: Path, category: str) -> list[Sample]:
+    for folder in subfolders(train):
+        if folder.name != "good" and _images(folder):
+            raise UserError(
+                f"{folder}: train may hold only the folder 'good' (training is on normal images); move it out"
+            )
+    if loose := _images(train):
+        raise UserError(f"{loose[0]}: normal training images belong in {train / 'good'}; move them there")
+    good = [Sample(path, category, "good", 0, None) for path in _images(train / "good")]
+    if not good:
+        raise UserError(f"{train / 'good'}: no training images ({' '.join(IMAGE_SUFFIXES)}); put normal ones there")
+    return good
+
+
+def _read_test(category_folder: Path, category: str) -> list[Sample]:
+    test, ground_truth = category_folder / "test", category_folder / "ground_truth"
+    if loose := _images(test):
+        raise UserError(f"{loose[0]}: test images belong in {test / 'good'} or {test / 'DEFECT'}; move them there")
+    samples = []
+    for folder in subfolders(test):
+        defective, images = folder.name != "good", _images(folder)
+        # Masks of good images are empty by definition, some conversions write them all the same: they are not read.
+        paired = defective and ground_truth.is_dir()
+        masks = _pair(images, ground_truth / folder.name) if paired else dict.fromkeys(images)
+        samples += [Sample(path, category, folder.name, int(defective), masks[path]) for path in images]
+    for folder in subfolders(ground_truth):
+        if folder.name != "good" and not (test / folder.name).is_dir() and (stray := _images(folder)):
+            raise UserError(
+                f"{stray[0]}: a mask for no image ({test / folder.name} is missing); add its images or remove it"
+            )
+    return samples
+
+
+def _pair(images: list[Path], folder: Path) -> dict[Path, Path | None]:
+    """The mask of each image by name: STEM_mask or STEM, any image suffix. Raises UserError unless it is one to one."""
+    masks: dict[str, list[Path]] = {}
+    for mask in _images(folder):
+        masks.setdefault(mask.stem, []).append(mask)
+    pairs: dict[Path, Path | None] = {}
+    image_of: dict[Path, Path] = {}
+    for image in images:
+        found = masks.get(f"{image.stem}_mask", []) + masks.get(image.stem, [])
+        if not found:
+            raise UserError(f"{image}: no mask for this defective image; add {folder / (image.stem + '_mask.png')}")
+        if len(found) > 1:
+            raise UserError(f"{image}: two masks, {found[0].name} and {found[1].name} in {folder}; remove one")
+        if other := image_of.get(found[0]):
+            raise UserError(f"{found[0]}: one mask for {other.name} and {image.name}; give each image its own")
+        pairs[image], image_of[found[0]] = found[0], image
+    if stray := [mask for same_stem in masks.values() for mask in same_stem if mask not in image_of]:
+        raise UserError(
+            f"{stray[0]}: a mask for no image (none of that name in test/{folder.name}); add it or remove it"
+        )
+    return pairs
+
+
+# --- notes -----------------------------------------------------------------------------------------------------------
+
+
+def missing_notes(data: DataSet) -> list[str]:
+    """Notes on what can't be measured with the test images at hand."""
+    notes = []
+    for category in dict.fromkeys(s.category for s in data.train):
+        test = [s for s in data.test if s.category == category]
+        if not test:
+            notes.append(f"{category}: no test images, nothing can be measured")
+        elif all(s.label for s in test):
+            notes.append(f"{category}: no good test images, image AUROC can't be computed")
+        if any(s.label for s in test) and not any(s.mask for s in test):
+            notes.append(f"{category}: no ground_truth, pixel metrics are left out")
+    return notes
+
+
+def count_notes(data: DataSet, official: Counts) -> list[str]:
+    """Notes on categories whose numbers of images differ from the official ones."""
+    notes = []
+    for category in dict.fromkeys(s.category for s in data.train):
+        labels = [s.label for s in data.test if s.category == category]
+        counts = (sum(s.category == category for s in data.train), labels.count(0), labels.count(1))
+        differing = [
+            f"{number} {kind} images, officially {right}"
+            for number, right, kind in zip(
+                counts, official[category], ("train", "good test", "defective test"), strict=True
+            )
+            if number != right
+        ]
+        if differing:
+            notes.append(f"{category}: {'; '.join(differing)}")
+    return notes
+
+
+def absent_notes(data: DataSet, official: Counts, title: str) -> list[str]:
+    """A note on the official categories that are not on disk, if there are any."""
+    absent = sorted(set(official) - {s.category for s in data.train})
+    listed = f"{len(absent)} of {title}'s {len(official)} categories are not on disk: {', '.join(absent)}"
+    return [listed] if absent else []
