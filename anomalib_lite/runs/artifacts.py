@@ -4,9 +4,11 @@ import csv
 import json
 import platform
 import subprocess
+import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich import box
@@ -16,6 +18,7 @@ from rich.table import Table
 from anomalib_lite.data.samples import Sample
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import HOME, replacing, write_text
+from anomalib_lite.runs.folder import MAPS, SCORES
 
 SCHEMA = 1
 MAP_SIZE = 64
@@ -167,3 +170,48 @@ def show(run: Path, result: dict[str, Any]) -> None:
     written = ("result.json", "scores.csv", "maps.npz", "metrics.csv", "figures", "checkpoints")
     there = ", ".join(name for name in written if (run / name).exists())
     console.print(f"{run}/ holds {there}", highlight=False, soft_wrap=True)
+
+
+# what a comparison reads
+
+
+class Scores(NamedTuple):
+    """The test images of one category in scores.csv, sorted by path; labels are 0 or 1 [N], scores float64 [N]."""
+
+    paths: tuple[str, ...]
+    labels: np.ndarray
+    scores: np.ndarray
+
+
+def read_scores(run: Path) -> dict[str, Scores]:
+    """A run's scores.csv by category. Raise UserError if the file is missing or damaged."""
+    file = run / SCORES
+    rows: dict[str, list[tuple[str, int, float]]] = {}
+    try:
+        with file.open(newline="", encoding="utf-8", errors="replace") as opened:
+            reader = csv.reader(opened)
+            if next(reader, None) != ["path", "category", "defect", "label", "score"]:
+                raise UserError(f"{file}: not readable (not the columns path, category, defect, label, score)")
+            for path, category, _, label, score in reader:
+                rows.setdefault(category, []).append((sys.intern(path), int(label), float(score)))
+    except OSError as error:
+        raise UserError(f"{file}: not readable ({error.strerror or error})") from error
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{file}: not readable (line {reader.line_num}: {error})") from error
+    found = {}
+    for category, entries in rows.items():
+        paths, labels, scores = zip(*sorted(entries), strict=True)
+        if not set(labels) <= {0, 1} or not np.isfinite(scores).all():
+            raise UserError(f"{file}: not readable ({category}: a label is not 0 or 1, or a score is not finite)")
+        found[category] = Scores(paths, np.array(labels), np.array(scores, np.float64))
+    return found
+
+
+def read_maps(run: Path, keys: Iterable[str]) -> dict[str, np.ndarray]:
+    """Those of the keys that a run's maps.npz holds. Raise UserError if the file is missing or damaged."""
+    file = run / MAPS
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            return {key: stored[key] for key in keys if key in stored.files}
+    except Exception as error:  # zipfile, zlib and NumPy raise different classes for a damaged archive
+        raise UserError(f"{file}: not readable ({getattr(error, 'strerror', None) or error})") from error

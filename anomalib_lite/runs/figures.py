@@ -54,16 +54,28 @@ def _tile(picture: np.ndarray, tile: int) -> np.ndarray:
     return cv2.resize(picture, (tile, tile), interpolation=cv2.INTER_AREA)
 
 
+def disagreement(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """How far each image's rank contradicts its label: [N] in 0..1, 1 for the lowest defect and the highest good image.
+
+    The worst cases are those with the highest value. Tied scores share their mean rank.
+    """
+    ordered = np.sort(scores)
+    rank = (np.searchsorted(ordered, scores, "left") + np.searchsorted(ordered, scores, "right") - 1) / 2
+    rank = rank / max(len(scores) - 1, 1)
+    return np.where(labels == 1, 1 - rank, rank)
+
+
 def chosen_cases(rows: list[int], arrays: dict[str, np.ndarray], count: int = 3) -> list[tuple[str, int]]:
     """A category's images to look at, by their indices, each with what it is an example of."""
-    by_score = sorted(rows, key=lambda i: (float(arrays["scores"][i]), i))
-    bad = [i for i in by_score if arrays["labels"][i]]
-    good = [i for i in by_score if not arrays["labels"][i]]
+    labels, scores = arrays["labels"][rows], arrays["scores"][rows]
+    worst_first = [rows[i] for i in np.argsort(-disagreement(labels, scores), kind="stable")]
+    bad = [i for i in worst_first if arrays["labels"][i]]
+    good = [i for i in worst_first if not arrays["labels"][i]]
     missed = bad[: min(count, len(bad) // 2)]
     return (
         [("clear defect", i) for i in bad[len(missed) :][::-1][:count]]
         + [("weakest defect", i) for i in missed]
-        + [("highest good", i) for i in good[::-1][:count]]
+        + [("highest good", i) for i in good[:count]]
     )
 
 
