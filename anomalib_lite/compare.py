@@ -64,10 +64,9 @@ def compare(arguments: Sequence[str]) -> None:
 
     if options.csv:
         save(options.csv, export.to_csv(tables, runs))
-    if options.latex:
-        save(options.latex, export.render("table.tex", tables, metric))
-    if options.markdown:
-        save(options.markdown, export.render("table.md", tables, metric))
+    for file, template in ((options.latex, "table.tex"), (options.markdown, "table.md")):
+        if file:
+            save(file, export.render(template, tables, metric))
     if options.html:
         from anomalib_lite.comparison.page import to_html
 

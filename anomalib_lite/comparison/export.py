@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup, escape
 
 from anomalib_lite.comparison.find_runs import Run, shorten
 from anomalib_lite.comparison.statistics import DRAWS
@@ -136,7 +135,7 @@ def render(template: str, tables: Sequence[Table], metric: str, **context: Any) 
         lstrip_blocks=True,
         line_statement_prefix="%%",
     )
-    environment.filters |= {of.__name__: of for of in (amount, breakable, heading, latex, markdown, name_of)}
+    environment.filters |= {of.__name__: of for of in (amount, heading, latex, markdown, name_of)}
     context |= {"tables": tables, "metric": metric, "texts": sys.modules[__name__]}
     return environment.get_template(template).render(context).rstrip() + "\n"
 
@@ -148,8 +147,3 @@ def markdown(text: str) -> str:
 
 def latex(text: str) -> str:
     return "".join(LATEX.get(character, character) for character in re.sub(r"\s+", " ", text))
-
-
-def breakable(text: str, after: str = "_") -> Markup:
-    """HTML of a name that may break after these characters, none of which HTML needs."""
-    return Markup(re.sub(f"([{after}])", r"\1<wbr>", str(escape(text))))

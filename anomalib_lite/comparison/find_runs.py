@@ -1,5 +1,6 @@
 """Finished runs found below folders, and what a comparison asks of a run."""
 
+import contextlib
 import json
 import math
 import os
@@ -13,17 +14,12 @@ from typing import Any
 import numpy as np
 
 from anomalib_lite.cli.keys import flat
+from anomalib_lite.cli.schema import free
 from anomalib_lite.errors import UserError
 from anomalib_lite.runs.artifacts import Scores, read_maps, read_result, read_scores
-from anomalib_lite.runs.folder import CHECKPOINTS, FIGURES, HYDRA, RESULT, WANDB, stored_config
+from anomalib_lite.runs.folder import CHECKPOINTS, FIGURES, HYDRA, RESULT, WANDB, read_config
 
-#: keys of the configuration that don't change a result, or whose value result.json holds too
-FREE = (
-    "resume", "debug", "logger", "cache", "hardware.accelerator", "hardware.devices", "hardware.nodes",
-    "hardware.threads", "hardware.feature_memory_gb", "trainer.log_every", "trainer.checkpoint_minutes", "data.root",
-    "data.category", "data.workers", "data.check", "data.eval_batch_size", "data.name", "data.reader", "data.split",
-    "split", "scoring", "backbone.name", "backbone.layers", "backbone.weights",
-)  # fmt: skip
+FREE = free("compare")  # keys that don't make a run another experiment
 NOT_SEARCHED = {CHECKPOINTS, WANDB, FIGURES, HYDRA, ".git", ".venv"}
 
 
@@ -109,7 +105,7 @@ def read(folders: Iterable[Path], problems: list[str]) -> tuple[list[Run], list[
             result = read_result(folder)
             if wrong := fault(result):
                 raise UserError(f"{folder / RESULT}: damaged or not ours: {wrong}")
-            runs.append(Run(folder, result, read_config(folder, result), problems))
+            runs.append(Run(folder, result, config_of(folder, result), problems))
         except UserError as error:
             left_out.append(str(error))
         except RecursionError:
@@ -119,17 +115,13 @@ def read(folders: Iterable[Path], problems: list[str]) -> tuple[list[Run], list[
     return runs, left_out
 
 
-def read_config(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
+def config_of(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     """The run's configuration, or the one of the run that it evaluates again; empty where there is none."""
     notes = result.get("notes")
     again = [re.fullmatch(r"evaluated again from (.+)", str(n)) for n in (notes if isinstance(notes, list) else [])]
     for place in [folder, *(Path(match[1]) for match in again if match)]:
-        try:
-            config = json.loads(stored_config(place).read_text())["config"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if isinstance(config, dict):
-            return config
+        with contextlib.suppress(UserError):
+            return dict_at(read_config(place)[0])
     return {}
 
 

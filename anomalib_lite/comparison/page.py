@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from markupsafe import Markup
 
 from anomalib_lite.comparison.export import render
 from anomalib_lite.comparison.tables import Row, Table
@@ -46,7 +45,7 @@ def to_html(tables: Sequence[Table], metric: str) -> str:
         metrics=list(dict.fromkeys(name for table in tables for name in table.metrics)),
         pictures=pictures,
         most_tests=MOST_TESTS,
-        script=Markup(script),
+        script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 

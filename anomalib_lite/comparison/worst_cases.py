@@ -12,7 +12,7 @@ from PIL import Image
 from anomalib_lite.comparison.find_runs import Run, dict_at
 from anomalib_lite.comparison.tables import Row, Table
 from anomalib_lite.data.samples import load_rgb
-from anomalib_lite.runs.figures import colours, disagreement
+from anomalib_lite.runs.heat_maps import colours, disagreement
 
 MOST_METHODS = 8  # in curves and heat maps: the best
 TILE = 128  # pixels of an image's thumbnail

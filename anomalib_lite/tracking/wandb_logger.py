@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import Logger
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.samples import load_rgb
-from anomalib_lite.runs.figures import chosen_cases, overlay
+from anomalib_lite.runs.heat_maps import chosen_cases, overlay
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from anomalib_lite.comparison import statistics
 from anomalib_lite.comparison.export import notes
 from anomalib_lite.comparison.tables import Over
-from anomalib_lite.runs.figures import chosen_cases, disagreement
+from anomalib_lite.runs.heat_maps import chosen_cases, disagreement
 from tests.helpers.written_runs import compare, tables
 
 # statistics
