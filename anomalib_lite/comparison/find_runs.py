@@ -13,13 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from anomalib_lite.cli.keys import flat
+from anomalib_lite.cli.keys import flat, lookup
 from anomalib_lite.cli.schema import free
 from anomalib_lite.errors import UserError
 from anomalib_lite.runs.artifacts import Scores, read_maps, read_result, read_scores
 from anomalib_lite.runs.folder import CHECKPOINTS, FIGURES, HYDRA, RESULT, WANDB, read_config
 
 FREE = free("compare")  # keys that don't make a run another experiment
+KINDS = {  # of what every result holds
+    str: "method dataset setting data.fingerprint", int: "seed", list: "categories",
+    dict: "protocol.data per_category metrics",
+}  # fmt: skip
 NOT_SEARCHED = {CHECKPOINTS, WANDB, FIGURES, HYDRA, ".git", ".venv"}
 
 
@@ -127,12 +131,10 @@ def config_of(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
 
 def fault(result: dict[str, Any]) -> str | None:
     """Why a result can't be compared, or None if it can."""
-    kinds = {"method": str, "dataset": str, "setting": str, "categories": list, "seed": int, "protocol": dict}
-    for key, kind in (kinds | {"data": dict, "per_category": dict, "metrics": dict}).items():
-        if not isinstance(result.get(key), kind):
-            return f"{key} is missing, or no {kind.__name__}"
-    if not isinstance(result["protocol"].get("data"), dict) or not isinstance(result["data"].get("fingerprint"), str):
-        return "protocol.data or data.fingerprint is missing"
+    for kind, keys in KINDS.items():
+        for key in keys.split():
+            if not isinstance(lookup(result, key), kind):
+                return f"{key} is missing, or no {kind.__name__}"
     for key in ("backbone", "timing", "efficiency", "split", "groups"):
         if not isinstance(result.get(key), dict | None):
             return f"{key} is no dict"

@@ -54,18 +54,17 @@ def _split(result: dict[str, Any]) -> dict[str, Any]:
 
 def _title(result: dict[str, Any]) -> str:
     """mvtec, or mvtec, split exp20 (order reverse; split.seed 1)."""
-    split = result.get("split") or {}
+    split, details = result.get("split") or {}, []
     if _split(result)["profile"] == "full":
         return str(result["dataset"])
-    if "imbalance" not in split:
-        path = split.get("path")
-        name = f"{split.get('name')}" + (f" {'/'.join(Path(path).parts[-3:])}" if isinstance(path, str) else "")
-        return f"{result['dataset']}, split {name}"
-    order = split.get("order")
-    details = [f"order {', '.join(order) if isinstance(order, list) else order}"] * (order != "size")
-    details += [f"split.seed {split.get('seed')}"] * (split.get("seed", 0) != 0)
-    name = f"{split.get('profile')}{split['imbalance']}" + f" ({'; '.join(details)})" * bool(details)
-    return f"{result['dataset']}, split {name}"
+    if "imbalance" in split:
+        name, order, seed = f"{split.get('profile')}{split['imbalance']}", split.get("order"), split.get("seed", 0)
+        details += [f"order {', '.join(order) if isinstance(order, list) else order}"] * (order != "size")
+        details += [f"split.seed {seed}"] * (seed != 0)
+    else:
+        name, path = f"{split.get('name')}", split.get("path")
+        name += f" {'/'.join(Path(path).parts[-3:])}" if isinstance(path, str) else ""
+    return f"{result['dataset']}, split {name}" + f" ({'; '.join(details)})" * bool(details)
 
 
 def _differences(here: Conditions, there: Conditions) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -12,7 +13,7 @@ from anomalib_lite.comparison.tables import Table
 from anomalib_lite.comparison.worst_cases import CURVES, best_rows, curves
 
 MOST_ROWS = 40  # the best ones: a dot plot of more is not legible
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
+STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
 
 
 def write_plots(folder: Path, tables: Sequence[Table]) -> None:

@@ -4,10 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-
-def sample_sd(values: Sequence[float]) -> float | None:
-    """The sample standard deviation (n - 1); None for a single value."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+Draws = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # of resamples, labels, scores
 
 
 def resamples(labels: np.ndarray, count: int = 1000, seed: int | Sequence[int] = 0) -> np.ndarray:
@@ -44,30 +41,22 @@ def _counts(drawn: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> tuple[
     return np.cumsum(ordered * positive, 1)[:, ends], np.cumsum(ordered * ~positive, 1)[:, ends]
 
 
-def ap_draws(drawn: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Image AP (step-wise) of every resample, [count], averaged over the seeds of `scores` [S, N]."""
-
-    def ap(tp: np.ndarray, fp: np.ndarray) -> np.ndarray:
-        return (np.diff(tp, axis=1, prepend=0) * tp / np.maximum(tp + fp, 1)).sum(1) / tp[:, -1]
-
-    return np.mean([ap(*_counts(drawn, labels, one)) for one in scores], axis=0)
+def _averaged(metric: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Draws:
+    """Draws of a metric of true and false positives, [count], averaged over the seeds of `scores` [S, N]."""
+    return lambda drawn, labels, scores: np.mean([metric(*_counts(drawn, labels, one)) for one in scores], axis=0)
 
 
-def f1max_draws(drawn: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Image F1-max of every resample, [count], averaged over the seeds of `scores` [S, N]."""
-
-    def f1max(tp: np.ndarray, fp: np.ndarray) -> np.ndarray:
-        return (2 * tp / (tp + fp + tp[:, -1:])).max(1)
-
-    return np.mean([f1max(*_counts(drawn, labels, one)) for one in scores], axis=0)
+def _ap(tp: np.ndarray, fp: np.ndarray) -> np.ndarray:
+    """Step-wise, as in scikit-learn."""
+    return (np.diff(tp, axis=1, prepend=0) * tp / np.maximum(tp + fp, 1)).sum(1) / tp[:, -1]
 
 
-#: the metrics that the images' scores give
-DRAWS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
-    "image_auroc": auroc_draws,
-    "image_ap": ap_draws,
-    "image_f1max": f1max_draws,
-}
+def _f1max(tp: np.ndarray, fp: np.ndarray) -> np.ndarray:
+    return (2 * tp / (tp + fp + tp[:, -1:])).max(1)
+
+
+#: the metrics that follow from the images' scores
+DRAWS: dict[str, Draws] = {"image_auroc": auroc_draws, "image_ap": _averaged(_ap), "image_f1max": _averaged(_f1max)}
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:

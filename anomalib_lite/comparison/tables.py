@@ -210,7 +210,8 @@ def _cell(by_seed: Sequence[dict[int, float]], draws: Sequence[np.ndarray | None
     """The mean over categories and seeds; the deviation is that of the seeds' means."""
     mean = float(np.mean([np.mean(list(values.values())) for values in by_seed]))
     same = all(values.keys() == by_seed[0].keys() for values in by_seed)
-    sd = statistics.sample_sd([float(np.mean([v[s] for v in by_seed])) for s in by_seed[0]]) if same else None
+    means = [np.mean([values[seed] for values in by_seed]) for seed in by_seed[0]] if same else []
+    sd = float(np.std(means, ddof=1)) if len(means) > 1 else None
     known = [drawn for drawn in draws if drawn is not None]
     interval = statistics.interval(np.mean(known, axis=0)) if len(known) == len(draws) else None
     return Cell(mean, sd, min(len(values) for values in by_seed), interval)

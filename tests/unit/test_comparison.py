@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 
 from anomalib_lite.comparison import statistics
 from anomalib_lite.comparison.export import notes
-from anomalib_lite.comparison.tables import Over
+from anomalib_lite.comparison.tables import Column, Over
 from anomalib_lite.runs.heat_maps import chosen_cases, disagreement
 from tests.helpers.written_runs import compare, tables
 
@@ -100,7 +100,8 @@ def test_seeds_are_averaged_and_other_keys_are_not(write):
     for row in table.rows:
         cells = table.cells(row, "pixel_ap")
         values = [values_by_seed(row, category, "pixel_ap") for category in ("bottle", "cable")]
-        for column, of in zip(("bottle", "cable", Over.MEAN), [*values, np.mean(values, 0)], strict=True):
+        columns: list[Column] = ["bottle", "cable", Over.MEAN]
+        for column, of in zip(columns, [*values, np.mean(values, 0)], strict=True):
             assert (cells[column].mean, cells[column].sd) == pytest.approx((np.mean(of), np.std(of, ddof=1)))
             assert cells[column].seeds == 3
 
