@@ -105,7 +105,7 @@ def draw(output: Path, base: Path, below: Path, amap: Any, limits: dict[str, Any
     import cv2
 
     from anomalib_lite.data.samples import load_rgb
-    from anomalib_lite.runs.figures import colours, overlay
+    from anomalib_lite.runs.heat_maps import colours, overlay
 
     image = load_rgb(base / below)
     amap = cv2.resize(amap, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)

@@ -3,6 +3,8 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
 # Before torch is imported: waiting threads of OpenMP otherwise spin, and beside other work on the same cores a small
 # convolution takes a hundred times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -11,3 +13,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if "ANOMALIB_LITE_CACHE" not in os.environ:
     os.environ["ANOMALIB_LITE_CACHE"] = tempfile.mkdtemp(prefix="anomalib_lite_cache_")
     atexit.register(shutil.rmtree, os.environ["ANOMALIB_LITE_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """The folder of a run as the program leaves it: the written runs are copies of it."""
+    from tests.helpers.written_runs import real_run
+
+    return real_run(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def write(finished_run, tmp_path):
+    """Writes runs with chosen numbers into tmp_path/runs: see tests/helpers/written_runs.py."""
+    from tests.helpers.written_runs import Writer
+
+    return Writer(finished_run, tmp_path / "runs")

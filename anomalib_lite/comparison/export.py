@@ -1,15 +1,24 @@
-"""A comparison as CSV, LaTeX and Markdown, and what the formats share."""
+"""A comparison as CSV or by a template (table.md, table.tex, page.html), and the texts that all formats share."""
 
 import csv
 import io
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-from anomalib_lite.comparison.cells import COSTS, Cell, Column, Over, Row, Table
-from anomalib_lite.comparison.find_runs import Run
+import jinja2
+
+from anomalib_lite.comparison.find_runs import Run, shorten
 from anomalib_lite.comparison.statistics import DRAWS
+from anomalib_lite.comparison.tables import COSTS, FEWEST_CATEGORIES, Cell, Column, Over, Row, Table
 
 HEADINGS = {"auroc": "AUROC", "ap": "AP", "f1max": "F1-max"}
+TEST_HEADINGS = ("method", "against", "difference", "corrected p", "categories")
+LATEX = {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+LATEX |= {"–": "--", "±": r"$\pm$", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+LATEX |= {character: f"\\{character}" for character in "&%$#_"}
 
 
 def name_of(metric: str) -> str:
@@ -17,7 +26,7 @@ def name_of(metric: str) -> str:
     level, _, name = metric.partition("_")
     if level == "aupro" and name.isdigit():
         return f"AUPRO @{int(name) / 100:g}"
-    return f"{level} {HEADINGS.get(name, name)}" if name in HEADINGS else metric
+    return f"{level} {HEADINGS[name]}" if name in HEADINGS else metric
 
 
 def heading(column: Column) -> str:
@@ -30,11 +39,13 @@ def seeds_of(cells: dict[Column, Cell]) -> str:
     return str(max(counts)) if len(counts) == 1 else f"{min(counts)}–{max(counts)}"
 
 
-def percent(cell: Cell | None, pm: str = " ± ") -> str:
+def percent(cell: Cell | None) -> str:
     """98.1 ± 0.2; without the deviation for a single seed."""
-    if cell is None:
-        return "–"
-    return f"{100 * cell.mean:.1f}" + ("" if cell.sd is None else f"{pm}{100 * cell.sd:.1f}")
+    return "–" if cell is None else f"{100 * cell.mean:.1f}{deviation(cell)}"
+
+
+def deviation(cell: Cell) -> str:
+    return "" if cell.sd is None else f" ± {100 * cell.sd:.1f}"
 
 
 def between(cell: Cell | None) -> str:
@@ -43,7 +54,7 @@ def between(cell: Cell | None) -> str:
 
 
 def amount(value: float | None) -> str:
-    """A cost with three digits that count."""
+    """A cost with three significant digits."""
     if value is None:
         return "–"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
@@ -53,41 +64,60 @@ def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def how(metric: str, best: str = "in bold", intervals: bool = True) -> str:
+def caption(metric: str, best: str = "in bold", intervals: bool = True) -> str:
     """The line under a table that says what its numbers are."""
-    told = f"{name_of(metric)} in percent, mean ± standard deviation over seeds, the best of a setting {best}"
-    below = intervals and metric in DRAWS
-    return told + ("; 95 % bootstrap intervals over test images (1,000 resamples)" if below else "")
+    text = f"{name_of(metric)} in percent, mean ± standard deviation over seeds, the best of a setting {best}"
+    with_intervals = intervals and metric in DRAWS
+    return text + ("; 95 % bootstrap intervals over test images (1,000 resamples)" if with_intervals else "")
 
 
 def notes(table: Table, metric: str) -> list[str]:
-    """All that is to be said under a table."""
-    told = [*table.notes, *table.missing(metric), table.tests(metric)[1]]
-    told += [f"{over.value}: {', '.join(names)}" for over, names in table.members.items() if over is not Over.MEAN]
+    """All notes under a table, on its runs first."""
+    lines = [*table.notes, *_missing(table, metric)]
+    if tests := table.tests(metric):
+        lines.append(f"Wilcoxon's signed-rank test over categories, p corrected by Holm for {len(tests)} pairs")
+    else:
+        alone = all(len(rows) < 2 for rows in table.body(metric).values())
+        why = "one method alone" if alone else f"fewer than {FEWEST_CATEGORIES} categories in common"
+        lines.append(f"no paired tests: {why}")
+    lines += [
+        f"{over.value}: {', '.join(table.columns[over])}" for over in (Over.HEAD, Over.TAIL) if over in table.columns
+    ]
     if table.large and metric in DRAWS and metric != "image_auroc":
-        told.append("no intervals of this metric for so many runs")
-    return told
+        lines.append("no intervals of this metric for so many runs")
+    return lines
+
+
+def _missing(table: Table, metric: str) -> Iterator[str]:
+    """Why some rows have no mean over categories."""
+    labels: dict[str, list[str]] = {}
+    for row in table.rows:
+        absent = [category for category in table.categories if category not in table.cells(row, metric)]
+        if absent:
+            labels.setdefault(shorten(absent), []).append(row.label)
+    no_mean = ", so no mean" if len(table.categories) > 1 else ""
+    for absent_text, of in labels.items():
+        yield f"without {metric} of {absent_text}{no_mean}: {shorten(of)}"
 
 
 def to_csv(tables: Sequence[Table], runs: Sequence[Run]) -> str:
-    """A run and category a row: all metrics and costs with full digits, nothing averaged."""
+    """One line per run and category: all metrics and costs with full digits, nothing averaged."""
     metrics = list(dict.fromkeys(metric for table in tables for metric in table.metrics))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     head = ["table", "run", "dataset", "split", "setting", "method", "label", "variant", "backbone", "weights", "seed"]
     writer.writerow([*head, "category", "group", *metrics, *COSTS, "fingerprint"])
-    rows: dict[int, tuple[int, Row]] = {}
+    rows: dict[Run, tuple[int, Row]] = {}
     for number, table in enumerate(tables, 1):
-        rows |= {id(run): (number, row) for row in table.rows for run in row.all_runs()}
+        rows |= {run: (number, row) for row in table.rows for run in row.all_runs()}
     for run in runs:
-        if id(run) not in rows:
-            continue  # run again with the same seed
-        number, row = rows[id(run)]
-        r = run.result
-        first = [number, run.folder, r["dataset"], (r.get("split") or {}).get("name"), r["setting"], r["method"]]
-        first += [row.label, r.get("variant"), (r.get("backbone") or {}).get("name"), r.get("weights"), r["seed"]]
+        if run not in rows:
+            continue  # a newer run has the same seed
+        number, row = rows[run]
+        r, split = run.result, run.result.get("split") or {}
+        first = [number, run.folder, r["dataset"], split.get("name"), r["setting"], r["method"], row.label]
+        first += [r.get("variant"), (r.get("backbone") or {}).get("name"), r.get("weights"), r["seed"]]
         costs = [run.cost(*where) for where in COSTS.values()]
-        split = r.get("split") or {}
         for category in r["categories"]:
             values = [run.value(category, metric) for metric in metrics]
             group = next((name for name in ("head", "tail") if category in (split.get(name) or [])), None)
@@ -95,91 +125,25 @@ def to_csv(tables: Sequence[Table], runs: Sequence[Run]) -> str:
     return text.getvalue()
 
 
-def to_markdown(tables: Sequence[Table], metric: str) -> str:
-    """The tables, their costs, tests and notes."""
-    lines = []
-    for table in tables:
-        names = [_md(heading(column)) for column in table.columns]
-        lines += [f"## {_md(table.title)}", "", _line(["method", *names, "seeds"]), _rule(len(names) + 1)]
-        body = table.body(metric)
-        for setting, rows in body.items():
-            if len(body) > 1:
-                lines.append(_line([f"*{_md(setting)}*", *[""] * (len(names) + 1)]))
-            for row, cells in rows:
-                told = [_md_cell(cells.get(column)) for column in table.columns]
-                lines.append(_line([_md(row.label), *told, seeds_of(cells)]))
-        lines += ["", f"{how(metric)}."]
-        lines += ["", *(f"- {_md(note)}" for note in notes(table, metric)), ""]
-        tests = table.tests(metric)[0]
-        if tests:
-            lines += [_line(["method", "against", "difference", "corrected p", "categories"]), _rule(4)]
-            lines += [_line([_md(a), _md(b), f"{100 * d:+.1f}", p_value(p), str(n)]) for a, b, d, p, n in tests]
-            lines.append("")
-        lines += [_line(["method", *COSTS]), _rule(len(COSTS))]
-        lines += [_line([_md(row.label), *map(amount, costs.values())]) for row, costs in table.costs()]
-        lines.append("")
-    return "\n".join(lines)
+def render(template: str, tables: Sequence[Table], metric: str, **context: Any) -> str:
+    """A template of this folder; in it, `texts` is this module, and filters escape names."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=template.endswith(".html"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        line_statement_prefix="%%",
+    )
+    environment.filters |= {of.__name__: of for of in (amount, heading, latex, markdown, name_of)}
+    context |= {"tables": tables, "metric": metric, "texts": sys.modules[__name__]}
+    return environment.get_template(template).render(context).rstrip() + "\n"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _rule(numbers: int) -> str:
-    return "|---" + "|---:" * numbers + "|"
-
-
-def _md(text: str | None) -> str:
-    text = re.sub(r"\s+", " ", str(text)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+def markdown(text: str) -> str:
+    text = re.sub(r"\s+", " ", text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)
 
 
-def _md_cell(cell: Cell | None) -> str:
-    text = percent(cell)
-    if cell and cell.best:
-        text = f"**{text}**"
-    return text + (f" [{between(cell)}]" if between(cell) else "")
-
-
-LATEX = {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-LATEX |= {"–": "--", "±": r"$\pm$", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
-LATEX |= {character: f"\\{character}" for character in "&%$#_"}
-
-
-def latex(text: str | None) -> str:
-    """Text as LaTeX shows it."""
-    return "".join(LATEX.get(character, character) for character in re.sub(r"\s+", " ", str(text)))
-
-
-def to_latex(tables: Sequence[Table], metric: str) -> str:
-    r"""A table environment each, with booktabs rules; a heading per setting where there are several."""
-    lines = ["% \\usepackage{booktabs}"]
-    for table in tables:
-        columns, body = table.columns, table.body(metric)
-        rule: Callable[[str], str] = lambda name: f"\\{name}rule"  # noqa: E731
-        lines += [
-            r"\begin{table}",
-            r"\centering",
-            f"\\caption{{{latex(table.title)}: {latex(how(metric, intervals=False))}.}}",
-        ]
-        lines += [f"\\begin{{tabular}}{{l{'r' * len(columns)}r}}", rule("top")]
-        lines += [" & ".join(["method", *(latex(heading(c)) for c in columns), "seeds"]) + r" \\", rule("mid")]
-        for number, (setting, rows) in enumerate(body.items()):
-            if len(body) > 1:
-                lines += [rule("mid")] * (number > 0)
-                lines.append(f"\\multicolumn{{{len(columns) + 2}}}{{l}}{{\\textit{{{latex(setting)}}}}} \\\\")
-            for row, cells in rows:
-                told = [_latex_cell(cells.get(column)) for column in columns]
-                lines.append(" & ".join([latex(row.label), *told, latex(seeds_of(cells))]) + r" \\")
-        lines += [rule("bottom"), r"\end{tabular}"]
-        lines += [f"% {re.sub(chr(10), ' ', note)}" for note in notes(table, metric)]
-        lines += [r"\end{table}", ""]
-    return "\n".join(lines)
-
-
-def _latex_cell(cell: Cell | None) -> str:
-    if cell is None:
-        return "--"
-    number = f"{100 * cell.mean:.1f}"
-    number = f"\\textbf{{{number}}}" if cell.best else number
-    return number + ("" if cell.sd is None else f" $\\pm$ {100 * cell.sd:.1f}")
+def latex(text: str) -> str:
+    return "".join(LATEX.get(character, character) for character in re.sub(r"\s+", " ", text))

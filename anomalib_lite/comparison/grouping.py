@@ -1,153 +1,155 @@
-"""Which runs share a table and which a row, and what the rows are called."""
+"""Which runs share a table and which share a row, and what tables and rows are called."""
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from anomalib_lite.cli.keys import flat
-from anomalib_lite.comparison.cells import Row, Table
-from anomalib_lite.comparison.find_runs import Run, inner, some
+from anomalib_lite.comparison.find_runs import Run, dict_at, shorten
+from anomalib_lite.comparison.tables import Row, Table
 
 DEVELOPMENT = ("bottle", "toothbrush", "capsules", "magnetic_tile")  # the package's defaults were chosen on them
+Conditions = dict[str, Any]  # what the runs of a table share, by its key in result.json
 
 
-def tables(runs: Sequence[Run], problems: list[str]) -> list[Table]:
-    """A table for each data set, split and protocol; lines on unreadable files go to `problems`."""
-    parts: dict[str, list[tuple[dict[str, Any], Run]]] = {}
-    prints: dict[str, list[str]] = {}
+def tables(runs: Sequence[Run]) -> list[Table]:
+    """One table per data set, split and protocol, in the order of the runs."""
+    parts: dict[str, tuple[Conditions, list[Run]]] = {}
+    fingerprints: dict[str, list[str]] = {}
     for run in runs:
         result = run.result
-        same = flat({"split": _split(result), "protocol": {"data": result["protocol"]["data"]}})
-        data = json.dumps([result["dataset"], same, sorted(result["categories"])], sort_keys=True)
-        known = prints.setdefault(data, [])
+        conditions = flat({"split": _split(result), "protocol": {"data": result["protocol"]["data"]}})
+        # a fingerprint depends on the categories: only those of runs with the same categories are compared
+        known = fingerprints.setdefault(_json(result["dataset"], conditions, sorted(result["categories"])), [])
         if result["data"]["fingerprint"] not in known:
             known.append(result["data"]["fingerprint"])
-        same["data.fingerprint"] = known.index(result["data"]["fingerprint"])
-        parts.setdefault(json.dumps([result["dataset"], same], sort_keys=True), []).append((same, run))
+        conditions["data.fingerprint"] = known.index(result["data"]["fingerprint"])
+        parts.setdefault(_json(result["dataset"], conditions), (conditions, []))[1].append(run)
     made: list[Table] = []
-    first: dict[str, tuple[int, dict[str, Any]]] = {}
-    for number, entries in enumerate(parts.values(), 1):
-        same, members = entries[0][0], [run for _, run in entries]
-        result = members[0].result
-        split = _split(result)["profile"]
-        title = f"{result['dataset']}, split {_called(result)}" if split != "full" else str(result["dataset"])
-        notes = []
-        if result["dataset"] in first:
-            other, theirs = first[result["dataset"]]
-            where = some([str(run.folder) for run in members])
-            for key in sorted(same.keys() | theirs.keys()):
-                if same.get(key) != theirs.get(key):
-                    is_hash = key == "data.fingerprint"
-                    what = "" if is_hash else f" ({json.dumps(same.get(key))}, there {json.dumps(theirs.get(key))})"
-                    notes.append(f"does not compare with table {other}: {key} differs{what}; here: {where}")
-        first.setdefault(result["dataset"], (number, same))
-        made.append(_table(title, members, notes, problems))
+    first: dict[str, tuple[int, Conditions]] = {}
+    for conditions, members in parts.values():
+        dataset = members[0].result["dataset"]
+        number, others = first.setdefault(dataset, (len(made) + 1, conditions))
+        where = shorten(str(run.folder) for run in members)
+        notes = [
+            f"does not compare with table {number}: {difference}; here: {where}"
+            for difference in _differences(conditions, others)
+        ]
+        rows, repeated = _rows(members)
+        categories = sorted({category for row in rows for category in row.runs}, key=_natural)
+        notes += [*repeated, *_notes(rows, members, categories)]
+        made.append(Table(_title(members[0].result), rows, categories, notes))
     return made
 
 
 def _split(result: dict[str, Any]) -> dict[str, Any]:
-    """What makes a split another one. Its files are in the fingerprint, and its name may be one of several."""
+    """What makes a split another one. The fingerprint covers its files, and one split may have several names."""
     split = result.get("split") or {}
     profile = split.get("profile", split.get("name", "full"))
-    told = ("name", "profile", "path", "format", "tail", "counts", "full_counts")
-    return {"profile": profile} | {k: v for k, v in split.items() if k not in told and profile != "full"}
+    ignored = ("name", "profile", "path", "format", "tail", "counts", "full_counts")
+    return {"profile": profile} | {k: v for k, v in split.items() if k not in ignored and profile != "full"}
 
 
-def _called(result: dict[str, Any]) -> str:
-    """exp20 (order reverse, seed 1)."""
-    split = result["split"]
-    if "imbalance" not in split:
-        path = split.get("path")
-        return f"{split.get('name')}" + (f" {'/'.join(Path(path).parts[-3:])}" if isinstance(path, str) else "")
-    order = split.get("order")
-    apart = [f"order {', '.join(order) if isinstance(order, list) else order}"] * (order != "size")
-    apart += [f"split.seed {split.get('seed')}"] * (split.get("seed", 0) != 0)
-    return f"{split.get('profile')}{split['imbalance']}" + f" ({'; '.join(apart)})" * bool(apart)
+def _title(result: dict[str, Any]) -> str:
+    """mvtec, or mvtec, split exp20 (order reverse; split.seed 1)."""
+    split, details = result.get("split") or {}, []
+    if _split(result)["profile"] == "full":
+        return str(result["dataset"])
+    if "imbalance" in split:
+        name, order, seed = f"{split.get('profile')}{split['imbalance']}", split.get("order"), split.get("seed", 0)
+        details += [f"order {', '.join(order) if isinstance(order, list) else order}"] * (order != "size")
+        details += [f"split.seed {seed}"] * (seed != 0)
+    else:
+        name, path = f"{split.get('name')}", split.get("path")
+        name += f" {'/'.join(Path(path).parts[-3:])}" if isinstance(path, str) else ""
+    return f"{result['dataset']}, split {name}" + f" ({'; '.join(details)})" * bool(details)
 
 
-def _table(title: str, runs: list[Run], notes: list[str], problems: list[str]) -> Table:
+def _differences(here: Conditions, there: Conditions) -> Iterator[str]:
+    for key in sorted(here.keys() | there.keys()):
+        if here.get(key) != there.get(key):
+            is_hash = key == "data.fingerprint"
+            values = "" if is_hash else f" ({json.dumps(here.get(key))}, there {json.dumps(there.get(key))})"
+            yield f"{key} differs{values}"
+
+
+def _rows(runs: list[Run]) -> tuple[list[Row], list[str]]:
+    """The rows, labelled and sorted, and a note on runs that a newer one with the same seed replaces."""
     rows: dict[str, Row] = {}
     repeated = []
-    for run in sorted(runs, key=lambda r: str((r.result.get("timing") or {}).get("date", ""))):
-        traits = run.traits()
-        key = json.dumps([run.result["method"], run.result["setting"], traits], sort_keys=True)
-        row = rows.setdefault(key, Row(run.result["method"], run.result["setting"], traits))
+    for run in sorted(runs, key=lambda run: str(dict_at(run.result, "timing").get("date", ""))):
+        method, setting, hyperparameters = run.result["method"], run.result["setting"], run.hyperparameters()
+        new = Row(method, setting, hyperparameters, configured=bool(run.config))
+        row = rows.setdefault(_json(method, setting, hyperparameters), new)
         for category in run.result["categories"]:
             seeds = row.runs.setdefault(category, {})
             if run.result["seed"] in seeds:
                 repeated.append(str(seeds[run.result["seed"]].folder))
             seeds[run.result["seed"]] = run
-    categories = sorted({category for row in rows.values() for category in row.runs}, key=_natural)
-    ordered = label(list(rows.values()))
-    if repeated:
-        notes.append(f"run again with the same seed, the newest counts; left out: {some(repeated)}")
+    note = f"run again with the same seed, the newest counts; left out: {shorten(repeated)}"
+    return label(list(rows.values())), [note] * bool(repeated)
+
+
+def _notes(rows: list[Row], runs: list[Run], categories: list[str]) -> Iterator[str]:
+    """What a reader of the table must know: other test images, other scoring, development data."""
     for category in categories:
         having = [run.result["data"] for run in runs if category in run.result["categories"]]
-        counts = {json.dumps(inner(data, "test_counts").get(category)) for data in having}
+        counts = sorted({json.dumps(dict_at(data, "test_counts").get(category)) for data in having})
         if len(counts) > 1:
-            notes.append(f"{category}: not the same test images in all runs ({some(sorted(counts))})")
+            yield f"{category}: not the same test images in all runs ({shorten(counts)})"
     scoring: dict[str, dict[str, list[str]]] = {}
-    for row in ordered:
-        for key, value in row.traits.items():
+    for row in rows:
+        for key, value in row.hyperparameters.items():
             if key.startswith("scoring"):
                 scoring.setdefault(key, {}).setdefault(value, []).append(row.label)
     for key, values in scoring.items():
         if len(values) > 1:
-            told = "; ".join(f"{value}: {some(labels)}" for value, labels in values.items())
-            notes.append(f"protocol.{key} differs ({told})")
+            rows_by_value = "; ".join(f"{value}: {shorten(labels)}" for value, labels in values.items())
+            yield f"protocol.{key} differs ({rows_by_value})"
     developed = [category for category in categories if category in DEVELOPMENT]
     if developed:
-        notes.append(f"development data: {', '.join(developed)} (defaults were chosen on them)")
-    return Table(title, ordered, categories, notes, problems)
+        yield f"development data: {', '.join(developed)} (defaults were chosen on them)"
 
 
 def label(rows: list[Row]) -> list[Row]:
-    """Name the rows, and sort them: the method, its backbone where the table has several, and whatever else differs
-    among rows of the same method, setting and backbone.
+    """Label the rows and sort them. A label is the method, its backbone where the table has several, and every
+    hyperparameter that differs among rows of the same method, setting and backbone.
     """
-    several = len({row.traits["backbone"] for row in rows}) > 1
-    alike: dict[tuple[str, ...], list[Row]] = {}
+    several = len({row.hyperparameters["backbone"] for row in rows}) > 1
+    alike: dict[tuple[str, str, str, bool], list[Row]] = {}
     for row in rows:
-        alike.setdefault((row.method, row.setting, row.traits["backbone"]), []).append(row)
-    for like in alike.values():
-        whole = [row for row in like if len(row.traits) > _bare(row)] or like
-        for part in (whole, [row for row in like if row not in whole]):  # the latter: runs whose configuration is gone
-            keys = sorted({key for row in part for key in row.traits})
-            differ = [key for key in keys if len({row.traits.get(key) for row in part}) > 1]
-            named = sorted((shorten(key, differ), key) for key in differ)
-            for row in part:
-                told = [f"{name}={_shown(row.traits.get(key))}" for name, key in named]
-                told += ["configuration unknown"] * (part is not whole)
-                with_backbone = several and row.traits["backbone"] != "null"
-                row.label = row.method + (f" {_shown(row.traits['backbone'])}" if with_backbone else "")
-                row.label += f" ({', '.join(told)})" if told else ""
+        alike.setdefault((row.method, row.setting, row.hyperparameters["backbone"], row.configured), []).append(row)
+    for (method, setting, backbone, configured), part in alike.items():
+        keys = sorted({key for row in part for key in row.hyperparameters})
+        differ = [key for key in keys if len({row.hyperparameters.get(key) for row in part}) > 1]
+        named = sorted((short_key(key, differ), key) for key in differ)
+        name = f"{method} {_shown(backbone)}" if several and backbone != "null" else method
+        for row in part:
+            details = [f"{short}={_shown(row.hyperparameters.get(key))}" for short, key in named]
+            if not configured and (method, setting, backbone, True) in alike:
+                details.append("configuration unknown")
+            row.label = f"{name} ({', '.join(details)})" if details else name
     return sorted(rows, key=lambda row: (row.setting, _natural(row.label)))
 
 
-def _bare(row: Row) -> int:
-    """How many of its traits result.json alone tells."""
-    own = ("variant", "backbone", "layers", "weights")
-    return len([key for key in row.traits if key in own or key.startswith("scoring")])
-
-
-def shorten(key: str, among: Sequence[str]) -> str:
-    """`method.norm` as `norm`, unless another of these keys ends so too."""
-    key = key.removesuffix("._target_")
-    last = key.rpartition(".")[2]
-    alike = [other for other in among if other.removesuffix("._target_").rpartition(".")[2] == last]
-    return last if len(alike) == 1 else key
+def short_key(key: str, among: Sequence[str]) -> str:
+    """`method.norm` as `norm`, unless another of these keys ends in the same name."""
+    last = [other.removesuffix("._target_").rpartition(".")[2] for other in (key, *among)]
+    return last[0] if last[1:].count(last[0]) == 1 else key.removesuffix("._target_")
 
 
 def _shown(value: str | None) -> str:
-    if value is None:
-        return "–"
-    text = json.loads(value)
-    return text if isinstance(text, str) else value
+    text = None if value is None else json.loads(value)
+    return "–" if value is None else text if isinstance(text, str) else value
+
+
+def _json(*values: Any) -> str:
+    return json.dumps(values, sort_keys=True)
 
 
 def _natural(text: str) -> list[tuple[int, float, str]]:
-    """Numbers by their value: norm=3 before norm=10."""
+    """A sort key that orders numbers by their value: norm=3 before norm=10."""
     pieces = re.split(r"(\d+(?:\.\d+)?)", text)
     return [(0, float(p), "") if i % 2 else (1, 0.0, p) for i, p in enumerate(pieces)]

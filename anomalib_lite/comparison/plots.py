@@ -3,59 +3,53 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from anomalib_lite.comparison.cells import Table
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
 from anomalib_lite.comparison.export import heading, name_of
-from anomalib_lite.comparison.worst_cases import Maps, chosen, run_of
-from anomalib_lite.metrics.functional import CURVES
+from anomalib_lite.comparison.tables import Table
+from anomalib_lite.comparison.worst_cases import best_rows, curves
+from anomalib_lite.metrics.curves import CURVES
 
-MOST_ROWS = 40  # a dot plot can't show more legibly: the best
+MOST_ROWS = 40  # the best ones: a dot plot of more is not legible
+STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
 
 
 def write_plots(folder: Path, tables: Sequence[Table]) -> None:
     """`<metric>.png` and `curves_<category>.png`, with the table's number in front where there are several."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    mpl.rcParams.update(
-        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
-    )
-    folder = folder.expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    for number, table in enumerate(tables, 1):
-        front = f"{number}_" * (len(tables) > 1)
-        for metric in table.metrics:
-            dots(folder / f"{front}{_safe(metric)}.png", table, metric)
-        names = [_safe(category) for category in table.categories]
-        for at, category in enumerate(table.categories):
-            again = f"_{at}" * (names.count(names[at]) > 1)
-            curves(folder / f"{front}curves_{names[at]}{again}.png", table, category)
+    with mpl.rc_context(STYLE):
+        for number, table in enumerate(tables, 1):
+            prefix = f"{number}_" * (len(tables) > 1)
+            for metric in table.metrics:
+                plot_metric(folder / f"{prefix}{_safe(metric)}.png", table, metric)
+            names = [_safe(category) for category in table.categories]
+            for at, category in enumerate(table.categories):
+                suffix = f"_{at}" * (names.count(names[at]) > 1)
+                plot_curves(folder / f"{prefix}curves_{names[at]}{suffix}.png", table, category)
 
 
 def _safe(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)[:80]
 
 
-def dots(file: Path, table: Table, metric: str) -> None:
-    """A panel a category, a method a line: the mean over seeds with its bootstrap interval, or else its deviation."""
-    from matplotlib.figure import Figure
-
-    rows, columns = chosen(table, metric, MOST_ROWS), table.columns
-    cells = [table.cells(row, metric) for row in rows]
+def plot_metric(file: Path, table: Table, metric: str) -> None:
+    """One panel per column and one line per row: the mean over seeds with its bootstrap interval, or else its
+    deviation.
+    """
+    rows, columns = best_rows(table, metric, MOST_ROWS), list(table.columns)
     across = min(len(columns), 4)
     down = -(-len(columns) // across)
     figure = Figure(figsize=(2.6 + 2.4 * across, 0.9 + down * (0.7 + 0.22 * len(rows))), layout="constrained")
     axes = figure.subplots(down, across, squeeze=False, sharey=True).ravel()
-    intervals = False
     for axis, column in zip(axes, columns, strict=False):
-        for y, of in enumerate(cells):
-            cell = of.get(column)
-            if cell is None:
-                continue
-            low, high = cell.interval or (cell.mean - (cell.sd or 0), cell.mean + (cell.sd or 0))
-            intervals |= cell.interval is not None
-            axis.plot([100 * low, 100 * high], [y, y], color="#8fb4d3", linewidth=3, solid_capstyle="round")
-            axis.plot(100 * cell.mean, y, "o", color="#0b4f85", markersize=4)
+        for y, row in enumerate(rows):
+            if cell := table.cells(row, metric).get(column):
+                low, high = cell.interval or (cell.mean - (cell.sd or 0), cell.mean + (cell.sd or 0))
+                axis.plot([100 * low, 100 * high], [y, y], color="#8fb4d3", linewidth=3, solid_capstyle="round")
+                axis.plot(100 * cell.mean, y, "o", color="#0b4f85", markersize=4)
         axis.set_title(heading(column), fontsize=9)
         axis.grid(axis="x", color="#e3e6ea")
         axis.set_axisbelow(True)
@@ -63,20 +57,16 @@ def dots(file: Path, table: Table, metric: str) -> None:
         axis.set_visible(False)
     axes[0].set_yticks(range(len(rows)), [row.label for row in rows])
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
-    how = "95 % bootstrap interval over test images" if intervals else "± standard deviation over seeds"
-    figure.suptitle(f"{table.title}: {name_of(metric)} in percent, {how}", fontsize=9)
+    intervals = any(cell.interval for row in rows for cell in table.cells(row, metric).values())
+    meaning = "95 % bootstrap interval over test images" if intervals else "± standard deviation over seeds"
+    figure.suptitle(f"{table.title}: {name_of(metric)} in percent, {meaning}", fontsize=9)
     figure.savefig(file, dpi=130)
 
 
-def curves(file: Path, table: Table, category: str) -> None:
-    """A panel a curve, a line a method; nothing is written where no run has curves."""
-    from matplotlib.figure import Figure
-
-    maps, found = Maps(table.problems), []
-    for row in chosen(table, "image_auroc"):
-        run = run_of(row, category)
-        if run:
-            found.append((row.label, maps.curves(run, category)))
+def plot_curves(file: Path, table: Table, category: str) -> None:
+    """One panel per curve and one line per row; nothing is written where no run has curves."""
+    rows = best_rows(table, "image_auroc")
+    found = [(row.label, curves(run, category)) for row in rows if (run := row.first_run(category))]
     names = [name for name in CURVES if any(name in points for _, points in found)]
     if not names:
         return
@@ -85,8 +75,8 @@ def curves(file: Path, table: Table, category: str) -> None:
         for number, (label, points) in enumerate(found):
             if name in points:
                 axis.plot(*points[name], label=label if name == names[0] else None, color=f"C{number}", linewidth=1.2)
-        _, _, x, y, limit = CURVES[name]
-        axis.set(title=name, xlabel=x, ylabel=y, xlim=(0, limit), ylim=(0, 1.02))
+        curve = CURVES[name]
+        axis.set(title=name, xlabel=curve.x_name, ylabel=curve.y_name, xlim=(0, curve.limit), ylim=(0, 1.02))
         axis.grid(color="#e3e6ea")
     figure.suptitle(f"{table.title}: {category}", fontsize=9)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)

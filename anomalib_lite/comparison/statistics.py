@@ -4,11 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-
-def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation (n - 1); None for a single value."""
-    array = np.asarray(values, np.float64)
-    return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None
+Draws = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # of resamples, labels, scores
 
 
 def resamples(labels: np.ndarray, count: int = 1000, seed: int | Sequence[int] = 0) -> np.ndarray:
@@ -45,31 +41,22 @@ def _counts(drawn: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> tuple[
     return np.cumsum(ordered * positive, 1)[:, ends], np.cumsum(ordered * ~positive, 1)[:, ends]
 
 
-def ap_draws(drawn: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Image AP (step-wise) of every resample, averaged over seeds."""
-    total = np.zeros(len(drawn))
-    for one in scores:
-        tp, fp = _counts(drawn, labels, one)
-        precision = tp / np.maximum(tp + fp, 1)
-        total += (np.diff(tp, axis=1, prepend=0) * precision).sum(1) / tp[:, -1]
-    return total / len(scores)
+def _averaged(metric: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Draws:
+    """Draws of a metric of true and false positives, [count], averaged over the seeds of `scores` [S, N]."""
+    return lambda drawn, labels, scores: np.mean([metric(*_counts(drawn, labels, one)) for one in scores], axis=0)
 
 
-def f1max_draws(drawn: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Image F1-max of every resample, averaged over seeds."""
-    total = np.zeros(len(drawn))
-    for one in scores:
-        tp, fp = _counts(drawn, labels, one)
-        total += (2 * tp / (tp + fp + tp[:, -1:])).max(1)
-    return total / len(scores)
+def _ap(tp: np.ndarray, fp: np.ndarray) -> np.ndarray:
+    """Step-wise, as in scikit-learn."""
+    return (np.diff(tp, axis=1, prepend=0) * tp / np.maximum(tp + fp, 1)).sum(1) / tp[:, -1]
 
 
-#: the metrics that the images' scores give
-DRAWS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
-    "image_auroc": auroc_draws,
-    "image_ap": ap_draws,
-    "image_f1max": f1max_draws,
-}
+def _f1max(tp: np.ndarray, fp: np.ndarray) -> np.ndarray:
+    return (2 * tp / (tp + fp + tp[:, -1:])).max(1)
+
+
+#: the metrics that follow from the images' scores
+DRAWS: dict[str, Draws] = {"image_auroc": auroc_draws, "image_ap": _averaged(_ap), "image_f1max": _averaged(_f1max)}
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:
@@ -81,8 +68,9 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
 def wilcoxon(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
     """Exact two-sided p of Wilcoxon's signed-rank test of paired values; 1 where all pairs are equal.
 
-    Equal pairs are dropped, ties share their mean rank, and the distribution is that of all 2^n signs of these ranks:
-    SciPy's result, whose way with ties takes a hundred times as long.
+    Equal pairs are dropped, ties share their mean rank, and the distribution is that of all 2^n signs of these ranks.
+    SciPy 1.17 has no fast exact test with ties: method="exact" ignores them (0.49 where 0.45 is exact), "auto"
+    approximates from 14 pairs on, and PermutationMethod gives this result in 12 s for 15 pairs, in place of 0.3 ms.
     """
     difference = np.round(np.subtract(a, b), 12)  # equal to within rounding is equal
     difference = difference[difference != 0]
@@ -105,14 +93,3 @@ def holm(p: Sequence[float]) -> np.ndarray:
     corrected = np.empty_like(raw)
     corrected[order] = np.minimum(stepped, 1)
     return corrected
-
-
-def disagreement(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """How far each image's rank contradicts its label, [N] in 0..1: 1 for the lowest defect and the highest good image.
-
-    Ties share their mean rank.
-    """
-    ordered = np.sort(scores)
-    rank = (np.searchsorted(ordered, scores, "left") + np.searchsorted(ordered, scores, "right") - 1) / 2
-    rank = rank / max(len(scores) - 1, 1)
-    return np.where(labels == 1, 1 - rank, rank)

@@ -86,10 +86,15 @@ def generate(
     return root
 
 
+def cached_root(seed=0, size=256, train=40, good=16, defective=8) -> Path:
+    """The cache's folder for the set with these parameters, drawn or not."""
+    return cache_folder() / "synthetic" / f"v{VERSION}-seed{seed}-size{size}-{train}-{good}-{defective}"
+
+
 def read_synthetic(
     root: str | Path | None, category: str | Sequence[str], seed=0, size=256, train=40, good=16, defective=8
 ) -> DataSet:
     """The set with these parameters, drawn first if it is not there; `root` None is a folder of the cache."""
     if root is None:
-        root = cache_folder() / "synthetic" / f"v{VERSION}-seed{seed}-size{size}-{train}-{good}-{defective}"
+        root = cached_root(seed, size, train, good, defective)
     return read_folder(generate(root, seed, size, train, good, defective), category)

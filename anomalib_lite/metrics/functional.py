@@ -80,16 +80,6 @@ def pixel_metrics(maps: Images, masks: Images, fpr_limits: Sequence[float] = (0.
     return _ranking("pixel", vertices) | aupro
 
 
-#: The curves by their titles: x, y (keys of `image_curves` and `pixel_curves`), both axes' labels, and the end of x.
-CURVES: dict[str, tuple[str, str, str, str, float]] = {
-    "image ROC": ("image_fpr", "image_tpr", "false positive rate", "true positive rate", 1),
-    "image PR": ("image_recall", "image_precision", "recall", "precision", 1),
-    "pixel ROC": ("pixel_fpr", "pixel_tpr", "false positive rate", "true positive rate", 1),
-    "pixel PR": ("pixel_recall", "pixel_precision", "recall", "precision", 1),
-    "PRO": ("pro_fpr", "pro", "false positive rate", "region overlap", 0.3),
-}
-
-
 def image_curves(scores: Array, labels: Array) -> dict[str, Array]:
     """At most about 200 points of each curve as float32: `image_fpr`, `image_tpr`, `image_precision`, `image_recall`.
 

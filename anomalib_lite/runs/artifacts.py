@@ -2,8 +2,10 @@
 
 import csv
 import json
+import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -92,3 +94,48 @@ def write_maps(
     stored = {"maps": maps.astype(np.float16), "scale": scale, "paths": outputs["paths"], **curves}
     with replacing(run / folder.MAPS) as part:
         np.savez_compressed(part, **stored, **{key: normal[column] for column, key in NORMAL_KEYS.items()})  # type: ignore[arg-type]
+
+
+# what a comparison reads
+
+
+class Scores(NamedTuple):
+    """The test images of one category in scores.csv, sorted by path; labels are 0 or 1 [N], scores float64 [N]."""
+
+    paths: tuple[str, ...]
+    labels: np.ndarray
+    scores: np.ndarray
+
+
+def read_scores(run: Path) -> dict[str, Scores]:
+    """A run's scores.csv by category. Raise UserError if the file is missing or damaged."""
+    file = run / folder.SCORES
+    rows: dict[str, list[tuple[str, int, float]]] = {}
+    try:
+        with file.open(newline="", encoding="utf-8", errors="replace") as opened:
+            reader = csv.reader(opened)
+            if next(reader, None) != ["path", "category", "defect", "label", "score"]:
+                raise UserError(f"{file}: not readable (not the columns path, category, defect, label, score)")
+            for path, category, _, label, score in reader:
+                rows.setdefault(category, []).append((sys.intern(path), int(label), float(score)))
+    except OSError as error:
+        raise UserError(f"{file}: not readable ({error.strerror or error})") from error
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{file}: not readable (line {reader.line_num}: {error})") from error
+    found = {}
+    for category, entries in rows.items():
+        paths, labels, scores = zip(*sorted(entries), strict=True)
+        if not set(labels) <= {0, 1} or not np.isfinite(scores).all():
+            raise UserError(f"{file}: not readable ({category}: a label is not 0 or 1, or a score is not finite)")
+        found[category] = Scores(paths, np.array(labels), np.array(scores, np.float64))
+    return found
+
+
+def read_maps(run: Path, keys: Iterable[str]) -> dict[str, np.ndarray]:
+    """Those of the keys that a run's maps.npz holds. Raise UserError if the file is missing or damaged."""
+    file = run / folder.MAPS
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            return {key: stored[key] for key in keys if key in stored.files}
+    except Exception as error:  # zipfile, zlib and NumPy raise different classes for a damaged archive
+        raise UserError(f"{file}: not readable ({getattr(error, 'strerror', None) or error})") from error

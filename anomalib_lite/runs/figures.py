@@ -15,6 +15,7 @@ from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.samples import Sample, load_rgb
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.runs.folder import TRAINING_FIGURE
+from anomalib_lite.runs.heat_maps import chosen_cases, overlay
 
 Rows = dict[str, np.ndarray]  # {title: uint8 [N, h, w, 3]}
 TILE, GAP = 192, 6  # pixels: the side of an image in a figure, and the space between two
@@ -47,35 +48,6 @@ def write_figures(
                 data.test_samples, cases, outputs, thresholds[category], f"{title}: {category}", shown
             )
             _save(folder / f"{category}.png", sheet)
-
-
-def chosen_cases(rows: list[int], outputs: dict[str, Any], count: int = 3) -> list[tuple[str, int]]:
-    """A category's images to look at, by their indices, each with what it is an example of."""
-    by_score = sorted(rows, key=lambda i: (float(outputs["scores"][i]), i))
-    bad = [i for i in by_score if outputs["labels"][i]]
-    good = [i for i in by_score if not outputs["labels"][i]]
-    missed = bad[: min(count, len(bad) // 2)]
-    return (
-        [("clear defect", i) for i in bad[len(missed) :][::-1][:count]]
-        + [("weakest defect", i) for i in missed]
-        + [("highest good", i) for i in good[::-1][:count]]
-    )
-
-
-def colours(amap: np.ndarray, threshold: dict[str, float]) -> np.ndarray:
-    """A map [H, W] as RGB [H, W, 3]: dark at the background of normal images, the threshold half way up."""
-    return cv2.applyColorMap((255 * _level(amap, threshold)).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
-
-
-def overlay(image: np.ndarray, amap: np.ndarray, threshold: dict[str, float]) -> np.ndarray:
-    """An RGB image [H, W, 3] under its map [H, W]."""
-    opacity = (0.2 + 0.6 * _level(amap, threshold))[..., None]
-    return (image * (1 - opacity) + colours(amap, threshold) * opacity).astype(np.uint8)
-
-
-def _level(amap: np.ndarray, threshold: dict[str, float]) -> np.ndarray:
-    low, half = threshold["background"], threshold["pixel"] - threshold["background"]
-    return np.clip((amap - low) / max(2 * half, 1e-12), 0, 1)
 
 
 def contact_sheet(

@@ -27,5 +27,5 @@ class RunLogger(Logger):
         Args:
             result: the content of result.json.
             test: outputs in the order of `data.test_samples`: `scores` [N], and per image `maps`, `masks` [H, W].
-            curves: points [P] by `<category>/<axis>`, see `metrics.functional.CURVES`.
+            curves: points [P] by `<category>/<axis>`, see `metrics.curves.CURVES`.
         """

@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.samples import load_rgb
-from anomalib_lite.metrics.functional import CURVES
+from anomalib_lite.metrics.curves import CURVES
 from anomalib_lite.paths import relative_path
-from anomalib_lite.runs.figures import chosen_cases, overlay
+from anomalib_lite.runs.heat_maps import chosen_cases, overlay
 
 
 def run_name(cfg: dict[str, Any], names: dict[str, str], data: AnomalyDataModule) -> str:
@@ -88,12 +88,12 @@ def tables(result: dict[str, Any], data: AnomalyDataModule, test: dict[str, Any]
 def charts(categories: list[str], curves: dict[str, np.ndarray]) -> dict[str, Any]:
     """One chart per curve with one line per category, under `curves/image_roc` and so on."""
     made = {}
-    for title, (x, y, x_label, y_label, _) in CURVES.items():
+    for title, (x, y, x_name, y_name, _) in CURVES.items():
         having = [category for category in categories if len(curves.get(f"{category}/{y}", ()))]
         if having:
             xs, ys = ([curves[f"{category}/{axis}"].tolist() for category in having] for axis in (x, y))
             made[f"curves/{title.lower().replace(' ', '_')}"] = wandb.plot.line_series(
-                xs, ys, keys=having, title=f"{title}: {y_label}", xname=x_label
+                xs, ys, keys=having, title=f"{title}: {y_name}", xname=x_name
             )
     return made
 

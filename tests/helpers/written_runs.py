@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from anomalib_lite.comparison import cells, grouping, runset
+from anomalib_lite.comparison import find_runs, grouping
+from anomalib_lite.comparison.tables import Table
 from anomalib_lite.metrics.functional import image_curves, image_metrics
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.run_programs import Outcome, folder_data, result_of, run
@@ -61,17 +62,17 @@ class Writer:
             pixel = {key: float(rng.uniform()) for key in self.result["metrics"] if not key.startswith("image")}
             result["per_category"][category] = image_metrics(scores, labels) | pixel
             curves |= {f"{category}/{key}": value for key, value in image_curves(scores, labels).items()}
-        for part in ("train_counts", "test_counts"):
-            result["data"][part] = dict.fromkeys(categories, self.result["data"][part]["bottle"])
+        for counts in ("train_counts", "test_counts"):
+            result["data"][counts] = dict.fromkeys(categories, self.result["data"][counts]["bottle"])
         limits = self.result["thresholds"]["per_category"]["bottle"]
         result["thresholds"]["per_category"] = dict.fromkeys(categories, limits)
         result["data"]["fingerprint"] = "+".join(categories)
         for key, value in changes.items():
             *groups, last = key.split("__")
-            inner = result
+            part = result
             for group in groups:
-                inner = inner[group]
-            inner[last] = value
+                part = part[group]
+            part[last] = value
         (folder / "result.json").write_text(json.dumps(result))
         stored = copy.deepcopy(self.config)
         stored["config"]["seed"] = seed
@@ -86,7 +87,15 @@ class Writer:
         return folder
 
 
-def tables(write: Writer) -> list[cells.Table]:
-    runs, left_out = runset.read([write.root])
+def tables(write: Writer) -> list[Table]:
+    runs, left_out = find_runs.read([write.root], [])
     assert not left_out
-    return grouping.tables(runs, [])
+    return grouping.tables(runs)
+
+
+def sample_runs(write: Writer) -> None:
+    """Two categories, two seeds, and three methods of different quality, one with characters that need escapes."""
+    for seed in (0, 1):
+        for category in ("bottle", ODD):
+            for method, quality in (("weak", 0.2), ("strong", 3), (ODD, 1)):
+                write(method, (category,), seed, quality, maps=True)

@@ -1,7 +1,6 @@
 """The program that compares runs: what it reads, refuses and writes, and its page in a browser."""
 
 import csv
-import io
 import json
 import re
 import shutil
@@ -12,25 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from anomalib_lite.comparison import formats, grouping, runset
+from anomalib_lite.comparison.export import render
 from tests.helpers.run_programs import python
-from tests.helpers.written_runs import ODD, Writer, compare, real_run, tables
+from tests.helpers.written_runs import ODD, compare, sample_runs, tables
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 OFFLINE = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory) -> Path:
-    return real_run(tmp_path_factory.mktemp("real"))
-
-
-@pytest.fixture
-def write(real, tmp_path) -> Writer:
-    return Writer(real, tmp_path / "runs")
 
 
 # files
@@ -77,7 +66,7 @@ def test_damaged_and_foreign_files_are_named_and_left_out(write, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ([], "the following arguments are required: DIR; see --help"),
         (["nowhere"], "nowhere: no such folder"),
@@ -88,7 +77,7 @@ def test_damaged_and_foreign_files_are_named_and_left_out(write, tmp_path):
         (["runs", "--plots", "taken"], "--plots taken: "),
     ],
 )
-def test_bad_input_is_one_line(arguments, told, write, tmp_path, monkeypatch):
+def test_bad_input_is_one_line(arguments, message, write, tmp_path, monkeypatch):
     (tmp_path / "taken").write_text("a file")
     if "runs" in arguments:
         write()
@@ -96,7 +85,7 @@ def test_bad_input_is_one_line(arguments, told, write, tmp_path, monkeypatch):
     outcome = compare(*arguments)
     assert outcome.code == 2
     assert re.fullmatch(r"error: [^\n]+\n", outcome.err)
-    assert told in outcome.err
+    assert message in outcome.err
 
 
 def test_it_imports_no_torch_and_explains_itself():
@@ -110,8 +99,8 @@ def test_it_imports_no_torch_and_explains_itself():
 def test_csv_holds_all_digits(write):
     for method in ("a", ODD):
         write(method, ("bottle", "a,b"))
-    runs, _ = runset.read([write.root])
-    rows = list(csv.DictReader(io.StringIO(formats.to_csv(grouping.tables(runs, []), runs))))
+    assert compare(write.root, "--csv", write.root / "all.csv").code == 0
+    rows = list(csv.DictReader((write.root / "all.csv").read_text().splitlines()))
     assert [(row["method"], row["category"]) for row in rows] == [
         ("a", "bottle"), ("a", "a,b"), (ODD, "bottle"), (ODD, "a,b"),
     ]  # fmt: skip
@@ -128,14 +117,14 @@ def test_latex_and_markdown(write):
             write("a", (name,), seed, quality=5)
             write(ODD, (name,), seed, quality=0)
     found = tables(write)
-    text = formats.to_latex(found, "image_auroc")
+    text = render("table.tex", found, "image_auroc")
     assert text.count(r"\begin{tabular}{lrrrr}") == text.count(r"\end{tabular}") == 1
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert all(len(re.findall(r"(?<!\\)&", row)) == 4 for row in rows)
     assert r"a\_b \& c\textbar{}d" in rows[0]
     assert any(re.search(r"\\textbf\{\d+\.\d\} \$\\pm\$ \d", row) for row in rows)
     assert "<" not in text.partition(r"\begin{tabular}")[2].partition(r"\end{tabular}")[0]
-    shown = formats.to_markdown(found, "image_auroc")
+    shown = render("table.md", found, "image_auroc")
     assert "<script" not in shown
     head = next(line for line in shown.splitlines() if line.startswith("| method"))
     assert len(re.findall(r"(?<!\\)\|", head)) == 6
@@ -170,7 +159,7 @@ class Names(HTMLParser):
 
     def __init__(self, page: str) -> None:
         super().__init__()
-        self.scripts, self.sources, self.text, self.cells = 0, [], "", 0  # type: ignore[var-annotated]
+        self.scripts, self.text, self.sources = 0, "", list[str]()
         self.feed(page)
 
     def handle_starttag(self, tag, attrs):
@@ -183,11 +172,7 @@ class Names(HTMLParser):
 
 @pytest.fixture
 def page(write, tmp_path) -> Path:
-    for seed in (0, 1):
-        for category in ("bottle", ODD):
-            write("weak", (category,), seed, quality=0.2, maps=True)
-            write("strong", (category,), seed, quality=3, maps=True)
-            write(ODD, (category,), seed, quality=1, maps=True)
+    sample_runs(write)
     outcome = compare(write.root, "--html", tmp_path / "deep" / "page.html", "--plots", tmp_path / "plots")
     assert outcome.code == 0, outcome.err
     assert len(list((tmp_path / "plots").glob("*.png"))) == 8 + 2
@@ -210,20 +195,9 @@ def test_names_are_escaped_and_nothing_is_loaded(page):
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on PATH")
 def test_the_page_in_a_browser(page, tmp_path):
     def body(fragment: str) -> str:
-        done = subprocess.run(
-            [
-                str(CHROMIUM),
-                *OFFLINE,
-                f"--user-data-dir={tmp_path / 'profile'}",
-                "--dump-dom",
-                f"{page.as_uri()}#{fragment}",
-            ],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
-        return done.stdout
+        profile = f"--user-data-dir={tmp_path / 'profile'}"
+        command = [str(CHROMIUM), *OFFLINE, profile, "--dump-dom", f"{page.as_uri()}#{fragment}"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
     def order(dom: str, metric: str) -> list[str]:
         table = dom.partition(f'id="t1-{metric}"')[2].partition("</table>")[0]

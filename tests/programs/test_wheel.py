@@ -35,7 +35,7 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 def below(folder: Path) -> set[str]:
     """The files that a package carries, relative to `folder`, links followed."""
-    kinds = {".py", ".yaml", ".md", ".csv"}
+    kinds = {".py", ".yaml", ".md", ".csv", ".html", ".js", ".tex"}
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in kinds}
     return {path for path in found if "__pycache__" not in path}
 

@@ -1,0 +1,48 @@
+"""The colours of heat maps, and which images are worth a look: one rule for figures, W&B and comparisons.
+
+Imports nothing heavy.
+"""
+
+import cv2
+import numpy as np
+
+
+def disagreement(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """How far each image's rank contradicts its label: [N] in 0..1, 1 for the lowest defect and the highest good image.
+
+    The worst cases are those with the highest value. Tied scores share their mean rank.
+    """
+    ordered = np.sort(scores)
+    rank = (np.searchsorted(ordered, scores, "left") + np.searchsorted(ordered, scores, "right") - 1) / 2
+    rank = rank / max(len(scores) - 1, 1)
+    return np.where(labels == 1, 1 - rank, rank)
+
+
+def chosen_cases(rows: list[int], outputs: dict[str, np.ndarray], count: int = 3) -> list[tuple[str, int]]:
+    """A category's images to look at, by their indices, each with what it is an example of."""
+    labels, scores = outputs["labels"][rows], outputs["scores"][rows]
+    worst_first = [rows[i] for i in np.argsort(-disagreement(labels, scores), kind="stable")]
+    bad = [i for i in worst_first if outputs["labels"][i]]
+    good = [i for i in worst_first if not outputs["labels"][i]]
+    missed = bad[: min(count, len(bad) // 2)]
+    return (
+        [("clear defect", i) for i in bad[len(missed) :][::-1][:count]]
+        + [("weakest defect", i) for i in missed]
+        + [("highest good", i) for i in good[:count]]
+    )
+
+
+def colours(amap: np.ndarray, threshold: dict[str, float]) -> np.ndarray:
+    """A map [H, W] as RGB [H, W, 3]: dark at the background of normal images, the threshold half way up."""
+    return cv2.applyColorMap((255 * _level(amap, threshold)).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
+
+
+def overlay(image: np.ndarray, amap: np.ndarray, threshold: dict[str, float]) -> np.ndarray:
+    """An RGB image [H, W, 3] under its map [H, W]."""
+    opacity = (0.2 + 0.6 * _level(amap, threshold))[..., None]
+    return (image * (1 - opacity) + colours(amap, threshold) * opacity).astype(np.uint8)
+
+
+def _level(amap: np.ndarray, threshold: dict[str, float]) -> np.ndarray:
+    low, half = threshold["background"], threshold["pixel"] - threshold["background"]
+    return np.clip((amap - low) / max(2 * half, 1e-12), 0, 1)
