@@ -15,6 +15,7 @@ import torch
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.errors import UserError
+from anomalib_lite.methods.held_out import mean_loss
 from anomalib_lite.progress import Bar
 from anomalib_lite.tracking.csv_logger import CSVLogger
 
@@ -128,7 +129,7 @@ class Training(L.Callback):
             if self.bar:
                 self.bar.step(f"loss {loss:.4g}", count=self.steps - self.bar.done)
         if self.held_out is not None and (last or self.steps % batches == 0):
-            loss = held_out_loss(trainer, module, self.held_out)
+            loss = held_out_loss(module, self.held_out)
             for logger in trainer.loggers if trainer.is_global_zero else ():
                 logger.log_metrics({"held_out_loss": loss}, step=self.steps)
         if due:
@@ -179,20 +180,9 @@ def all_finite(values: Iterable[Any]) -> bool:
     return bool(torch.stack([check.to(checks[0].device) for check in checks]).all()) if checks else True
 
 
-@torch.no_grad()
-def held_out_loss(trainer: L.Trainer, module: Any, loader: Iterable[Any]) -> float:
-    """The mean of the method's `held_out_loss` over all ranks' good held-out images; nothing of training changes."""
-    total = torch.zeros(2, dtype=torch.float64, device=module.device)  # sum and number
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    for batch in loader:
-        batch = module.transfer_batch_to_device(batch, module.device, 0)
-        losses = module.held_out_loss(batch)[batch["label"] == 0].double()
-        total += torch.stack([losses.sum(), losses.new_tensor(len(losses))])
-    for part, training in modes.items():
-        part.training = training
-    total = trainer.strategy.reduce(total, reduce_op="sum")
-    return float(total[0] / total[1])
+def held_out_loss(module: Any, loader: Iterable[Any]) -> float:
+    """The mean of the method's `held_out_loss` over all ranks' good held-out images."""
+    return float(mean_loss(module, loader, lambda batch: module.held_out_loss(batch)[batch["label"] == 0]))
 
 
 def on_any_rank(trainer: L.Trainer, flags: list[bool]) -> list[bool]:
