@@ -44,7 +44,7 @@ class ConditionalVAE(nn.Module):
 
 
 class LTAD(UniAD):
-    """LTAD, our reading. A VisionLanguage backbone embeds text; with other backbones class vectors are learned directly.
+    """LTAD, our reading. A VisionLanguage backbone embeds text; other backbones have class vectors learned directly.
 
     Args:
         semantic: λ, the weight of S_sem; 0 leaves the semantic classifier out.
