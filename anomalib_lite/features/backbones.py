@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
+from anomalib_lite.features.hub import hub_or_cache, line_of
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def _build(name: str, layers: list[int], weights: str) -> Any:
         overlay = {"state_dict": _read_weights(Path(weights).expanduser())}
     what = f"backbone.weights={weights}"
     try:
-        with _lenient_load() as (missing, foreign), _hub_or_cache() if weights == "auto" else contextlib.nullcontext():
+        with _lenient_load() as (missing, foreign), hub_or_cache() if weights == "auto" else contextlib.nullcontext():
             net = timm.create_model(
                 name,
                 pretrained=weights != "none",
@@ -92,7 +93,7 @@ def _build(name: str, layers: list[int], weights: str) -> Any:
                 out_indices=layers,
             )
     except (IndexError, AssertionError) as error:
-        raise UserError(f"backbone.layers={layers}: {name} has no such layer ({_line(error)})") from error
+        raise UserError(f"backbone.layers={layers}: {name} has no such layer ({line_of(error)})") from error
     except RuntimeError as error:
         if "Invalid pretrained tag" in str(error):
             known = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*")) or "none"
@@ -100,14 +101,14 @@ def _build(name: str, layers: list[int], weights: str) -> Any:
         if "No pretrained weights exist" in str(error):
             raise UserError(f"{what}: timm has no weights for {name}; choose a file, none, or another tag") from error
         if overlay or "size mismatch" in str(error):
-            raise UserError(f"{what}: these are not the weights of {name} ({_line(error, 1)})") from error
+            raise UserError(f"{what}: these are not the weights of {name} ({line_of(error, 1)})") from error
         if "feature" in str(error):
-            raise UserError(f"backbone.name={name}: this model gives no feature maps ({_line(error)})") from error
+            raise UserError(f"backbone.name={name}: this model gives no feature maps ({line_of(error)})") from error
         raise
     except Exception as error:  # whatever a hub client raises without a network
         if weights != "auto":
             raise
-        why = "it can't be reached" if type(error).__name__ == "LocalEntryNotFoundError" else _line(error)
+        why = "it can't be reached" if type(error).__name__ == "LocalEntryNotFoundError" else line_of(error)
         raise UserError(
             f"{what}: the weights of {name} could not be had from the hub or its cache ({why}); "
             "give a local file, or none for random weights"
@@ -129,24 +130,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return timm.models.load_state_dict(str(path))
     except Exception as error:
-        raise UserError(f"backbone.weights={path}: damaged, or not a weights file ({_line(error)})") from error
-
-
-@contextlib.contextmanager
-def _hub_or_cache() -> Iterator[None]:
-    """Where the hub does not answer, its client looks in its cache alone: of itself it would try for a minute."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    offline = constants.HF_HUB_OFFLINE
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # whatever the client raises: another library's from version to version
-        constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = offline
+        raise UserError(f"backbone.weights={path}: damaged, or not a weights file ({line_of(error)})") from error
 
 
 @contextlib.contextmanager
@@ -177,8 +161,3 @@ def _lenient_load() -> Iterator[tuple[set[int], list[str]]]:
         yield missing, foreign
     finally:
         nn.Module.load_state_dict = strict_load  # type: ignore[method-assign]
-
-
-def _line(error: BaseException, number: int = 0) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[min(number, len(lines) - 1)][:200]

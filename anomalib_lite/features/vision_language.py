@@ -1,11 +1,7 @@
-"""Vision–language models for LTAD behind one interface, and what stands in for one where there is no text encoder.
-
-Both give `start` (what is learned of a class), `classes` and `states` (text embeddings of every class, and of its
-normal and its abnormal state) and `image` (an image's embedding from a backbone's outputs).
-"""
+"""Vision–language models from Hugging Face checkpoints: the image tower as a backbone, the text tower for prompts."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +10,29 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
-from anomalib_lite.features.backbones import Backbone, _hub_or_cache, _line
+from anomalib_lite.features.backbones import Backbone
+from anomalib_lite.features.hub import hub_or_cache, line_of
 
 KINDS = ("align", "clip")
-PROMPTS = {"class": "a photo of a {}", "normal": "a photo of a flawless {}", "abnormal": "a photo of a damaged {}"}
 
 
 class VisionLanguage(Backbone):
     """ALIGN or CLIP from a Hugging Face checkpoint: the image tower is a backbone like timm's, `prompt` embeds text.
 
-    Images [B, 3, H, W], ImageNet-normalised, are brought to the checkpoint's own normalisation. Frozen always.
+    Images [B, 3, H, W] come ImageNet-normalised and are converted to the checkpoint's own normalisation. All weights
+    stay frozen.
 
     Args:
         name: a checkpoint of the hub, or a local folder as `save_pretrained` writes it, with tokenizer and image
             processor.
-        layers: of ALIGN's EfficientNet the last map of each resolution, 0 for half of the input's, as timm counts; of
-            CLIP's transformer the blocks' outputs.
+        layers: for ALIGN's EfficientNet the last map of each resolution, where 0 has half of the input's, as timm
+            counts; for CLIP's transformer the blocks' outputs.
         weights: "auto" (the checkpoint's) or "none" (random).
         precision: of the image tower, as Backbone's.
 
     Raises:
-        UserError: no transformers; a checkpoint that can't be had, is damaged, incomplete, or of another kind; layers.
+        UserError: transformers is not installed; the checkpoint is unavailable, damaged, incomplete, or of another
+            kind; a layer does not exist.
     """
 
     scale: Tensor
@@ -43,9 +41,7 @@ class VisionLanguage(Backbone):
     def __init__(self, name: str, layers: Sequence[int], weights: str = "auto", precision: str = "auto"):
         nn.Module.__init__(self)
         if str(weights) not in ("auto", "none"):
-            raise UserError(
-                f"backbone.weights={weights}: give auto or none, and the checkpoint's folder as backbone.name"
-            )
+            raise UserError(f"backbone.weights={weights}: give auto or none; backbone.name takes a checkpoint's folder")
         self.name, self.layers, self.weights, self.precision = name, list(layers), str(weights), str(precision)
         self.net, self.tokenizer, (scale, shift) = _load(name, self.weights)
         self.register_buffer("scale", scale, persistent=False)
@@ -68,15 +64,13 @@ class VisionLanguage(Backbone):
         self.reductions = [side // hidden[i].shape[-1] for i in self.outputs]
 
     def embedding(self) -> "VisionLanguage":
-        """From now on the outputs end with the images' embeddings, [B, dim, 1, 1]."""
+        """Append the images' embeddings, [B, dim, 1, 1], to the outputs from now on."""
         if not self.embeds:
-            self.embeds, self.layers = True, [*self.layers, "image"]  # type: ignore[list-item]  # part of the cache's key
+            self.embeds, self.layers = True, [*self.layers, "image"]  # type: ignore[list-item]  # in the cache's key
         return self
 
     def unfreeze(self) -> Backbone:
-        raise UserError(
-            f"backbone.name={self.name}: stays frozen; this method trains its encoder: choose one of timm's"
-        )
+        raise UserError(f"backbone.name={self.name}: stays frozen; this method trains its encoder; choose a timm model")
 
     def _tower(self, images: Tensor) -> Any:
         options = {"interpolate_pos_encoding": True} if self.kind == "clip" else {}
@@ -91,7 +85,7 @@ class VisionLanguage(Backbone):
         return hidden[:, 1:].mT.unflatten(2, (size[0] // patch, size[1] // patch))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """-> list of [B, C_i, H_i, W_i], float32, and after `embedding()` a last [B, dim, 1, 1]."""
+        """-> list of [B, C_i, H_i, W_i], float32; after `embedding()` it ends with [B, dim, 1, 1]."""
         low = self.low_precision(images.device)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
             out = self._tower(images * self.scale + self.shift)
@@ -104,14 +98,14 @@ class VisionLanguage(Backbone):
         return self.net.text_model.get_input_embeddings()
 
     def ids(self, text: str) -> list[int]:
-        """Token ids, between those of the beginning and the end."""
+        """Token ids of the text, with the start and the end token around them."""
         return list(self.tokenizer(text)["input_ids"])
 
     def prompt(self, text: str, tokens: Tensor) -> Tensor:
-        """Text embeddings [K, dim] of `text`, in which {} stands for one token of embedding tokens[k], [K, width]."""
+        """Text embeddings [K, dim] of `text`, in which {} stands for one token with embedding tokens[k], [K, width]."""
         before, _, after = text.partition("{}")
         begin, *words, end = self.ids(before)
-        # the slot's own id is of no account, but CLIP looks for its end by ids
+        # the slot's own id has no effect, but CLIP finds the end token by its id
         ids = [begin, *words, begin, *self.ids(after)[1:-1], end]
 
         def insert(module: nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
@@ -126,62 +120,6 @@ class VisionLanguage(Backbone):
             handle.remove()
 
 
-class Prompts:
-    """A class is the embedding of a token, its pseudo name s_c, in prompts that a frozen text encoder reads."""
-
-    learns_states = False
-
-    def __init__(self, backbone: VisionLanguage, prompts: dict[str, str]):
-        for key in PROMPTS:
-            if prompts.get(key, "").count("{}") != 1:
-                raise UserError(
-                    f"method.prompts.{key}={prompts.get(key)}: give a text in which {{}} stands for the class"
-                )
-        self.backbone, self.prompts, self.dim = backbone.embedding(), prompts, backbone.dim
-
-    def start(self, categories: Sequence[str], fixed: bool) -> Tensor:
-        """[K, width]: drawn as the encoder's tokens are spread; or `fixed`, the mean of the name's tokens."""
-        table = self.backbone.table.weight.detach()
-        if not fixed:
-            return torch.randn(len(categories), table.shape[1]) * table.std()
-        return torch.stack([table[self.backbone.ids(name.replace("_", " "))[1:-1]].mean(0) for name in categories])
-
-    def classes(self, names: Tensor) -> Tensor:
-        return self.backbone.prompt(self.prompts["class"], names)
-
-    def states(self, names: Tensor) -> Tensor:
-        """[K, 2, dim]: normal, abnormal."""
-        return torch.stack([self.backbone.prompt(self.prompts[key], names) for key in ("normal", "abnormal")], 1)
-
-    def image(self, levels: list[Tensor]) -> Tensor:
-        return levels[-1].flatten(1)
-
-
-class TextFree(nn.Module):
-    """No text: a class is a vector in the space of the deepest level's mean, and each of its two states another one
-    beside it, learned directly."""
-
-    learns_states = True
-
-    def __init__(self, count: int, dim: int):
-        super().__init__()
-        self.dim = dim
-        self.offsets = nn.Parameter(torch.randn(count, 2, dim) * dim**-0.5)
-
-    def start(self, categories: Sequence[str], fixed: bool) -> Tensor:
-        return torch.randn(len(categories), self.dim) * self.dim**-0.5
-
-    def classes(self, names: Tensor) -> Tensor:
-        return names
-
-    def states(self, names: Tensor) -> Tensor:
-        """[K, 2, dim]: normal, abnormal."""
-        return names[:, None] + self.offsets
-
-    def image(self, levels: list[Tensor]) -> Tensor:
-        return levels[-1].mean((2, 3))
-
-
 def _load(name: str, weights: str) -> tuple[Any, Any, tuple[Tensor, Tensor]]:
     """Model, tokenizer and the affine map of ImageNet-normalised pixels to the model's input."""
     what = f"backbone.name={name}"
@@ -193,7 +131,7 @@ def _load(name: str, weights: str) -> tuple[Any, Any, tuple[Tensor, Tensor]]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        with _reachable(name):
+        with contextlib.nullcontext() if Path(name).is_dir() else hub_or_cache():
             config = transformers.AutoConfig.from_pretrained(name)
             if config.model_type not in KINDS:
                 raise UserError(f"{what}: a {config.model_type} checkpoint; give one of ALIGN or CLIP")
@@ -204,13 +142,13 @@ def _load(name: str, weights: str) -> tuple[Any, Any, tuple[Tensor, Tensor]]:
             net, report = transformers.AutoModel.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
     except UserError:
         raise
-    except Exception as error:  # whatever a hub client, a tokenizer or a damaged file raises
+    except Exception as error:  # hub clients, tokenizers and damaged files raise exceptions of many classes
         if Path(name).is_dir():
-            trouble = f"damaged or no checkpoint ({_line(error)})"
+            trouble = f"damaged or no checkpoint ({line_of(error)})"
         elif name.startswith(("/", ".", "~")) or name.count("/") > 1:  # no name on the hub has these
             trouble = "no such folder"
         else:
-            trouble = f"can't be had from the hub or its cache ({_line(error)})"
+            trouble = f"can't be had from the hub or its cache ({line_of(error)})"
         raise UserError(f"{what}: {trouble}; give a local folder that save_pretrained has written") from error
     if lacking := [*report["missing_keys"], *report["mismatched_keys"]]:
         raise UserError(
@@ -219,15 +157,8 @@ def _load(name: str, weights: str) -> tuple[Any, Any, tuple[Tensor, Tensor]]:
     return net, tokenizer, _affine(processor)
 
 
-@contextlib.contextmanager
-def _reachable(name: str) -> Iterator[None]:
-    """The hub is asked for what is no local folder; if it does not answer, its cache alone."""
-    with contextlib.nullcontext() if Path(name).is_dir() else _hub_or_cache():
-        yield
-
-
 def _affine(processor: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """(scale, shift), [3, 1, 1]: images · scale + shift is what the image processor makes of the same picture."""
+    """(scale, shift), [3, 1, 1]: images · scale + shift equals the image processor's output for the same picture."""
     mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
     factor = 255 * processor.get("rescale_factor", 1 / 255)
     scale, shift = std * factor, mean * factor - float(bool(processor.get("rescale_offset")))

@@ -1,4 +1,4 @@
-"""Batch norm over the batches of all devices together, and one that blows up no constant channels."""
+"""Batch norm over the batches of all devices together, and one that does not amplify constant channels."""
 
 from typing import Any
 
@@ -33,8 +33,8 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """x [B, C, …] less its mean, the mean [C], the biased variance [C] and the number of values a channel, over the
-    batches of all ranks, which are of one size; at least in float32, with gradient."""
+    """x [B, C, …] minus its mean, the mean [C], the biased variance [C] and the number of values per channel, over the
+    batches of all ranks, which have one size; at least in float32, with gradient."""
     axes, shape = [i for i in range(x.dim()) if i != 1], [1, -1] + [1] * (x.dim() - 2)
     values, ranks = x.to(torch.promote_types(x.dtype, torch.float32)), world_size()
     mean = sum_over_ranks(values.mean(axes)) / ranks
@@ -44,7 +44,7 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
 
 
 class CPUSyncBatchNorm(nn.BatchNorm2d):
-    """What nn.SyncBatchNorm, which runs on GPUs alone, is for CPU ranks; each rank has as many samples [B, C, …]."""
+    """nn.SyncBatchNorm for CPU ranks; the original needs GPUs. Each rank has the same number of samples [B, C, …]."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -74,7 +74,7 @@ class CPUSyncBatchNormAct(CPUSyncBatchNorm):
 class StableNorm(nn.Module):
     """Batch norm that, while training, divides by the batch's deviation only where its variance exceeds a floor,
     min(min_var, pretrained variance), and otherwise by the floor's root: channels that are constant in normal images
-    are not blown up. In evaluation mode it is the batch norm `norm` that it is made from."""
+    are not amplified. In evaluation mode it equals the batch norm `norm` that it is made from."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -104,7 +104,7 @@ class StableNorm(nn.Module):
 
 
 def stabilise(module: nn.Module, min_var: float, eps: float) -> None:
-    """Put a StableNorm in the place of every batch norm; timm's may have an activation in it."""
+    """Replace every batch norm by a StableNorm; timm's batch norms may contain an activation."""
     for name, child in module.named_children():
         if isinstance(child, BatchNormAct2d):
             setattr(module, name, nn.Sequential(StableNorm(child, min_var, eps), child.drop, child.act))
@@ -115,7 +115,7 @@ def stabilise(module: nn.Module, min_var: float, eps: float) -> None:
 
 
 def synchronise(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` with every batch norm one over all devices; its state's names stay."""
+    """`model` with every batch norm synchronised over all devices; the names in its state dict stay the same."""
     if device.type != "cpu":
         return convert_sync_batchnorm(model)
     for module in model.modules():

@@ -1,21 +1,21 @@
 """Greedy k-centre selection (Sener and Savarese, ICLR 2018; the coreset of PatchCore, Roth et al., CVPR 2022), exact.
 
-The next pick is the point that lies farthest from all picks. Updating every point's distance after every pick costs
-picks × points × dimensions, most of it for points that are never in question. Here a distance is brought up to date
-only when it could be the largest: distances only shrink, so an outdated one is an upper bound.
+The next pick is the point with the largest distance to its nearest pick. Updating every point's distance after every
+pick costs picks × points × dimensions, mostly for points that can't be the next pick. Here a distance is updated only
+when it could be the largest: distances only shrink, so an outdated one is an upper bound.
 """
 
 import torch
 from torch import Tensor
 
-BLOCK = 4096  # points brought up to date together
-SLACK = 1e-5  # relative error allowed to squared distances in float32; what lies closer is decided in float64
+BLOCK = 4096  # points updated together
+SLACK = 1e-5  # relative error of squared distances in float32; closer ones are compared in float64
 
 
 def greedy_coreset(points: Tensor, count: int, first: int = 0) -> Tensor:
     """Indices [count] of the picks among `points` [N, D], float32, in order, beginning with `first`.
 
-    The same as of the plain greedy rule in float64, and where distances are equal the first of the points. Needs memory
+    They equal those of the plain greedy rule in float64, with the first point where distances are equal. Needs memory
     for a copy of `points` and of the picks.
     """
     points = points - points.mean(0)
@@ -23,7 +23,7 @@ def greedy_coreset(points: Tensor, count: int, first: int = 0) -> Tensor:
     picks = torch.empty(count, dtype=torch.long)
     centres, centre_size = points.new_empty(count, points.shape[1]), points.new_empty(count)
     bound = torch.full((len(points),), torch.inf, dtype=torch.float64)  # of the squared distance to the nearest pick
-    seen = torch.zeros(len(points), dtype=torch.long)  # so many picks it takes into account
+    seen = torch.zeros(len(points), dtype=torch.long)  # how many picks each bound accounts for
 
     def pick(number: int, index: int) -> None:
         picks[number], centres[number], centre_size[number] = index, points[index], size[index]
@@ -35,15 +35,15 @@ def greedy_coreset(points: Tensor, count: int, first: int = 0) -> Tensor:
         largest = bound.topk(min(BLOCK + 1, len(points)))
         block, rest = largest.indices[:BLOCK], largest.values[BLOCK] if len(points) > BLOCK else -torch.inf
         _refresh(points, size, centres[:done], centre_size[:done], bound, seen, block)
-        block = block[bound[block] >= rest].sort().values  # only these can be next, as long as they stay above the rest
-        near, mine = bound[block], points[block].double()
+        block = block[bound[block] >= rest].sort().values  # only these can be next while they stay above the rest
+        near, members = bound[block], points[block].double()
         while done < count and len(block):
             best = int(near.argmax())
             if near[best] < rest:
                 break
             pick(done, int(block[best]))
             done += 1
-            near = torch.minimum(near, (mine - mine[best]).square().sum(1))
+            near = torch.minimum(near, (members - members[best]).square().sum(1))
             near[best] = -1
         bound[block], seen[block] = near, done
     return picks
@@ -52,8 +52,10 @@ def greedy_coreset(points: Tensor, count: int, first: int = 0) -> Tensor:
 def _refresh(
     points: Tensor, size: Tensor, centres: Tensor, centre_size: Tensor, bound: Tensor, seen: Tensor, block: Tensor
 ) -> None:
-    """Bring `bound` and `seen` of a block of points up to date: the nearest of the centres they have not seen, found by
-    matrix products in float32, its distance in float64, and wherever rounding could have hidden a nearer one, that too.
+    """Update `bound` and `seen` of a block of points for the centres that they have not seen.
+
+    Matrix products in float32 find the nearest centre. Its distance is computed in float64, and so are the distances of
+    all centres that could be nearer within the rounding error.
     """
     block = block[seen[block].sort().indices]
     for part in block.split(512):

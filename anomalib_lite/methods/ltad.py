@@ -1,12 +1,12 @@
 """LTAD, our reading (Ho, Peng, Vasconcelos, CVPR 2024, arXiv 2403.20236): long-tailed anomaly detection.
 
-One model for all classes, of which some have few images; the class is known, in test too, its name is not used. Only
-the abstract and second-hand notes are known to us: sizes, losses and the synthesis of whole images are ours.
+One model serves all classes, of which some have few images. The class is known, in test too; its name is not used. We
+know only the abstract and second-hand notes: sizes, losses and the synthesis of whole images are our choices.
 
 Phase 1 learns a pseudo name of each class from a frozen vision–language model, and a VAE of patch features conditioned
-on it. Phase 2 fills the tail classes up with the VAE's features and learns UniAD's transformer Π and a classifier of
-patches into normal and abnormal ones of their class. Score of a patch p of class c: S = S_rec + λ · S_sem, S_rec =
-‖Π(p) − p‖² standardised per class on training patches, S_sem the classifier's probability.
+on it. Phase 2 fills the tail classes up with features from the VAE, and learns UniAD's transformer Π and a classifier
+of patches into normal and abnormal ones of their class. The score of a patch p of class c is S = S_rec + λ · S_sem,
+where S_rec = ‖Π(p) − p‖², standardised per class on training patches, and S_sem is the classifier's probability.
 """
 
 import statistics
@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
-from anomalib_lite.features.vision_language import PROMPTS, Prompts, TextFree, VisionLanguage
+from anomalib_lite.features.vision_language import VisionLanguage
 from anomalib_lite.methods.base import Batch
+from anomalib_lite.methods.prompts import PROMPTS, Prompts, TextFree
 from anomalib_lite.methods.transformer import jitter
 from anomalib_lite.methods.uniad import UniAD
 
@@ -27,7 +28,7 @@ FILL: dict[str, Callable[[list[int]], float]] = {"median": statistics.median, "l
 
 
 class ConditionalVAE(nn.Module):
-    """Patch features [B, L, d] of classes with text embeddings [B, e], coded in `latent` numbers each."""
+    """Encodes patch features [B, L, d], given text embeddings [B, e] of their classes, as `latent` numbers each."""
 
     def __init__(self, channels: int, text: int, hidden: int = 512, latent: int = 64):
         super().__init__()
@@ -43,17 +44,17 @@ class ConditionalVAE(nn.Module):
 
 
 class LTAD(UniAD):
-    """LTAD, our reading. Text from the backbone where it is a VisionLanguage; else class vectors are learned directly.
+    """LTAD, our reading. A VisionLanguage backbone embeds text; other backbones have class vectors learned directly.
 
     Args:
         classifier_weight: λ, the weight of S_sem; 0 leaves the semantic classifier out.
-        class_names: "learned" in phase 1; or "fixed": of the categories' own names, text-free as drawn.
-        fill: up to which count tail classes are filled up with synthetic images: the classes' "median", the
-            "largest"; null is no synthesis.
+        class_names: "learned" in phase 1; or "fixed": the categories' own names, without text their random start.
+        fill: the count to which tail classes are filled up with synthetic images: the classes' "median" or "largest";
+            None is no synthesis.
         temperature: τ of all cosines. beta: weight of the VAE's Kullback–Leibler divergence.
         strong: jitter of the classifier's abnormal patches; half of the images have patches of another class instead.
-        prompts: texts for `class`, `normal` and `abnormal`, {} is the class.
-        context: UniAD's transformer, its `jitter` and `clip`, and what every method is told.
+        prompts: texts for `class`, `normal` and `abnormal`, in which {} stands for the class.
+        context: the options of UniAD's transformer, its `jitter` and `clip`, and the base's arguments.
     """
 
     conditions: Tensor
@@ -113,7 +114,7 @@ class LTAD(UniAD):
         counts = [len(indices) for indices in self.images]
         goal = int(FILL[self.fill](counts)) if self.fill else 0
         self.lacking = torch.tensor([max(0, goal - number) for number in counts], dtype=torch.float32)
-        self.share = float(self.lacking.sum()) / sum(counts)  # synthetic images a real one
+        self.share = float(self.lacking.sum()) / sum(counts)  # synthetic images per real image
 
     def drawn(self, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B, L, C] and embedding [B, e] of a random training image of each of these classes [B]."""
@@ -132,7 +133,7 @@ class LTAD(UniAD):
         return self.second_phase(batch)
 
     def first_phase(self, count: int) -> Tensor:
-        """Of images of uniformly drawn classes: cross-entropy of their names, ‖f − f̂‖² + β · KL of their patches."""
+        """For images of uniformly drawn classes: cross-entropy of their names, ‖f − f̂‖² + β · KL of their patches."""
         classes = torch.randint(len(self.categories), (count,))
         tokens, images = self.drawn(classes)
         classes = classes.to(self.device)
@@ -168,8 +169,11 @@ class LTAD(UniAD):
 
     @torch.no_grad()
     def filled_up(self, tokens: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch and, on average, its share of the synthetic images that classes lack. One is a training image of
-        its class with every patch coded and decoded anew: Π needs patches that belong together."""
+        """The batch and, on average, its share of the synthetic images that classes lack.
+
+        A synthetic image is a training image of its class, each patch of which is encoded and decoded by the VAE: Π
+        needs patches that belong together.
+        """
         count = int(len(tokens) * self.share + float(torch.rand(())))
         if not count:
             return tokens, classes

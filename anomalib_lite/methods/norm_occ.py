@@ -22,7 +22,8 @@ class NormOCC(AnomalyModule):
         target: "point": ‖Pφ − c‖² with a random c of norm m; "shell": (‖Pφ‖_p − m)²; "zero": ‖Pφ‖², the infeasible
             norm, kept to show that it collapses when trained to convergence.
         norm: m / r₀, where r₀ is the mean ‖P₀φ‖ of the training patches before training.
-        p: the shell's norm: 1, 2 or "inf". squared: of the point's distance. dim: outputs of P (None: its inputs).
+        p: the shell's norm: 1, 2 or "inf". squared: whether the point's distance is squared. dim: outputs of P; None:
+            as many as inputs.
     """
 
     frozen_features = True
@@ -53,7 +54,7 @@ class NormOCC(AnomalyModule):
         self.register_buffer("radius", torch.tensor(math.nan))
 
     def on_fit_start(self) -> None:
-        """m = norm · r₀; a resumed run already has it."""
+        """Set m = norm · r₀; a resumed run has it already."""
         if not self.radius.isnan():
             return
         total, count = torch.zeros((), dtype=torch.float64), 0
@@ -64,10 +65,11 @@ class NormOCC(AnomalyModule):
         self.radius.fill_(self.norm * total / count)
 
     def projected(self, batch: Batch) -> Tensor:
+        """Pφ, [B, dim, h, w]."""
         return projection(self.project.weight, self.features(batch))
 
     def offset(self, batch: Batch) -> Tensor:
-        """Pφ − c, [B, dim, h, w]; c = 0 but for the point target."""
+        """Pφ − c, [B, dim, h, w]; only the point target has c ≠ 0."""
         centre = self.radius * self.direction if self.target == "point" else None
         return projection(self.project.weight, self.features(batch), centre)
 
@@ -90,15 +92,15 @@ class NormOCC(AnomalyModule):
 
 
 class NormOCCClosedForm(AnomalyModule):
-    """What gradient descent makes of the point target, without training.
+    """The point target's score after gradient descent, computed without training.
 
     With S = E[φφᵀ], μ = E[φ] and W* = cμᵀS⁻¹, descent of E‖Wφ − c‖² gives W_t = W* + (W₀ − W*)A, A = (I − 2ηS)^t.
     In the mean over a random W₀ (zero mean, rows scaled to E‖W₀φ‖² = E‖φ‖²) the score is
     ‖Aφ‖² + ‖c‖²(1 − μᵀS⁻¹(I − A)φ)², a soft minor-subspace distance and the converged projector's score.
-    Time is given free of units: t runs until E‖Aφ‖² = residual · E‖φ‖².
+    Time has no unit: t runs until E‖Aφ‖² = residual · E‖φ‖².
 
     Args:
-        norm: ‖c‖ / r₀ with r₀² = E‖φ‖². residual: share of the projection's energy that is left, in (0, 1].
+        norm: ‖c‖ / r₀ with r₀² = E‖φ‖². residual: share of the projection's energy that remains, in (0, 1].
     """
 
     frozen_features = True

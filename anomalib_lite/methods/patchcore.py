@@ -1,8 +1,8 @@
 """PatchCore: towards total recall in industrial anomaly detection (Roth et al., CVPR 2022, arXiv 2106.08265).
 
-A memory bank holds a coreset of the normal training images' patch features; a patch's distance to its nearest neighbour
-there is its score. No training. The training images, from whose scores thresholds are made, are scored without their
-own patches: the bank would know them.
+A memory bank holds a coreset of the normal training images' patch features. The score of a patch is its distance to the
+nearest neighbour in the bank. There is no training. Thresholds come from the scores of the training images, so a
+training image is scored without its own patches in the bank.
 """
 
 from typing import Any
@@ -83,17 +83,17 @@ class PatchCore(AnomalyModule):
 def neighbours(x: Tensor, bank: Tensor, without: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Distance [M] of each row of x [M, D] to the nearest row of the bank [N, D], and that row's index [M].
 
-    Rows where `without` [N] is true are left out, unless that leaves none.
+    Rows where `without` [N] is true are left out, unless no row would remain.
     """
     size = bank.square().sum(1)
     if without is not None and not without.all():
         size = size.masked_fill(without, torch.inf)
-    # ‖x‖² decides nothing
+    # ‖x‖² is the same for all rows of the bank
     nearest = torch.cat([torch.addmm(size, part, bank.T, alpha=-2).argmin(1) for part in x.split(1024)])
     return torch.linalg.vector_norm(x - bank[nearest], dim=1), nearest
 
 
 def _make_room(module: PatchCore, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """A checkpoint's bank has a size of its own."""
+    """Resize the buffers before loading: a checkpoint's bank has a size of its own."""
     for name in ("bank", "owners"):
         setattr(module, name, torch.empty_like(state[f"{prefix}{name}"], device=module.bank.device))

@@ -15,7 +15,7 @@ def patch_features(levels: list[Tensor]) -> Tensor:
 def projection(weight: Tensor, levels: list[Tensor], origin: Tensor | None = None) -> Tensor:
     """Pφ − c of P [dim, ΣC_i, 1, 1] and c [dim] or 0, [B, dim, H_0, W_0].
 
-    Resizing is linear: each level is projected on its own grid and resized then, for wide_resnet50_2 half the work.
+    Resizing is linear, so each level is projected on its own grid and then resized: half the work for wide_resnet50_2.
     """
     pooled = [F.avg_pool2d(level, 3, 1, 1) for level in levels]
     first, *columns = weight.split([level.shape[1] for level in levels], 1)

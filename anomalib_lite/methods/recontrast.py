@@ -2,7 +2,7 @@
 2306.02602).
 
 A trainable encoder E_t and its frozen copy E_f feed one bottleneck and decoder. From E_t's half the decoder
-reconstructs E_f's features, and from E_f's half E_t's: where the six reconstructions fail is the anomaly.
+reconstructs E_f's features, and from E_f's half those of E_t. Anomalies are where the six reconstructions fail.
 """
 
 import copy
@@ -18,6 +18,7 @@ from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.methods.base import AnomalyModule, Batch
 from anomalib_lite.methods.batch_norm import stabilise, sum_over_ranks, world_size
 from anomalib_lite.methods.reverse_distillation import Bottleneck, Decoder, blocks_of, check_levels, initialise
+from anomalib_lite.methods.schedules import with_drop
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +29,11 @@ class ReContrast(AnomalyModule):
     """One class, or unified (one model for several), or the one-class variant with stabilised training.
 
     Args:
-        variant: "one_class", "unified", "stable"; "auto" is one of the first two, by the number of categories.
+        variant: "one_class", "unified" or "stable"; "auto" is one of the first two, by the number of categories.
         variants: for each, `activation` of the decoder ("relu", "gelu"); `warm_up`, the share of the budget over which
-            α rises; `optimizer`, options on top of the configured ones; `lr_drop`, null or {at: share, factor};
-            `scoring`, what `auto` means in that group; `average`, the mean of the six maps instead of their sum;
-            `stable`, null or {min_var, eps, reset_every, pause}.
+            α rises; `optimizer`, options that override the configured ones; `lr_drop`, null or {at: share, factor};
+            `scoring`, the values for keys of `scoring` that are "auto"; `average`, true for the mean of the six maps
+            instead of their sum; `stable`, null or {min_var, eps, reset_every, pause}.
         encoder_bn: E_t's batch norm while training: "eval" keeps the pretrained statistics, "train" uses the batch's.
             The stable variant always uses the batch's.
         encoder_lr: E_t's learning rate; the optimizer's is that of bottleneck, decoder and heads.
@@ -52,15 +53,16 @@ class ReContrast(AnomalyModule):
         compile: bool = False,
         **context: Any,
     ):
-        super().__init__(**context)
         if variant not in ("auto", *variants):
             raise UserError(f"method.variant={variant}: choose auto, {', '.join(variants)}")
+        categories, scoring = context.get("categories", ("",)), context.get("scoring") or {}
+        chosen = variant if variant != "auto" else "unified" if len(categories) > 1 else "one_class"
+        own = variants[chosen]
+        scoring = {key: own["scoring"].get(key, value) if value == "auto" else value for key, value in scoring.items()}
+        super().__init__(**context | {"scoring": scoring})
         if encoder_bn not in ("eval", "train"):
             raise UserError(f"method.encoder_bn={encoder_bn}: choose eval or train")
-        self.chosen = variant
-        self.variant = variant if variant != "auto" else "unified" if len(self.categories) > 1 else "one_class"
-        self.own = own = variants[self.variant]
-        self.scoring |= {key: value for key, value in own["scoring"].items() if self.scoring[key] == "auto"}
+        self.automatic, self.variant, self.own = variant == "auto", chosen, own
         self.encoder_lr, self.mining, self.compiled = encoder_lr, mining, compile
         self.encoder_trains = encoder_bn == "train" or own["stable"] is not None
 
@@ -84,7 +86,7 @@ class ReContrast(AnomalyModule):
         return self
 
     def pairs(self, batch: Batch) -> list[Pair]:
-        """For each level E_f's features and their reconstruction, then the same of E_t's."""
+        """For each level E_f's features and their reconstruction, then E_t's features and their reconstruction."""
         images, frozen = batch["image"].contiguous(memory_format=torch.channels_last), self.features(batch)
         with self.autocast():
             trained = self.encoder.net(images)
@@ -128,22 +130,17 @@ class ReContrast(AnomalyModule):
         groups = [{"params": rest}, {"params": encoder, "lr": self.encoder_lr}]
         optimizer = self.make_optimizer(groups, **self.own["optimizer"])
         drop = self.own["lr_drop"]
-        if optimizer is None or drop is None:
-            return optimizer
-        # the budget is known when the first batch has been trained on
-        rate = lambda step: drop["factor"] if step and step >= int(drop["at"] * self.total_steps) else 1.0  # noqa: E731
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return optimizer if optimizer is None or drop is None else with_drop(optimizer, drop, lambda: self.total_steps)
 
     def on_fit_start(self) -> None:
-        if self.chosen == "auto":
+        if self.automatic:
             log.info("method.variant=auto: %s, for %d categories", self.variant, len(self.categories))
         if self.compiled:
             for part in (self.backbone, self.encoder, self.bottleneck, self.decoder):
                 part.compile()  # type: ignore[union-attr]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """The stable variant forgets the decoder's moments now and then, and rests E_t until they are there again."""
+        """Stable variant: clear the decoder's Adam state every `reset_every` batches, then pause E_t."""
         stable, step = self.own["stable"], self.trainer.global_step
         if stable is None or step < stable["reset_every"]:
             return
@@ -158,7 +155,7 @@ class ReContrast(AnomalyModule):
 
 
 def freeze_unused(encoder: Backbone, reduction: int) -> None:
-    """Weights beyond the last level, which some of timm's models keep, get no gradient: several devices object."""
+    """Freeze weights beyond the last level, which some timm models keep: DDP fails on weights without a gradient."""
     outputs = encoder.net(torch.zeros(1, 3, 2 * reduction, 2 * reduction))
     sum(level.sum() for level in outputs).backward()
     for parameter in encoder.parameters():
@@ -185,9 +182,9 @@ def distance(target: Tensor, reconstruction: Tensor) -> Tensor:
 def cosine_loss(target: Tensor, reconstruction: Tensor, alpha: float | None) -> Tensor:
     """Mean over images of 1 − cos(vec target, vec reconstruction).
 
-    Hard mining: no gradient reaches the reconstruction where its distance m over channels is below μ + α·σ, μ and σ
-    taken over the batch and space. Both cosines are made of the same three sums over channels, so cutting these from
-    the graph at a position is cutting the reconstruction there.
+    Hard mining: no gradient reaches the reconstruction where its distance m over channels is below μ + α·σ, with μ and
+    σ over the batch and space. Both cosines consist of the same three sums over channels, so detaching these sums at a
+    position detaches the reconstruction there.
     """
     dot, target2, reconstruction2 = products(target, reconstruction)
     if alpha is not None:
@@ -201,7 +198,7 @@ def cosine_loss(target: Tensor, reconstruction: Tensor, alpha: float | None) -> 
 
 
 def mean_and_deviation(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of all ranks' values, which are as many on each; the deviation is unbiased."""
+    """Mean and unbiased deviation of the values of all ranks, each of which has the same number of values."""
     count = x.numel() * world_size()
     mean = sum_over_ranks(x.sum()) / count
     return mean, (sum_over_ranks((x - mean).square().sum()) / (count - 1)).sqrt()

@@ -10,7 +10,7 @@ from anomalib_lite.features.backbones import Backbone
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    """Convolution that keeps the size, or halves it, and batch norm."""
+    """Convolution that keeps or halves the size, and batch norm."""
     return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs))
 
 
@@ -59,9 +59,9 @@ def stage(
 
 
 def blocks_of(backbone: Backbone) -> tuple[float | None, list[int]]:
-    """(inner width of its bottleneck blocks by their outputs, or None for basic ones; blocks of each level).
+    """(inner width / outputs of its bottleneck blocks, or None for basic blocks; number of blocks of each level).
 
-    Of a ResNet its own, and otherwise two basic blocks a level.
+    A ResNet has these itself; any other backbone gets two basic blocks per level.
     """
     modules = dict(backbone.net.named_modules())
     stages = [modules.get(name) for name in backbone.net.feature_info.module_name()]
@@ -95,7 +95,7 @@ class Bottleneck(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The encoder's mirror: the bottleneck's output -> levels like the encoder's, the first one first."""
+    """The encoder's mirror: the bottleneck's output -> levels like the encoder's, in the encoder's order."""
 
     def __init__(self, channels: Sequence[int], counts: Sequence[int], ratio: float | None, activation: type = nn.ReLU):
         super().__init__()

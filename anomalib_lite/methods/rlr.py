@@ -1,8 +1,8 @@
 """RLR: learning feature reconstruction from learnable references (He et al., ECCV 2024, arXiv 2403.11561).
 
-Frozen features of a level are reconstructed by a transformer whose layers see the image only through attention to a
-learnable reference, one vector a position, that all images and classes share. What the reference has no match for is
-not reconstructed. Levels are independent models.
+A transformer reconstructs the frozen features of a level. Its layers see the image only through attention to a
+learnable reference, one vector per position, which all images and classes share. Features without a match in the
+reference are not reconstructed. Levels are independent models.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,6 +24,7 @@ from anomalib_lite.methods.transformer import (
     linear,
     near,
     sine_positions,
+    token_grids,
 )
 
 WINDOWS = {(16, 16): 5, (32, 32): 7, (64, 64): 11}  # published
@@ -32,8 +33,8 @@ WINDOWS = {(16, 16): 5, (32, 32): 7, (64, 64): 11}  # published
 class Layer(nn.Module):
     """y = LN(a·A + b·B), without a residual connection from x; the output is LN(y + FFN(y)).
 
-    A = MHA(x, r, r) sees the local window only (locality constraint), B = MHA(x, r, x) all but the local window (masked
-    learnable key attention).
+    A = MHA(x, r, r) sees only the local window (locality constraint). B = MHA(x, r, x) sees everything except the local
+    window (masked learnable key attention).
     """
 
     def __init__(self, dim: int, heads: int, mix: Sequence[float], learnable_key: bool):
@@ -93,21 +94,22 @@ class Level(nn.Module):
 
 
 def error(found: Tensor, tokens: Tensor) -> Tensor:
-    """Of every token: mean over channels of the squared difference, plus 1 − cosine; [B, L, C] twice -> [B, L]."""
+    """Error of every token: mean squared difference over channels plus 1 − cosine; [B, L, C] twice -> [B, L]."""
     return (found - tokens).square().mean(-1) + 1 - F.cosine_similarity(found, tokens, dim=-1)
 
 
 class RLR(AnomalyModule):
-    """Feature reconstruction from learnable references, a level at a time.
+    """Feature reconstruction from learnable references, with one model per level.
 
     Args:
-        windows: side of the local window of every level, odd; None is the published one for 16², 32² and 64².
-        dims: tokens' width inside every level; None is the published 32 × the level's reduction (512 at 16² of 256²).
+        windows: side of the local window of every level, odd; None is the published one for 16², 32² and 64² tokens.
+        dims: width of the tokens inside every level's model; None is the published 32 × the level's reduction (512 at
+            16² of 256²).
         jitter: scale of the features' noise in training.
         mix: weights (a, b) of the two attention blocks; a block of weight 0 is left out.
-        locality: whether A sees the local window only; masked: whether B sees all but the local window;
-            learnable_key: whether B's keys are the reference's, and not the image's own.
-        zero_fill: one optimiser step a level, in which the other levels have gradients of zero: what the authors' code
+        locality: whether A sees only the local window. masked: whether B sees everything except the local window.
+        learnable_key: whether B's keys come from the reference instead of the image.
+        zero_fill: one optimiser step per level, in which the other levels have gradients of zero, as the authors' code
             does under torch 1.12. Otherwise the levels' losses are summed, and there is one step.
     """
 
@@ -130,14 +132,13 @@ class RLR(AnomalyModule):
     ):
         super().__init__(**context)
         assert self.backbone is not None
+        grids = token_grids(self)
         if len(mix) != 2 or min(mix) < 0 or not any(mix):
             raise UserError(f"method.mix={list(mix)}: give the two blocks' weights, such as [2,1]: from 0, not both 0")
         if layers < 1 or heads < 1:
             raise UserError(f"method.layers={layers}, method.heads={heads}: give numbers from 1")
         self.jitter, self.automatic_optimization = jitter, not zero_fill
-        reductions = self.backbone.reductions
-        grids: list[Grid] = [(-(-self.image_size[0] // r), -(-self.image_size[1] // r)) for r in reductions]
-        dims = per_level("dims", [32 * r for r in reductions] if dims is None else dims, grids)
+        dims = per_level("dims", [32 * r for r in self.backbone.reductions] if dims is None else dims, grids)
         if any(dim < 1 or dim % heads or dim % 4 for dim in dims):
             raise UserError(f"method.dims={dims}: give multiples of 4 and of method.heads={heads}")
         self.levels = nn.ModuleList(
@@ -148,7 +149,7 @@ class RLR(AnomalyModule):
         )
 
     def errors(self, batch: Batch, noise: float) -> Iterator[Tensor]:
-        """The reconstruction's error at every position, a level [B, H, W] each."""
+        """For each level the reconstruction's error at every position, [B, H, W]."""
         for level, features in zip(self.levels, self.features(batch), strict=True):
             pooled = F.avg_pool2d(features, 3, 1, 1)
             tokens = pooled.flatten(2).mT.contiguous()
@@ -157,6 +158,7 @@ class RLR(AnomalyModule):
             yield error(found, tokens).unflatten(1, pooled.shape[2:])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Sum over levels of the mean error of jittered tokens' reconstructions."""
         losses = []
         for errors in self.errors(batch, self.jitter):
             losses.append(errors.mean())
@@ -185,12 +187,12 @@ def per_level(name: str, values: Sequence[int], grids: list[Grid]) -> list[int]:
 
 
 def chosen_windows(windows: Sequence[int] | None, grids: list[Grid], masked: bool) -> list[int]:
-    """The local window of every level: as given, or the published ones."""
+    """The local window of every level: the given one, or the published one."""
     if windows is None:
         for h, w in grids:
             if (h, w) not in WINDOWS:
                 raise UserError(
-                    f"method.windows: there are published ones for 16², 32² and 64² tokens, and a level has {h}×{w}; "
+                    f"method.windows: the paper has windows for 16², 32² and 64² tokens, and a level has {h}×{w}; "
                     f"give one odd number for each of the {len(grids)} levels, or choose another data.image_size"
                 )
         return [WINDOWS[grid] for grid in grids]

@@ -1,8 +1,8 @@
 """Self-supervised autoencoder (Bauer, Nakajima, Müller, arXiv 2206.11723; Mathematics 12(24), 3988).
 
-An autoencoder is trained to give back the clean image of a partly corrupted one, so that it acts as a projection onto
-the normal manifold; the score is the squared error of one forward pass. The corruption is `data.corrupt`'s. Details
-follow re-implementations, since the paper's own were not at hand; what is ours is marked.
+An autoencoder is trained to restore the clean image from a partly corrupted one, so that it acts as a projection onto
+the normal manifold. The score is the squared error of one forward pass. `data.corrupt` corrupts the images. Details
+follow re-implementations, since the paper's own were not available; our own choices are marked.
 """
 
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
+from anomalib_lite.methods.held_out import mean_loss
 
 DILATIONS = (1, 2, 4, 8, 16, 32)
 MARGIN = 8  # pixels
@@ -33,9 +34,9 @@ def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, dilation: 
 class DilatedStack(nn.Sequential):
     """Six residual blocks of growing dilation, [B, C, h, w] -> the same.
 
-    Of kernels wider than `side`, the positions of a training image, only the centres are made (ours): the rest would
-    meet next to nothing but padding in training, and in test bring noise into images that are larger. For the same
-    reason all but the centres start at 0 (ours).
+    Kernels wider than `side`, the positions of a training image, consist of their centre only (ours): the other weights
+    would see almost only padding in training, and would add noise to larger images in test. For the same reason all
+    weights except the centres start at 0 (ours).
     """
 
     def __init__(self, channels: int, side: int):
@@ -69,7 +70,7 @@ class ConvexCombination(nn.Module):
 
 
 class Joint(nn.Module):
-    """Where a decoder stage meets the skip of its resolution: `none`, `concat`, or `ccm`."""
+    """Merges a decoder stage with the skip connection of its resolution: `none`, `concat`, or `ccm`."""
 
     def __init__(self, skip: str, channels: int):
         super().__init__()
@@ -84,13 +85,13 @@ class Joint(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """[B, 3, H, W] -> [B, 3, H, W], for any size: fully convolutional; inside, sides are multiples of 8.
+    """[B, 3, H, W] -> [B, 3, H, W], for any size: fully convolutional; inside, sides are padded to multiples of 8.
 
-    The image gets a mirrored margin (ours): next to zero padding reconstructions are bad, and normal images' largest
-    errors lay in their corners.
+    The image gets a mirrored margin (ours): next to zero padding reconstructions are bad, and the largest errors of
+    normal images were in their corners.
 
     Three stages halve the resolution to 1/2, 1/4 and 1/8, with `width`, 2 · `width` and 4 · `width` channels. `side` is
-    that of the training images, in pixels.
+    the side of the training images, in pixels.
     """
 
     def __init__(self, width: int = 64, skip: str = "ccm", side: int = 256):
@@ -119,7 +120,7 @@ class Autoencoder(nn.Module):
 
 
 def losses(output: Tensor, clean: Tensor, image: Tensor, weight: float) -> Tensor:
-    """The loss of each image, [B]: mean squared error outside and inside of what was corrupted, by 1 − λ and λ.
+    """The loss of each image, [B]: mean squared error outside and inside of the corrupted part, weighted 1 − λ and λ.
 
     `output` f(x̂), `clean` x and `image` x̂ are [B, 3, H, W] in [0, 1]; `weight` is λ. M is where any channel of x̂ − x
     exceeds 1/255. A term whose mask is empty is 0.
@@ -141,7 +142,7 @@ class SSAE(AnomalyModule):
         skip: how the decoder uses the encoder at 1/2 and 1/4: "ccm" (convex combination), "concat" or "none".
         corrupted_weight: λ, the share of the corrupted part in the loss.
         patience: training ends early when the loss over held-out training images (data.val_fraction, half of them
-            corrupted) has not reached a new minimum for so many looks, one each `eval_every` batches. None: never.
+            corrupted) has no new minimum in this many evaluations, one every `eval_every` batches. None: never.
         compile: train the network with torch.compile.
     """
 
@@ -174,7 +175,7 @@ class SSAE(AnomalyModule):
         self.weight, self.patience, self.eval_every, self.compiles = corrupted_weight, patience, eval_every, compile
         self.net = Autoencoder(width, skip, min(self.image_size)).to(memory_format=torch.channels_last)
         self.register_buffer("best", torch.tensor(torch.inf, dtype=torch.float64))  # held-out loss
-        self.register_buffer("waited", torch.tensor(0))  # looks since then
+        self.register_buffer("waited", torch.tensor(0))  # evaluations since then
 
     def reconstruct(self, images: Tensor) -> Tensor:
         with self.autocast():
@@ -195,28 +196,25 @@ class SSAE(AnomalyModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self.patience and self.global_step and self.global_step % self.eval_every == 0:
             self.look()
-        return losses(self.reconstruct(batch["image"]), batch["clean"], batch["image"], self.weight).mean()
+        return self.losses(batch).mean()
 
-    @torch.no_grad()
+    def losses(self, batch: Batch) -> Tensor:
+        """The loss of each image, [B]."""
+        return losses(self.reconstruct(batch["image"]), batch["clean"], batch["image"], self.weight)
+
     def look(self) -> None:
-        """Judge the weights by held-out corruptions; the batch in which it gives up is the last."""
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum and number, of this rank's share
-        self.net.eval()
-        for batch in self.held_out:
-            batch = self.transfer_batch_to_device(batch, self.device, 0)
-            each = losses(self.reconstruct(batch["image"]), batch["clean"], batch["image"], self.weight)
-            total += torch.stack([each.double().sum(), torch.tensor(len(each), device=self.device)])
-        self.net.train()
-        total = self.trainer.strategy.reduce(total, reduce_op="sum")
-        loss = total[0] / total[1]
+        """Compare the loss of held-out images, corrupted and clean ones, with the best one so far."""
+        loss = mean_loss(self, self.held_out, self.losses)
         self.waited = torch.where(loss < self.best, 0, self.waited + 1)
         self.best = torch.minimum(loss, self.best)
 
     @property
     def stopped_early(self) -> bool:  # type: ignore[override]
+        """Whether the current batch is the last one, because the held-out loss no longer falls."""
         return self.patience is not None and int(self.waited) >= self.patience
 
     def anomaly_map(self, batch: Batch) -> Tensor:
+        """Squared error, mean over channels, [B, H, W]."""
         return (self.reconstruct(batch["image"]) - batch["image"]).square().mean(1)
 
     def visualize(self, batch: Batch) -> dict[str, Tensor]:

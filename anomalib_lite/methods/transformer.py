@@ -6,7 +6,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anomalib_lite.errors import UserError
+from anomalib_lite.methods.base import AnomalyModule
+
 Grid = tuple[int, int]  # (H, W); tokens are its cells row by row, L = H·W
+
+
+def token_grids(method: AnomalyModule) -> list[Grid]:
+    """The grid of tokens of every level of the method's backbone.
+
+    Raises UserError where images in test differ in size from those in training: the transformers' grids are fixed.
+    """
+    assert method.backbone is not None
+    if method.test_size != method.image_size:
+        size, side = method.test_size, "×".join(map(str, method.image_size))
+        shown = size if isinstance(size, str) else "×".join(map(str, size))
+        raise UserError(
+            f"data.texture_size={shown}: {type(method).__name__} has a fixed grid of tokens, so test images need the "
+            f"size of training images: give data.texture_size as data.image_size={side}, or data.treatment=object"
+        )
+    h, w = method.image_size
+    return [(-(-h // reduction), -(-w // reduction)) for reduction in method.backbone.reductions]
 
 
 def jitter(tokens: Tensor, scale: float) -> Tensor:
@@ -46,15 +66,16 @@ def near(grid: Grid, window: int) -> Tensor:
 
 
 def largest_window(grid: Grid) -> int:
-    """The largest odd window that, masked out, leaves every cell some others to attend to; -1 where there is none."""
+    """The largest odd window that, masked out, leaves every cell others to attend to; -1 if there is none."""
     return 2 * (max(grid) // 2) - 1
 
 
 class LocalWindow(nn.Module):
-    """Attention of every query to the window × window keys around it, exact, where all images share keys and values.
+    """Exact attention of every query to the window × window keys around it; all images share keys and values.
 
-    The grid is cut into tiles; a tile's queries, those of all images together, meet the tile's keys and their border in
-    one dense attention. tests/bench_rlr.py compares it with a masked attention over all L keys and with gathered keys.
+    The grid is cut into tiles. The queries of a tile, from all images together, attend to the keys of the tile and of
+    its border in one dense attention. tests/benchmarks/bench_rlr.py compares this with a masked attention over all L
+    keys and with gathered keys.
     """
 
     allowed: Tensor
@@ -70,7 +91,7 @@ class LocalWindow(nn.Module):
     def _axis(self, size: int, count: int) -> Tensor:
         """Bool [tiles, t, n]: which of a tile's n = t + 2·reach keys a query may see, along one axis.
 
-        Queries beyond the grid, with which the last tile is filled up, see everything: a softmax needs something.
+        Queries beyond the grid, which pad the last tile, see every key: a softmax over no keys is NaN.
         """
         start = self.tile * torch.arange(count)[:, None]
         query, key = start + torch.arange(self.tile), start + torch.arange(-self.reach, self.tile + self.reach)
@@ -81,7 +102,7 @@ class LocalWindow(nn.Module):
         """query [B, heads, L, e], key and value [1, heads, L, e] -> [B, heads, L, e]."""
         batch, heads, length, e = query.shape
         (h, w), (a, b), t, n = self.grid, self.tiles, self.tile, self.tile + 2 * self.reach
-        down, right = a * t - h, b * t - w  # cells with which the last tiles are filled up
+        down, right = a * t - h, b * t - w  # cells that pad the last tiles
 
         def bordered(x: Tensor) -> Tensor:  # -> [tiles, heads, n·n, e]
             x = F.pad(x.view(heads, h, w, e), (0, 0, self.reach, self.reach + right, self.reach, self.reach + down))
@@ -91,7 +112,7 @@ class LocalWindow(nn.Module):
         cells = cells.view(batch, heads, a, t, b, t, e).permute(2, 4, 1, 0, 3, 5, 6)
         cells = cells.reshape(a * b, heads, batch * t * t, e)
         parts, allowed = [cells, bordered(key), bordered(value)], self.allowed.repeat(1, 1, batch, 1)
-        if query.device.type == "cpu":  # in tiles so small, bf16 is slower there
+        if query.device.type == "cpu":  # on CPUs bf16 is slower in tiles this small
             parts = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in parts]
         with torch.autocast(query.device.type, enabled=False):
             out = F.scaled_dot_product_attention(parts[0], parts[1], parts[2], allowed).to(query.dtype)
@@ -100,8 +121,8 @@ class LocalWindow(nn.Module):
 
 
 def drop(x: Tensor, p: float) -> Tensor:
-    """Dropout. On a CPU torch draws 32 random bits an element, a third of UniAD's training: 16 do, so that p is rounded
-    to 1/65536."""
+    """Dropout. On a CPU torch draws 32 random bits per element, which takes a third of UniAD's training time. Here 16
+    bits are drawn, so p is rounded to a multiple of 1/65536."""
     if x.device.type != "cpu":
         return F.dropout(x, p)
     dropped = round(65536 * p)
@@ -121,16 +142,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, dropout: float)
     """Scaled dot product attention of [B, heads, L, e]; `seen` is a bool mask [L, L'] or None."""
     if not dropout or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, seen, dropout)
-    with torch.autocast("cpu", enabled=False):  # with dropout, PyTorch has no kernel for CPUs
+    with torch.autocast("cpu", enabled=False):  # PyTorch has no fused CPU kernel with dropout
         bias = q.new_zeros(()) if seen is None else torch.where(seen, 0, -torch.inf).to(q.dtype)
         scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.shape[-1] ** -0.5)
         return (drop(scores.softmax(-1), dropout) @ v.flatten(0, 1)).unflatten(0, q.shape[:2])
 
 
 class Attention(nn.Module):
-    """Multi-head attention as nn.MultiheadAttention has it, batch first.
+    """Multi-head attention equal to nn.MultiheadAttention, batch first.
 
-    Keys and values may have a batch of 1, which all images share: they are projected once.
+    Keys and values may have a batch of 1, which all images share; then they are projected once.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0):
@@ -138,7 +159,7 @@ class Attention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
         for part in (self.query, self.key, self.value, self.out):
-            # as one matrix of three times the outputs, as nn.MultiheadAttention draws them, but for the last
+            # nn.MultiheadAttention draws query, key and value as one matrix with three times the outputs
             nn.init.xavier_uniform_(part.weight, 1 if part is self.out else math.sqrt(0.5))
             nn.init.zeros_(part.bias)
 
@@ -184,8 +205,8 @@ class EncoderLayer(nn.Module):
 
 
 class QueryDecoderLayer(nn.Module):
-    """UniAD's layer-wise query decoder: learned queries, one a position, attend to the encoder's output, and what they
-    find to the previous layer's output. Nothing of the input passes by attention."""
+    """UniAD's layer-wise query decoder: learned queries, one per position, attend to the encoder's output, and the
+    result attends to the previous layer's output. No residual connection carries the input past the attention."""
 
     def __init__(self, length: int, dim: int, heads: int, hidden: int, dropout: float):
         super().__init__()
@@ -206,8 +227,8 @@ class ReconstructionTransformer(nn.Module):
     """UniAD's transformer (You et al., NeurIPS 2022): tokens [B, L, C] -> their reconstruction [B, L, C].
 
     Args:
-        neighbours: no attention sees the neighbours × neighbours cells around the query, itself among them; None: no
-            mask.
+        neighbours: no attention sees the neighbours × neighbours cells around the query, including the query's own;
+            None: no mask.
     """
 
     mask: Tensor | None
@@ -235,7 +256,7 @@ class ReconstructionTransformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         positions = self.positions()
-        memory = self.inputs(tokens).to(tokens.dtype)  # not bf16, as the sums of all layers
+        memory = self.inputs(tokens).to(tokens.dtype)  # float32, like the sums of all layers
         for layer in self.encoder:
             memory = layer(memory, positions, self.mask)
         x = memory

@@ -1,7 +1,7 @@
 """UniAD: a unified model for multi-class anomaly detection (You et al., NeurIPS 2022, arXiv 2206.03687).
 
-All levels of a frozen backbone, brought to the coarsest grid, are reconstructed by a transformer that can't copy: no
-token sees its neighbours, the decoder begins with learned queries, and training features are jittered.
+All levels of a frozen backbone, resized to the coarsest grid, are reconstructed by a transformer that can't copy: no
+token sees its neighbours, the decoder starts from learned queries, and training features are jittered.
 """
 
 from typing import Any
@@ -12,18 +12,19 @@ from torch import Tensor
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
-from anomalib_lite.methods.transformer import ReconstructionTransformer, jitter, largest_window
+from anomalib_lite.methods.schedules import with_drop
+from anomalib_lite.methods.transformer import ReconstructionTransformer, jitter, largest_window, token_grids
 
 
 class UniAD(AnomalyModule):
-    """Reconstruction of features by UniAD's transformer; the error is the score.
+    """UniAD's transformer reconstructs features; the norm of a token's error is its score (section 3.1).
 
     Args:
         dim, layers (of encoder and decoder each), heads, hidden (of the feed-forward networks), dropout: transformer.
         neighbours: side of the masked neighbourhood, odd; None is no mask.
         jitter: scale of the features' noise in training.
         clip: largest norm of a step's gradient; None is no limit.
-        drop: {at: share of the budget, factor}: from there on the learning rate is `factor` times the first; or None.
+        drop: {at, factor}: after the share `at` of the budget the learning rate is multiplied by `factor`; None: never.
     """
 
     frozen_features = True
@@ -44,22 +45,22 @@ class UniAD(AnomalyModule):
     ):
         super().__init__(**context)
         assert self.backbone is not None
-        reduction = self.backbone.reductions[-1]
-        self.grid = (-(-self.image_size[0] // reduction), -(-self.image_size[1] // reduction))
+        self.grid = token_grids(self)[-1]
         if neighbours is not None and (neighbours < 1 or neighbours % 2 == 0 or neighbours > largest_window(self.grid)):
             raise UserError(
                 f"method.neighbours={neighbours}: give null, or an odd number from 1 to {largest_window(self.grid)}, "
-                f"so that every one of {self.grid[0]}×{self.grid[1]} tokens has some to attend to"
+                f"so that each of the {self.grid[0]}×{self.grid[1]} tokens has others to attend to"
             )
         self.jitter, self.clip, self.drop = jitter, clip, drop
         channels = sum(self.backbone.channels)
         self.net = ReconstructionTransformer(channels, self.grid, dim, layers, heads, hidden, dropout, neighbours)
 
     def tokens(self, batch: Batch) -> Tensor:
+        """Clean tokens [B, L, ΣC] of a batch."""
         return self.joined(self.features(batch))
 
     def joined(self, levels: list[Tensor]) -> Tensor:
-        """All levels, each brought to the coarsest one's grid, [B, L, ΣC]."""
+        """All levels, resized to the coarsest one's grid and concatenated, [B, L, ΣC]."""
         levels = [F.interpolate(x, self.grid, mode="bilinear", align_corners=True) for x in levels]
         return torch.cat(levels, 1).flatten(2).mT.contiguous()
 
@@ -68,6 +69,7 @@ class UniAD(AnomalyModule):
             return self.net(tokens)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean squared error between clean tokens and the reconstruction of jittered ones."""
         tokens = self.tokens(batch)
         return F.mse_loss(self.reconstructed(jitter(tokens, self.jitter)), tokens)
 
@@ -88,9 +90,4 @@ class UniAD(AnomalyModule):
         optimizer, drop = super().configure_optimizers(), self.drop
         if drop is None or not isinstance(optimizer, torch.optim.Optimizer):
             return optimizer
-
-        def rate(step: int) -> float:  # the budget is not known yet when this is first asked, for batch 0
-            return drop["factor"] if step and step >= int(drop["at"] * self.total_steps) else 1.0
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return with_drop(optimizer, drop, lambda: self.total_steps)

@@ -9,10 +9,10 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from torchmetrics import MeanMetric
 
 from anomalib_lite import __version__
 from anomalib_lite.methods.base import AnomalyModule
+from anomalib_lite.methods.held_out import mean_loss
 from anomalib_lite.progress import ProgressBar
 from anomalib_lite.runs.checkpoints import CheckpointWriter, on_any_rank
 from anomalib_lite.runs.run_logger import RunLogger
@@ -147,15 +147,6 @@ class Training(L.Callback):
         self.checkpoints.save(trainer, self.steps)
 
 
-@torch.no_grad()
 def held_out_loss(module: Any, loader: Any) -> float:
-    """The mean of the method's `held_out_loss` over all ranks' good held-out images. It does not affect training."""
-    mean = MeanMetric(nan_strategy="disable").set_dtype(torch.float64).to(module.device)
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    for batch in loader:
-        batch = module.transfer_batch_to_device(batch, module.device, 0)
-        mean.update(module.held_out_loss(batch)[batch["label"] == 0].double())
-    for part, training in modes.items():
-        part.training = training
-    return float(mean.compute())
+    """The mean of the method's `held_out_loss` over all ranks' good held-out images."""
+    return float(mean_loss(module, loader, lambda batch: module.held_out_loss(batch)[batch["label"] == 0]))

@@ -1,0 +1,217 @@
+"""What every method promises, on a tiny data set: fit, resume, predict, switches that act, tensors on one device."""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_class, instantiate
+from omegaconf import OmegaConf
+
+from anomalib_lite.errors import UserError
+from anomalib_lite.methods.base import AnomalyModule
+from tests.helpers import run_programs as runs
+from tests.helpers.fake_cuda import FakeTrainer, fake_batch, fake_cuda, to_fake
+from tests.helpers.image_trees import make_mvtec
+from tests.helpers.interrupt import assert_same_run, interrupted_after
+from tests.helpers.language_checkpoints import SAVE
+
+SIDE = 32
+BOTH = "[bottle,tile]"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with options, and the batches after which its run is interrupted, one after the other (0: in test)."""
+
+    method: str
+    stops: tuple[int, ...] = (1, 3)
+    options: tuple[str, ...] = ()
+    category: str = "bottle"
+    text: str = ""  # the kind of checkpoint with a text encoder
+
+
+RESET = ("method.variant=stable", "method.variants.stable.stable.reset_every=2",
+         "method.variants.stable.stable.pause=1")  # fmt: skip
+CASES = {
+    "norm_occ": Case("norm_occ"),
+    "norm_occ shell": Case("norm_occ", (2,), ("method.target=shell",)),
+    "norm_occ_closed_form": Case("norm_occ_closed_form", (0,)),
+    "patchcore": Case("patchcore", (0,)),
+    "recontrast one_class": Case("recontrast", (1, 3), ("method.encoder_bn=train",)),
+    "recontrast unified": Case("recontrast", (2,), ("data.drop_last=true",), BOTH),
+    "recontrast stable": Case("recontrast", (1, 2, 3), RESET),
+    "rlr": Case("rlr", (1, 2, 3), (), BOTH),
+    "rlr zero_fill": Case("rlr", (1, 2, 3), ("method.zero_fill=true",)),
+    "uniad": Case("uniad", (1, 2, 3), ("method.drop.at=0.7",), BOTH),
+    "ssae": Case("ssae"),
+    "ltad": Case("ltad", (1, 2, 3), ("method.fill=largest",), BOTH),
+    "ltad align": Case("ltad", (3,), ("method.fill=largest", "backbone.layers=[1,2]"), BOTH, "align"),
+    "ltad clip": Case("ltad", (2,), ("method.fill=largest", "backbone.layers=[0,2]"), BOTH, "clip"),
+}  # fmt: skip
+#: options that must change the scores of the case before them
+SWITCHES = {
+    "norm_occ": ["method.target=shell", "method.target=zero", "method.squared=false", "method.norm=2", "method.dim=8"],
+    "norm_occ_closed_form": ["method.norm=2", "method.residual=0.5"],
+    "patchcore": ["method.coreset=0.3", "method.neighbours=1", "scoring.image_score=max"],
+    "recontrast one_class": ["method.encoder_bn=eval", "method.mining=null", "method.encoder_lr=1e-2",
+                             "method.variant=unified"],
+    "rlr": ["method.zero_fill=true", "method.jitter=0", "method.mix=[1,1]", "method.learnable_key=false"],
+    "uniad": ["method.jitter=0", "method.neighbours=null", "method.clip=null", "method.drop=null", "method.dropout=0"],
+    "ssae": ["method.skip=concat", "method.skip=none", "method.corrupted_weight=0.1"],
+    "ltad": ["method.class_names=fixed", "method.fill=null", "method.semantic=0", "method.strong=1"],
+    "ltad clip": ["method.class_names=fixed", "method.fill=null"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    make_mvtec(root, "bottle", train=6, good=2, defects={"broken": 2})
+    make_mvtec(root, "tile", train=2, good=1, defects={"crack": 1})
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    return {kind: save(tmp_path_factory.mktemp(kind)) for kind, save in SAVE.items()}
+
+
+@pytest.fixture(scope="module")
+def arguments(root, checkpoints):
+    """(case) -> its command line: four batches, two to an epoch of a class, in all phases together."""
+
+    def make(case: Case) -> list[str]:
+        backbone = ["backbone=resnet18", "backbone.name=test_resnet.r160_in1k", "backbone.weights=none"]
+        if case.text:
+            backbone = [f"backbone={case.text}", f"backbone.name={checkpoints[case.text]}", "backbone.weights=auto"]
+        if case.method == "ssae":
+            backbone = ["method.width=4"]
+        steps = 2 if case.method == "ltad" else 4
+        budget = [] if case.stops == (0,) else ["trainer.max_epochs=null", f"trainer.max_steps={steps}"]
+        rate = ["method.optimizer.lr=1e-2"] if budget else []
+        return [
+            *runs.method(case.method), *runs.folder_data(root, case.category), *backbone, f"data.image_size={SIDE}",
+            *budget, *rate, "hardware.precision=32", "hardware.threads=1", "trainer.log_every=1",
+            "trainer.checkpoint_minutes=0", *case.options,
+        ]  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def finished(arguments, tmp_path_factory):
+    """(name of a case) -> the folder of its undisturbed run, made once."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("run") / "run"
+            runs.result_of(*arguments(CASES[name]), run_dir=made[name])
+        return made[name]
+
+    return get
+
+
+def scores_of(run: Path) -> dict[str, float]:
+    with (run / "scores.csv").open(newline="") as file:
+        return {row["path"]: float(row["score"]) for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resumed_is_undisturbed(name, arguments, finished, tmp_path):
+    """Weights, optimizers, log and scores to the last bit, after one interruption after the other."""
+    case, run = CASES[name], tmp_path / "run"
+    for stop in case.stops:
+        with interrupted_after(stop):
+            runs.train(*arguments(case), *(["resume=true"] if run.exists() else []), f"hydra.run.dir={run}")
+    result = runs.result_of(*arguments(case), "resume=true", run_dir=run)
+    assert result["timing"]["steps"] == (0 if case.stops == (0,) else 4)
+    assert result["setting"] == ("unified" if case.category == BOTH else "single")
+    assert_same_run(run, finished(name))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_predicts_what_the_run_evaluated(name, finished, root, tmp_path):
+    case = CASES[name]
+    chosen = ["category=bottle"] if case.category == BOTH else []
+    folder = root / "bottle" / "test"
+    outcome = runs.predict(f"run={finished(name)}", f"input={folder}", f"output={tmp_path / 'out'}", *chosen)
+    assert outcome.code == 0, outcome.err
+    evaluated = {
+        path.removeprefix("bottle/test/"): score
+        for path, score in scores_of(finished(name)).items()
+        if path.startswith("bottle")
+    }
+    found = scores_of(tmp_path / "out")
+    assert found == pytest.approx(evaluated, rel=1e-4)
+    names, values = list(evaluated), list(evaluated.values())
+    others = dict(zip(names, [*values[1:], values[0]], strict=True))
+    assert found != pytest.approx(others, rel=1e-4)  # another image's score would not pass
+    assert len(list((tmp_path / "out" / "heatmaps").rglob("*.png"))) == 4
+
+
+@pytest.mark.parametrize(("name", "option"), [(name, option) for name, more in SWITCHES.items() for option in more])
+def test_switches_act(name, option, arguments, finished, tmp_path):
+    """Training or the score differs: no option is ignored."""
+    given = [x for x in arguments(CASES[name]) if not x.startswith(option.partition("=")[0] + ".")]
+    runs.result_of(*given, option, run_dir=tmp_path / "run")
+    assert scores_of(tmp_path / "run") != pytest.approx(scores_of(finished(name)), rel=1e-6)
+
+
+def built(command: list[str], categories: list[str], **context: Any) -> AnomalyModule:
+    """The method of a command line, as a run builds it."""
+    with runs.restored():
+        with initialize_config_dir(str(runs.ROOT / "conf"), version_base="1.3"):
+            cfg: Any = OmegaConf.to_container(compose("train", [*runs.defaults(*command), *command]), resolve=True)
+        uses = get_class(cfg["method"]["_target_"]).uses_backbone  # type: ignore[attr-defined]
+        backbone = instantiate(cfg["backbone"], precision="auto") if uses else None
+        context = {"image_size": (SIDE, SIDE), "categories": categories, "precision": "auto"} | context
+        return instantiate(cfg["method"], backbone=backbone, scoring=cfg["scoring"], **context, _convert_="all")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_runs_on_a_fake_gpu(name, arguments):
+    case = CASES[name]
+    categories = ["bottle", "tile"] if case.category == BOTH else ["bottle"]
+    model: Any = built(arguments(case), categories)
+    with fake_cuda():
+        to_fake(model)
+        model._trainer, model.total_steps = FakeTrainer(categories, SIDE), 4
+        for batches in ("normal_batches", "fit_batches", "train_eval_batches"):
+            setattr(model, batches, lambda: [fake_batch(3, SIDE), fake_batch(2, SIDE, 3)])
+        model.train().on_train_start()
+        if name == "patchcore":  # its coreset is selected on the CPU, by comparing values
+            model.bank, model.owners = torch.randn(9, model.bank.shape[1], device="cuda"), model.owners.new_zeros(9)
+        else:
+            model.on_fit_start()
+        if type(model).training_step is not AnomalyModule.training_step and model.automatic_optimization:
+            for step in (0, 3):  # of a method with two phases, one each
+                model._trainer.global_step = step
+                assert model.training_step(fake_batch(4, SIDE), 0).device.type == "cuda"
+        model.eval()
+        with torch.no_grad():
+            for is_train_image in (False, True):
+                batch = fake_batch(3, SIDE) | {"fitted": is_train_image, "is_train_image": is_train_image}
+                raw = model.anomaly_map(batch)
+                assert (raw[0] if isinstance(raw, tuple) else raw).device.type == "cuda"
+                scored = model.score(batch)
+                assert (scored["map"].device.type, scored["score"].device.type) == ("cuda", "cuda")
+                assert scored["map"].shape == (3, SIDE, SIDE)
+
+
+def test_the_fake_gpu_notices_a_tensor_on_the_cpu():
+    with fake_cuda(), pytest.raises(RuntimeError, match="device"):
+        torch.randn(3, device="cuda") + torch.randn(3)
+
+
+@pytest.mark.parametrize("name", ["rlr", "uniad", "ltad"])
+def test_fixed_grids_refuse_other_sizes_in_test(name, arguments):
+    for size, shown in (("original", "original"), ((64, 64), "64×64")):
+        message = rf"^data.texture_size={shown}: \w+ has a fixed grid.*data.image_size=32×32, or data.treatment=object"
+        with pytest.raises(UserError, match=message):
+            built(arguments(CASES[name]), ["bottle", "tile"], test_size=size)
+    assert built(arguments(CASES[name]), ["bottle", "tile"], test_size=(SIDE, SIDE)).test_size == (SIDE, SIDE)
