@@ -5,27 +5,16 @@ import os
 import re
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.helpers import fake_slurm as slurm
 from tests.helpers import run_programs as runs
-from tests.helpers.user_folder import SMALL, Started, assert_refused, in_process, make_home, result_of, state_of
+from tests.helpers.user_folder import SMALL, Started, assert_refused, in_process, result_of, state_of
 
 ONE = ("data.category=bottle", "hardware.threads=1")
 LOCAL, SLURM, RAY = (f"hydra/launcher={name}" for name in ("submitit_local", "submitit_slurm", "ray"))
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    return make_home(tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture(autouse=True)
-def _at_home(home, monkeypatch):
-    monkeypatch.chdir(home)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +65,7 @@ def test_interrupted(launcher, home, tmp_path):
         if number == signal.SIGINT:
             outcome = begun.end()
             assert outcome.code == 130
-            assert "0 of 2 jobs are done; to go on" in outcome.err
+            assert "0 of 2 jobs are done; to continue" in outcome.err
         else:
             begun.process.wait()
     done = Started(home, *slow).end()

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.sweeps.search import Draw, draw
-from tests.helpers.user_folder import assert_refused, in_process, make_home, result_of
+from tests.helpers.user_folder import assert_refused, in_process, result_of
 
 SEARCH = (
     "method=mean",
@@ -23,16 +23,6 @@ SEARCH = (
     "hydra/sweeper=random",
 )
 SPACE = ("method.optimizer.lr=tag(log, interval(0.01, 10))", "data.batch_size=int(interval(2, 4))", "seed=3,4")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    return make_home(tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture(autouse=True)
-def _at_home(home, monkeypatch):
-    monkeypatch.chdir(home)
 
 
 def space(*overrides: str) -> dict[str, Draw]:
