@@ -1,8 +1,7 @@
-"""Random search: what is drawn, and that it goes on as any sweep does; Optuna's TPE beside it."""
+"""The search: what is drawn, that it continues as if it had never stopped, and which trial it calls the best."""
 
 import json
 import math
-import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,27 +11,55 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from anomalib_lite.errors import UserError
-from anomalib_lite.sweeps.search import Draw, draw
+from anomalib_lite.sweeps.search import Trials, distribution
 from tests.helpers.user_folder import assert_refused, in_process, result_of
 
+pytest.importorskip("optuna.storages.journal")
 SEARCH = (
-    "method=mean",
-    "data.category=bottle",
-    "data.val_fraction=0.3",
-    "objective=validation.pixel_ap",
+    "method=mean", "data.category=bottle", "data.val_fraction=0.3", "objective=validation.pixel_ap",
     "hydra/sweeper=random",
-)
+)  # fmt: skip
 SPACE = ("method.optimizer.lr=tag(log, interval(0.01, 10))", "data.batch_size=int(interval(2, 4))", "seed=3,4")
+TPE = {"n_jobs": 2, "n_startup_trials": 3}
+MIXED = ("a=tag(log, interval(0.01, 10))", "b=int(interval(1, 9))", "c=x,y")
 
 
-def space(*overrides: str) -> dict[str, Draw]:
+def make_space(*overrides: str) -> dict[str, Any]:
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return {override.get_key_element(): Draw(override) for override in parsed}
+    return {o.get_key_element(): distribution(o) for o in sorted(parsed, key=lambda o: o.get_key_element())}
 
 
-def drawn(override: str, number: int = 4000) -> list[str]:
-    (one,) = space(override).values()
-    return [one(random.Random(f"0 {n} a")) for n in range(number)]
+def trials(
+    folder: Path, *overrides: str, sampler: str = "random", n_trials: int = 400, seed: int = 0, **more
+) -> Trials:
+    """The journal of a sweep in the folder, as a process that starts now sees it."""
+    folder.mkdir(exist_ok=True)
+    opened = Trials(folder, sampler, {"n_trials": n_trials, "seed": seed, **more}, make_space(*overrides))
+    (folder / "sweep.json").touch()
+    return opened
+
+
+def draw(folder: Path, *overrides: str, **options) -> list[tuple[str, ...]]:
+    return trials(folder, *overrides, **options).next_batch(0)
+
+
+def score(trial: tuple[str, ...]) -> float:
+    """An objective with its maximum at a=0.5, b=6, c=y."""
+    values = dict(override.split("=") for override in trial)
+    return -((math.log10(float(values["a"])) + 0.3) ** 2) - (int(values["b"]) / 6 - 1) ** 2 + (values["c"] == "y")
+
+
+def run(folder: Path, stop_after: float = math.inf, **options) -> list[tuple[str, ...]]:
+    """A search by TPE; after `stop_after` steps (a batch drawn, a value stored) its process is gone."""
+    study, launched, step = trials(folder, *MIXED, sampler="tpe", **TPE, **options), list[tuple[str, ...]](), 0
+    while new := study.next_batch(len(launched)):
+        launched += new
+        for known in range(1, len(launched) + 1):
+            if step >= stop_after:
+                return launched
+            study.tell([score(trial) for trial in launched[:known]])
+            step += 1
+    return launched
 
 
 @pytest.mark.parametrize(
@@ -42,84 +69,115 @@ def drawn(override: str, number: int = 4000) -> list[str]:
         ("a=tag(log, interval(1e-5, 1e-1))", lambda x: math.log10(x / 1e-5) / 4),
     ],
 )
-def test_intervals_are_drawn_evenly(override, share):
+def test_intervals_are_drawn_evenly(override, share, tmp_path):
     """The share of the interval below a value is itself uniform: Kolmogorov-Smirnov, 0.1 % level."""
-    shares = sorted(share(float(text)) for text in drawn(override))
-    assert shares[0] >= 0
-    assert shares[-1] <= 1
+    shares = sorted(share(float(text.partition("=")[2])) for (text,) in draw(tmp_path, override))
+    assert 0 <= shares[0] <= shares[-1] <= 1
     gap = max(abs((rank + 0.5) / len(shares) - value) for rank, value in enumerate(shares))
     assert gap < 1.95 / math.sqrt(len(shares))
 
 
-def test_whole_numbers_and_choices_are_drawn_evenly():
-    for override, there in (
-        ("a=int(interval(0, 4))", "01234"),
-        ("a=range(2, 6)", "2345"),
-        ("a=choice(x, y, z)", "xyz"),
-        ("a=[2],[2,3]", ("[2]", "[2,3]")),
-    ):
-        counts = Counter(drawn(override))
-        assert set(counts) == set(there)
-        expected = 4000 / len(counts)
-        assert sum((count - expected) ** 2 / expected for count in counts.values()) < 18.5  # chi-square, 4, 0.1 %
-    logged = Counter(drawn("a=tag(log, int(interval(1, 8)))"))
-    for value in range(1, 9):  # a whole number's share of the logarithms around it
-        share = math.log((value + 0.5) / (value - 0.5)) / math.log(8.5 / 0.5)
-        assert abs(logged[str(value)] / 4000 - share) < 3.5 * math.sqrt(share * (1 - share) / 4000)
+def test_options_are_drawn_evenly_and_apart(tmp_path):
+    """Whole numbers, ranges and choices: chi-square with at most 4 degrees of freedom, 0.1 % level."""
+    overrides = ("a=int(interval(0, 4))", "b=range(2, 6)", "c=choice(x, y, z)", "d=[2],[2,3]", "e=interval(0, 1)")
+    names = dict(zip("abcd", ("01234", "2345", "xyz", ("[2]", "[2,3]")), strict=True))
+    drawn = [dict(text.split("=") for text in trial) for trial in draw(tmp_path, *overrides)]
+    for key, expected in names.items():
+        counts = Counter(trial[key] for trial in drawn)
+        assert set(counts) == set(expected)
+        mean = len(drawn) / len(counts)
+        assert sum((count - mean) ** 2 / mean for count in counts.values()) < 18.5
+    agree = sum((trial["d"] == "[2]") == (float(trial["e"]) < 0.5) for trial in drawn)
+    assert abs(agree - len(drawn) / 2) < 3.3 * math.sqrt(len(drawn) / 4)
 
 
-def test_trials_depend_on_seed_and_options_alone():
-    few, many = draw(space(*SPACE), 5, seed=7), draw(space(*SPACE), 9, seed=7)
+def test_random_trials_depend_on_seed_and_options_alone(tmp_path):
+    """More trials begin with those of fewer, in whatever order the options stand, also after a stop."""
+    few = draw(tmp_path / "few", *MIXED, n_trials=5, seed=7)
+    many = draw(tmp_path / "many", *reversed(MIXED), n_trials=9, seed=7)
     assert many[:5] == few
-    swapped = draw(space(*reversed(SPACE)), 5, seed=7)
-    assert [sorted(trial.items()) for trial in swapped] == [sorted(trial.items()) for trial in few]
-    assert draw(space(*SPACE), 5, seed=8) != few
-    pairs = draw(space("a=interval(0, 1)", "b=interval(0, 1)"), 400, seed=0)  # options are drawn apart
-    agree = sum((float(pair["a"]) < 0.5) == (float(pair["b"]) < 0.5) for pair in pairs)
-    assert abs(agree - 200) < 3.3 * 10
-    assert len({json.dumps(trial) for trial in many}) == 9
+    assert draw(tmp_path / "few", *MIXED, n_trials=9, seed=7) == many
+    assert draw(tmp_path / "other", *MIXED, n_trials=5, seed=8) != few
+    own = trials(tmp_path / "own", *MIXED, seed=None)  # a seed of its own is stored
+    assert trials(tmp_path / "own", *MIXED, seed=None).options["seed"] == own.options["seed"]
 
 
-def test_fewer_combinations_than_trials():
-    trials = draw(space("a=1,2,3", "b=range(10)", "c=x,y"), 100, seed=0)
-    assert len({json.dumps(trial) for trial in trials}) == len(trials) == 60
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_combination_is_run_once(sampler, tmp_path):
+    study = trials(tmp_path, "a=1,2,3", "b=range(3)", "c=x,y", sampler=sampler, n_trials=100, **TPE)
+    launched: list[tuple[str, ...]] = []
+    while new := study.next_batch(len(launched)):
+        launched += new
+        study.tell([float("a=2" in trial) for trial in launched])
+    assert len(set(launched)) == len(launched) == 18
+
+
+def test_a_killed_tpe_search_draws_the_same_trials(tmp_path):
+    """Killed after a batch was drawn, or between the values of a batch, or while a trial was drawn."""
+    undisturbed = run(tmp_path / "undisturbed", n_trials=12)
+    assert len(set(undisturbed)) == 12
+    for place, stop in enumerate((0, 1, 5, 20, 21)):
+        folder = tmp_path / str(place)
+        started = run(folder, stop_after=stop, n_trials=12)
+        assert started == undisturbed[: len(started)]
+        journal = folder / "search.journal"
+        if place % 2:  # the last trial in the journal lacks a parameter, and its line was cut off
+            lines = journal.read_bytes().splitlines(keepends=True)
+            asked = max(number for number, line in enumerate(lines) if b'"op_code":4' in line)
+            journal.write_bytes(b"".join(lines[: asked + 2]) + lines[asked + 2][:-5])
+        assert run(folder, n_trials=12) == undisturbed
+    random = draw(tmp_path / "random", *MIXED, n_trials=12)
+    assert max(map(score, undisturbed[6:])) > max(map(score, random)) - 1  # and it learns
+    assert sum(map(score, undisturbed[6:])) > sum(map(score, random[6:]))
 
 
 def test_bad_spaces():
     for override in ("a=interval(3, 1)", "a=tag(log, interval(0, 1))", "a=tag(log, choice(1, 2))"):
         with pytest.raises(UserError, match=r"a=.*interval\(low, high\)"):
-            space(override)
+            make_space(override)
 
 
-def overrides_of(sweep: Path) -> dict[str, list[str]]:
-    jobs = json.loads((sweep / "sweep.json").read_text())["jobs"]
-    return {
-        job["folder"]: sorted(o for o in job["overrides"] if o.startswith(("seed", "method.opt", "data.b")))
-        for job in jobs
-    }
+def test_folder_of_another_search(tmp_path):
+    draw(tmp_path, *MIXED, n_trials=2)
+    for options, message in (
+        ({"seed": 1}, "hydra.sweeper.seed: the search in .* was started with 0; give the same"),
+        ({"sampler": "tpe", **TPE}, "hydra/sweeper: the search in .* was started with random; give"),
+        ({"overrides": ("a=1,2",)}, "a: the search in .* was started with other values; give the same"),
+    ):
+        with pytest.raises(UserError, match=message):
+            trials(tmp_path, *options.pop("overrides", MIXED), **options)
+    (tmp_path / "search.journal").write_text("{}\n{\n{}\n")
+    with pytest.raises(UserError, match=r"search.journal: damaged .*; choose another hydra.sweep.dir"):
+        trials(tmp_path, *MIXED)
+    (tmp_path / "search.journal").unlink()
+    with pytest.raises(UserError, match=r"holds a sweep without search.journal, which is no search or one of an older"):
+        trials(tmp_path, *MIXED)
 
 
-def test_a_search_goes_on(tmp_path):
-    """More trials of the same seed: the first ones stay. The best is what validation says."""
-    folder = f"hydra.sweep.dir={tmp_path}"
-    first = in_process("-m", *SEARCH, *SPACE, folder, "hydra.sweeper.n_trials=2", "hydra.launcher.jobs=2")
+@pytest.mark.parametrize(("sweeper", "jobs"), [("random", ()), ("tpe", ("hydra.sweeper.n_jobs=2",))])
+def test_a_search_continues(sweeper, jobs, tmp_path):
+    """More trials: the first ones stay. The best is what validation says."""
+    study = (*SEARCH[:-1], f"hydra/sweeper={sweeper}", *jobs, f"hydra.sweep.dir={tmp_path}", "hydra.launcher.jobs=2")
+    first = in_process("-m", *study, *SPACE, "hydra.sweeper.n_trials=2")
     assert first.code == 0, first.err
-    begun = overrides_of(tmp_path)
-    expected = draw(dict(sorted(space(*SPACE).items())), 3, seed=0)
-    assert list(begun.values()) == [sorted(f"{k}={v}" for k, v in trial.items()) for trial in expected[:2]]
+    jobs_before = json.loads((tmp_path / "sweep.json").read_text())["jobs"]
     times = [(tmp_path / number / "result.json").stat().st_mtime_ns for number in "01"]
-    more = in_process("-m", folder, *reversed(SPACE), *SEARCH, "hydra.sweeper.n_trials=3")
+    more = in_process("-m", *reversed(SPACE), *study, "hydra.sweeper.n_trials=3")
     assert more.code == 0, more.err
     assert more.out.count("done before") == 3  # the summary and two rows
     assert times == [(tmp_path / number / "result.json").stat().st_mtime_ns for number in "01"]
-    assert overrides_of(tmp_path) == begun | {"2": sorted(f"{k}={v}" for k, v in expected[2].items())}
+    entries = json.loads((tmp_path / "sweep.json").read_text())["jobs"]
+    assert [entry["folder"] for entry in entries] == ["0", "1", "2"]
+    assert entries[:2] == jobs_before
     measured = [result_of(tmp_path / number)["validation"]["pixel_ap"] for number in "012"]
     assert len(set(measured)) > 1
     best: Any = OmegaConf.load(tmp_path / "optimization_results.yaml")
     assert best.best_evaluated_result == max(measured)
-    assert dict(best.best_evaluated_params) == expected[measured.index(max(measured))]
+    assert {f"{key}={value}" for key, value in best.best_evaluated_params.items()} < set(
+        entries[measured.index(max(measured))]["overrides"]
+    )
     assert f"best validation.pixel_ap {max(measured):.4f}: data.batch_size=" in more.out
-    fewer = in_process("-m", *SEARCH, *SPACE, folder, "hydra.sweeper.n_trials=2")  # nothing left to do
+    fewer = in_process("-m", *study, *SPACE, "hydra.sweeper.n_trials=2")  # nothing is left to do
     assert fewer.code == 0, fewer.err
     assert f"best validation.pixel_ap {max(measured[:2]):.4f}: " in fewer.out
     assert "validation" in more.out.split("in percent")[-1]  # a column of the table
@@ -130,12 +188,11 @@ def test_a_search_goes_on(tmp_path):
     [
         (("seed=1",), "hydra/sweeper=random: nothing to search; give options several values"),
         (("seed=1,2", "hydra.sweeper.n_trials=0"), "hydra.sweeper.n_trials=0: give a whole number from 1"),
+        (("seed=1,2", "hydra.sweeper.seed=x"), "hydra.sweeper.seed=x: give a whole number from 0, or null"),
         (("seed=1,2", "hydra.sweeper.trials=3"), "hydra.sweeper.trials: no such option"),
+        (("seed=1,2", "hydra/sweeper=tpe", "hydra.sweeper.n_jobs=0"), "hydra.sweeper.n_jobs=0: give a whole number"),
         (("seed=1,2", "data.val_fraction=0"), "hydra/sweeper: .*data.val_fraction=0; give .*data.val_fraction=0.2"),
-        (
-            ("seed=1,2", "objective=metrics.image_auroc"),
-            "objective=metrics.image_auroc: .*the test set chooses nothing",
-        ),
+        (("seed=1,2", "objective=metrics.image_auroc"), "objective=metrics.image_auroc: .*test set chooses nothing"),
         (("data.batch_size=interval(2, 4)",), "data.batch_size=.*: give a whole number"),
     ],
 )
@@ -145,34 +202,7 @@ def test_refused(arguments, message, tmp_path):
     assert not (tmp_path / "0").exists()
 
 
-def test_a_seed_of_its_own(tmp_path):
-    """Drawn once: a sweep begun without a seed goes on with the trials that it has; one begun with a seed needs it."""
-    arguments = (*SEARCH, "seed=range(1000)", "hydra.sweeper.seed=null", f"hydra.sweep.dir={tmp_path}")
-    nothing = ("data.batch_size=0",)  # refused, after the seed is drawn
-    assert_refused("data.batch_size=0: give", *arguments, *nothing)
-    seed = json.loads((tmp_path / "sweeper.json").read_text())["seed"]
-    assert_refused("data.batch_size=0: give", *arguments, *nothing)
-    assert json.loads((tmp_path / "sweeper.json").read_text())["seed"] == seed
-    (tmp_path / "sweeper.json").write_text("{}")
-    assert_refused("sweeper.json: damaged; give hydra.sweeper.seed=NUMBER", *arguments)
-    (tmp_path / "sweeper.json").unlink()
-    (tmp_path / "sweep.json").write_text(json.dumps({"jobs": []}))
-    assert_refused("hydra.sweeper.seed=null: .* begun with a seed; give the same one", *arguments)
-
-
-@pytest.mark.slow
-def test_tpe(tmp_path):
-    """Through hydra-optuna-sweeper: the right way up, and started again with the same trials."""
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    arguments = (*SEARCH[:-1], "hydra/sweeper=tpe", "hydra.sweeper.n_trials=3", "hydra.launcher.jobs=2", SPACE[0])
-    folder = f"hydra.sweep.dir={tmp_path}"
-    first = in_process("-m", *arguments, folder)
-    assert first.code == 0, first.err
-    again = in_process("-m", *arguments, folder)
-    assert again.code == 0, again.err
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0", "1", "2"]
-    measured = [result_of(tmp_path / number)["validation"]["pixel_ap"] for number in "012"]
-    best: Any = OmegaConf.load(tmp_path / "optimization_results.yaml")
-    assert best.best_value == max(measured)
-    refused = in_process("-m", *SEARCH[:-1], "hydra/sweeper=optuna", SPACE[0], f"hydra.sweep.dir={tmp_path / 'other'}")
-    assert "hydra.sweeper.direction: of every objective more is better; give maximize" in refused.err
+def test_optuna_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "optuna.storages.journal", None)
+    message = r"hydra/sweeper=random: .*; pip install 'anomalib-lite\[optuna\]'"
+    assert_refused(message, *SEARCH, "seed=1,2", f"hydra.sweep.dir={tmp_path}")
