@@ -24,7 +24,8 @@ class ProcessesLauncher(Launcher):
     sweep_class = "sweep.Sweep"
 
     def __init__(self, **options: Any) -> None:
-        self.options, self.sweep = options, None
+        self.options = options
+        self.sweep: Any = None
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
         self.context, self.config = hydra_context, config

@@ -188,7 +188,7 @@ def check_unchanged(old: dict[str, Any], new: dict[str, Any], run: Path) -> None
 
 
 def objective(name: str | None, result: dict[str, Any]) -> float | None:
-    """What an optimising sweeper is told of a run: `validation.METRIC`; None where nothing was held out."""
+    """A run's value of what a search maximises, `validation.METRIC`; None if no images were held out."""
     metrics = result["validation"]
     if name is None or metrics is None:
         return None

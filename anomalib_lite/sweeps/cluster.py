@@ -155,7 +155,7 @@ class LocalJobs:
 
     def __init__(self, sweep: Any):
         self.folder, self.options, self.gpus = sweep.folder / ".submitit", sweep.options, sweep.gpus
-        self.submitit, self.resources = sweep.package, getattr(sweep, "resources", None)
+        self.submitit, self.sweep = sweep.package, sweep
         self.running: dict[int, tuple[Any, Job]] = {}
         self.started: dict[int, float] = {}
 
@@ -211,7 +211,7 @@ class SlurmJobs(LocalJobs):
         try:
             retries = self.options["max_num_timeout"]
             executor = self.submitit.AutoExecutor(self.folder / "%j", cluster="slurm", slurm_max_num_timeout=retries)
-            executor.update_parameters(**self.resources(job))
+            executor.update_parameters(**self.sweep.resources(job))
         except (RuntimeError, ValueError, TypeError, NameError) as error:
             raise UserError(f"hydra/launcher=submitit_slurm: {str(error).splitlines()[0]}") from error
         file = job.folder / ".submitted"

@@ -71,7 +71,9 @@ def distribution(override: Override) -> Any:
 
     value: Any = override.value()
     if isinstance(value, IntervalSweep):
-        low, high, logarithmic = value.start, value.end, "log" in value.tags
+        low: Any = value.start
+        high: Any = value.end
+        logarithmic = "log" in value.tags
         if not low < high or (logarithmic and low <= 0):
             raise UserError(f"{override.input_line}: give interval(low, high), with 0 < low under tag(log, …)")
         kind = IntDistribution if isinstance(low, int) else FloatDistribution  # int(interval(1, 9)): with both ends

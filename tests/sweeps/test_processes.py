@@ -1,4 +1,4 @@
-"""Sweeps: every job in a process of its own, equal to a single run; whatever is killed, it goes on from there."""
+"""Sweeps: every job in a process of its own, equal to a single run; a sweep that was killed continues."""
 
 import fcntl
 import itertools
@@ -23,7 +23,7 @@ from tests.helpers.user_folder import Started, assert_refused, in_process, resul
 
 
 def test_a_sweep_equals_single_runs(home, tmp_path):
-    """With an outside method, in another order of overrides afterwards; and what the jobs know of themselves."""
+    """With a method of the user; the overrides may change their order; each job stores its own Hydra settings."""
     arguments = ("seed=0,1", "data.category=bottle,cup", "data.val_fraction=0.3", "method.pause=0.01")
     folder = (f'hydra.sweep.dir="{tmp_path / "a sweep"}"', "hydra.launcher.jobs=2", "+hydra.job.env_set.SWEPT=yes")
     outcome = Started(home, "method=mean", *arguments, *folder).end()
@@ -53,7 +53,7 @@ def test_a_sweep_equals_single_runs(home, tmp_path):
 
 
 def test_failures_stay_in_their_jobs(home, tmp_path):
-    """And are tried again, as are results that were damaged meanwhile."""
+    """The next launch retries them, and evaluates again where a result was damaged."""
     folder = f"hydra.sweep.dir={tmp_path / 'sweep'}"
     arguments = ("data.category=bottle", "method=crash", "method.how=exception,exit,segfault,no,missing")
     first = Started(home, *arguments, folder, "hydra.launcher.jobs=2").end()
@@ -88,7 +88,7 @@ def test_failures_stay_in_their_jobs(home, tmp_path):
     ],
 )
 def test_damaged_files_of_a_job(name, content, warning, tmp_path, caplog):
-    """Named, put aside, and the job is not held for done."""
+    """They are named and put aside, and the job does not count as done."""
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "config.json").write_text('{"config": {}}')
     (tmp_path / "checkpoints" / "last.ckpt").write_text("weights")
@@ -104,7 +104,7 @@ def test_damaged_files_of_a_job(name, content, warning, tmp_path, caplog):
 
 @pytest.mark.slow
 def test_overhead(home, tmp_path):
-    """Of a job after the first, beside a loop in one process: at best of seven."""
+    """The time that a sweep adds to a job after the first one, compared with a loop in one process: best of seven."""
     done = Started(
         home, "method=empty", "seed=range(8)", f"hydra.sweep.dir={tmp_path}", "hydra.launcher.threads=1"
     ).end()
@@ -159,24 +159,24 @@ def logged(run: Path, step: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_killed_again_and_again(home, undisturbed, tmp_path):
-    """A job, the server, the launcher while it imports and while it works; at last it is let be."""
+    """A job, the server, the launcher while it imports and while it works; the last launch is not disturbed."""
     arguments = (*STUDY, PAUSE, f"hydra.sweep.dir={tmp_path}")
-    begun = Started(home, *arguments)
+    started = Started(home, *arguments)
     for victim, step in (("job", 2), ("server", 4), ("launcher", 0), ("launcher", 6)):
-        begun.until(lambda: logged(tmp_path / "1", step) if step else begun.find("server"))  # noqa: B023
-        os.kill(begun.find(victim), signal.SIGKILL)
+        started.until(lambda: logged(tmp_path / "1", step) if step else bool(started.find("server")))  # noqa: B023
+        os.kill(started.find(victim), signal.SIGKILL)
         if victim == "launcher":  # at once: the new one waits until the jobs of the old one have ended
-            killed, begun = begun, Started(home, *arguments)
+            killed, started = started, Started(home, *arguments)
             assert killed.end().code == -9
         else:
-            outcome = begun.end()
+            outcome = started.end()
             assert outcome.code == 1
             assert re.match(
                 r"error: job 1 \(seed=1\): killed by SIGKILL; see .*\nerror: 1 of 3 jobs failed", outcome.err
             )
             assert [state_of(tmp_path / number) for number in "02"] == undisturbed[::2]  # the others were done
-            begun = Started(home, *arguments)
-    done = begun.end()
+            started = Started(home, *arguments)
+    done = started.end()
     assert done.code == 0, done.err
     assert [state_of(tmp_path / number) for number in "012"] == undisturbed
 
@@ -184,22 +184,22 @@ def test_killed_again_and_again(home, undisturbed, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_killed_at_ten_random_moments(home, undisturbed, tmp_path):
-    """Whatever is there then: the launcher, the fork server, a job. Started again it ends as if undisturbed."""
+    """The launcher, the fork server or a job. The next launches end as if nothing had happened."""
     number = random.Random(4)
     sweeps, kills = 0, list[tuple[str, float]]()
     victims = ["launcher", "server", "job"] * 3 + ["job"]
     number.shuffle(victims)
     while len(kills) < len(victims):
         folder = tmp_path / str(sweeps)
-        begun = Started(home, *STUDY, PAUSE, f"hydra.sweep.dir={folder}")
+        started = Started(home, *STUDY, PAUSE, f"hydra.sweep.dir={folder}")
         role = victims[len(kills)]
-        begun.until(lambda: begun.find(role) or begun.process.poll() is not None)  # noqa: B023
+        started.until(lambda: bool(started.find(role)) or started.process.poll() is not None)  # noqa: B023
         moment = number.uniform(0, 3)
         time.sleep(moment)
-        if victim := begun.find(role):
+        if victim := started.find(role):
             os.kill(victim, signal.SIGKILL)
             kills.append((role, round(moment, 2)))
-        code = begun.end().code  # which waits until none of its processes is left
+        code = started.end().code  # which waits until none of its processes is left
         if code == 0:  # it was done before
             assert [state_of(folder / job) for job in "012"] == undisturbed
             sweeps += 1
@@ -215,7 +215,7 @@ def test_killed_at_ten_random_moments(home, undisturbed, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_beside_another(home, undisturbed, tmp_path, number):
-    """Two sweeps at once; one of them is ended, which the other doesn't notice."""
+    """Two sweeps at once; one of them is ended, which does not affect the other."""
     both = [Started(home, *STUDY, PAUSE, f"hydra.sweep.dir={tmp_path / name}") for name in "ab"]
     both[0].until(lambda: logged(tmp_path / "a" / "1", 2))
     both[0].process.send_signal(number)

@@ -30,7 +30,7 @@ def make_space(*overrides: str) -> dict[str, Any]:
 
 
 def trials(
-    folder: Path, *overrides: str, sampler: str = "random", n_trials: int = 400, seed: int = 0, **more
+    folder: Path, *overrides: str, sampler: str = "random", n_trials: int = 400, seed: Any = 0, **more
 ) -> Trials:
     """The journal of a sweep in the folder, as a process that starts now sees it."""
     folder.mkdir(exist_ok=True)
@@ -142,10 +142,11 @@ def test_folder_of_another_search(tmp_path):
     for options, message in (
         ({"seed": 1}, "hydra.sweeper.seed: the search in .* was started with 0; give the same"),
         ({"sampler": "tpe", **TPE}, "hydra/sweeper: the search in .* was started with random; give"),
-        ({"overrides": ("a=1,2",)}, "a: the search in .* was started with other values; give the same"),
     ):
         with pytest.raises(UserError, match=message):
-            trials(tmp_path, *options.pop("overrides", MIXED), **options)
+            trials(tmp_path, *MIXED, **options)
+    with pytest.raises(UserError, match="a: the search in .* was started with other values; give the same"):
+        trials(tmp_path, "a=1,2", *MIXED[1:])
     (tmp_path / "search.journal").write_text("{}\n{\n{}\n")
     with pytest.raises(UserError, match=r"search.journal: damaged .*; choose another hydra.sweep.dir"):
         trials(tmp_path, *MIXED)
