@@ -145,7 +145,7 @@ def test_folder_of_another_search(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             trials(tmp_path, *MIXED, **options)
-    with pytest.raises(UserError, match="a: the search in .* was started with other values; give the same"):
+    with pytest.raises(UserError, match=r"a: the search in .* was started with other values; give the same"):
         trials(tmp_path, "a=1,2", *MIXED[1:])
     (tmp_path / "search.journal").write_text("{}\n{\n{}\n")
     with pytest.raises(UserError, match=r"search.journal: damaged .*; choose another hydra.sweep.dir"):
