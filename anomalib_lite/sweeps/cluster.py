@@ -1,92 +1,65 @@
-"""Sweeps whose jobs run elsewhere: on a SLURM cluster or here through submitit, or on a Ray cluster.
+"""Sweeps whose jobs run elsewhere: on a SLURM cluster or on this machine through submitit, or on a Ray cluster.
 
-As with hydra/launcher=processes a job is the command `python -m anomalib_lite.train …` in a fresh process, and the
-sweep's folder, which all machines must see, says what is finished. hydra-submitit-launcher and hydra-ray-launcher run
-the jobs inside a multirun instead: there the first failure discards what the others gave, nothing is resumed, and the
-ranks that Lightning starts repeat the launcher's command line.
+A job is a `Command` in a fresh process, as with hydra/launcher=processes. All machines must see the sweep's folder,
+which records what is finished. hydra-submitit-launcher and hydra-ray-launcher run the jobs inside a multirun instead:
+the first failure discards the other results, nothing is resumed, and Lightning's ranks repeat the launcher's command.
 """
 
 import contextlib
-import fcntl
 import importlib
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import HOME
-from anomalib_lite.sweeps.forks import RANK, die_with
+from anomalib_lite.sweeps.command import Command
 from anomalib_lite.sweeps.job import Job
 from anomalib_lite.sweeps.sweep import Sweep
 
 POLL = 0.1  # seconds between looks at the jobs
+QUEUED = ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "CONFIGURING")  # SLURM's states of a job that has not ended
 
 
 class ClusterSweep(Sweep):
-    """The same sweep over another engine, which `launcher` names."""
+    """A sweep with a package that brings the jobs to their machines."""
+
+    package_name = "submitit"
 
     def __init__(self, options: dict[str, Any], config: Any, loader: Any):
-        there = OmegaConf.load(HOME / "conf" / "hydra" / "launcher" / f"{self.launcher}.yaml")
-        if strange := options.keys() - there.keys():
-            raise UserError(f"hydra.launcher.{min(strange)}: no such option of {self.launcher}; see --cfg hydra")
+        known = OmegaConf.load(HOME / "conf" / "hydra" / "launcher" / f"{self.launcher}.yaml")
+        if unknown := options.keys() - known.keys():
+            raise UserError(f"hydra.launcher.{min(unknown)}: no such option of {self.launcher}; see --cfg hydra")
         super().__init__(options, config, loader)
-        self.package = importable("ray" if self.launcher == "ray" else "submitit", self.launcher)
-
-    def serving(self) -> Any:
-        if self.server is None:
-            engine = RayJobs if self.launcher == "ray" else SubmititJobs
-            self.server = engine(self)
-        return self.server
+        try:
+            self.package = importlib.import_module(self.package_name)
+        except ImportError as error:
+            raise UserError(
+                f"hydra/launcher={self.launcher}: the package {self.package_name} is missing; "
+                "pip install 'anomalib-lite[sweep]'"
+            ) from error
 
 
 class LocalSweep(ClusterSweep):
-    """submitit on this machine: what hydra/launcher=processes may, without its fork server."""
+    """submitit on this machine, with the options of hydra/launcher=processes."""
 
     launcher = "submitit_local"
 
-
-class RaySweep(ClusterSweep):
-    launcher = "ray"
-
-    def visible_gpus(self) -> list[str]:
-        return []  # Ray deals them out
-
-    def devices(self, hardware: dict[str, Any]) -> tuple[int, bool]:
-        self.one_node(hardware)
-        if hardware["devices"] == "auto" and hardware["accelerator"] != "cpu" and self.options["gpus_per_job"] is None:
-            raise UserError(
-                "hardware.devices=auto with hydra/launcher=ray: give a number, Ray must know how many to keep"
-            )
-        several = hardware["devices"] not in ("auto", 1)
-        return 0, several
-
-    def limit(self, jobs: list[Job]) -> int:
-        return self.options["jobs"] or max(1, len(jobs))
-
-    def resources(self, job: Job) -> dict[str, Any]:
-        """What Ray keeps for a job."""
-        hardware, gpus = job.plain["hardware"], self.options["gpus_per_job"]
-        if gpus is None:
-            gpus = hardware["devices"] if hardware["accelerator"] == "gpu" else 0
-        return {"num_cpus": self.options["cpus_per_job"], "num_gpus": gpus, "max_retries": 0, **self.options["remote"]}
-
-    def threads(self, limit: int) -> int | None:
-        return self.options["threads"] or self.options["cpus_per_job"]
+    def make_engine(self) -> Any:
+        return LocalJobs(self)
 
 
 class SlurmSweep(ClusterSweep):
     launcher = "submitit_slurm"
 
     def visible_gpus(self) -> list[str]:
-        return []  # this machine's are not the nodes'
+        return []  # the jobs run on other machines
+
+    def make_engine(self) -> Any:
+        return SlurmJobs(self)
 
     def plan(self, batch: dict[str, list[str]], first: int) -> None:
         super().plan(batch, first)
@@ -113,7 +86,7 @@ class SlurmSweep(ClusterSweep):
         return 0, tasks * hardware["nodes"] > 1
 
     def tasks(self, hardware: dict[str, Any]) -> int:
-        """A node's: one a device."""
+        """SLURM's tasks per node: one per device."""
         if hardware["devices"] != "auto":
             return hardware["devices"]
         if hardware.get("ranks") != "slurm":
@@ -123,122 +96,153 @@ class SlurmSweep(ClusterSweep):
     def limit(self, jobs: list[Job]) -> int:
         return self.options["jobs"]
 
-    def resources(self, job: Job) -> dict[str, Any]:
-        """What sbatch is asked for, in submitit's words."""
-        hardware = job.plain["hardware"]
-        more = ("partition", "qos", "account", "constraint", "gres", "setup", "signal_delay_s", "additional_parameters")
-        tasks = self.tasks(hardware)
-        gpus = self.options["gpus_per_node"]
-        if gpus is None:
-            gpus = 0 if hardware["accelerator"] == "cpu" else tasks
-        return {
-            **{
-                key: self.options[key]
-                for key in ("name", "timeout_min", "mem_gb", "cpus_per_task")
-                if self.options[key]
-            },
-            "nodes": hardware["nodes"],
-            "tasks_per_node": tasks,
-            **({"gpus_per_node": gpus} if gpus else {}),
-            **{f"slurm_{key}": self.options[key] for key in more if self.options[key]},
-            "slurm_srun_args": ["--kill-on-bad-exit=1"],  # or the other ranks wait for the one that is gone
-        }
-
     def threads(self, limit: int) -> int | None:
         return self.options["threads"] or self.options["cpus_per_task"]
 
+    def resources(self, job: Job) -> dict[str, Any]:
+        """What sbatch is asked for, under submitit's names."""
+        hardware, tasks, options = job.plain["hardware"], self.tasks(job.plain["hardware"]), self.options
+        gpus = options["gpus_per_node"]
+        if gpus is None:
+            gpus = 0 if hardware["accelerator"] == "cpu" else tasks
+        more = ("partition", "qos", "account", "constraint", "gres", "setup", "signal_delay_s", "additional_parameters")
+        asked = {key: options[key] for key in ("name", "timeout_min", "mem_gb", "cpus_per_task")}
+        asked |= {"gpus_per_node": gpus, **{f"slurm_{key}": options[key] for key in more}}
+        return {
+            **{key: value for key, value in asked.items() if value},
+            "nodes": hardware["nodes"],
+            "tasks_per_node": tasks,
+            "slurm_srun_args": ["--kill-on-bad-exit=1"],  # else the other ranks wait for one that ended
+        }
 
-def importable(package: str, launcher: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise UserError(
-            f"hydra/launcher={launcher}: the package {package} is missing; pip install 'anomalib-lite[sweep]'"
-        ) from error
+
+class RaySweep(ClusterSweep):
+    launcher, package_name = "ray", "ray"
+
+    def visible_gpus(self) -> list[str]:
+        return []  # Ray assigns them
+
+    def make_engine(self) -> Any:
+        return RayJobs(self)
+
+    def devices(self, hardware: dict[str, Any]) -> tuple[int, bool]:
+        self.check_one_node(hardware)
+        if hardware["devices"] == "auto" and hardware["accelerator"] != "cpu" and self.options["gpus_per_job"] is None:
+            raise UserError(
+                "hardware.devices=auto with hydra/launcher=ray: give a number, Ray must reserve the devices"
+            )
+        return 0, hardware["devices"] not in ("auto", 1)
+
+    def limit(self, jobs: list[Job]) -> int:
+        return self.options["jobs"] or max(1, len(jobs))
+
+    def threads(self, limit: int) -> int | None:
+        return self.options["threads"] or self.options["cpus_per_job"]
+
+    def resources(self, job: Job) -> dict[str, Any]:
+        """What Ray reserves for a job, as arguments of ray.remote."""
+        hardware, gpus = job.plain["hardware"], self.options["gpus_per_job"]
+        if gpus is None:
+            gpus = hardware["devices"] if hardware["accelerator"] == "gpu" else 0
+        return {"num_cpus": self.options["cpus_per_job"], "num_gpus": gpus, "max_retries": 0, **self.options["remote"]}
 
 
-# --- the launcher's end: start(), wait() and close(), as workers.Server has them ---
+# --- engines: start(), wait(), close() and `started`, as in ForkedJobs ---
 
 
-class SubmititJobs:
-    def __init__(self, sweep: ClusterSweep):
-        self.sweep, self.began = sweep, dict[int, float]()
+class LocalJobs:
+    """Jobs through submitit, on this machine."""
+
+    def __init__(self, sweep: Any):
+        self.folder, self.options, self.gpus = sweep.folder / ".submitit", sweep.options, sweep.gpus
+        self.submitit, self.sweep = sweep.package, sweep
         self.running: dict[int, tuple[Any, Job]] = {}
+        self.started: dict[int, float] = {}
 
-    def start(self, job: Job, arguments: list[str], environment: dict[str, str]) -> None:
-        folder, submitit = self.sweep.folder / ".submitit", self.sweep.package
-        if self.sweep.gpus:  # of this machine; submitit shows none of them, unless asked for
-            environment = {"CUDA_VISIBLE_DEVICES": ",".join(self.sweep.gpus)} | environment
-        command = Command(arguments, job.folder, job.output, environment)
-        if isinstance(self.sweep, SlurmSweep):
-            retries = self.sweep.options["max_num_timeout"]
-            try:
-                executor = submitit.AutoExecutor(folder / "%j", cluster="slurm", slurm_max_num_timeout=retries)
-                executor.update_parameters(**self.sweep.resources(job))
-            except (RuntimeError, ValueError, TypeError, NameError) as error:
-                raise UserError(f"hydra/launcher=submitit_slurm: {str(error).partition(chr(10))[0]}") from error
-            handle = self.queued(job, executor) or executor.submit(command)
-        else:
-            executor = submitit.LocalExecutor(folder / "%j")
-            executor.update_parameters(timeout_min=self.sweep.options["timeout_min"])
-            handle = executor.submit(command)
+    def start(self, job: Job, command: Command) -> None:
+        handle = self.submit(job, command)
         (job.folder / ".submitted").write_text(handle.job_id)
         self.running[job.number] = handle, job
 
-    def queued(self, job: Job, executor: Any) -> Any:
-        """The job that a launcher which was killed has left in SLURM's queue."""
-        file = job.folder / ".submitted"
-        if not file.is_file():
-            return None
-        handle = executor.job_class(self.sweep.folder / ".submitit" / "%j", file.read_text())
-        there = handle.state.partition(" ")[0] in ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "CONFIGURING")
-        return handle if there else None
+    def submit(self, job: Job, command: Command) -> Any:
+        if self.gpus:  # submitit hides them unless it is asked for some
+            shown = {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)}
+            command = replace(command, environment=shown | command.environment)
+        executor = self.submitit.LocalExecutor(self.folder / "%j")
+        executor.update_parameters(timeout_min=self.options["timeout_min"])
+        return executor.submit(command)
 
     def wait(self, seconds: float) -> dict[int, int]:
         ended: dict[int, int] = {}
         end = time.monotonic() + seconds
         while not ended and time.monotonic() < end:
             time.sleep(POLL)
-            for number, (handle, job) in self.running.items():
-                if handle.done():
-                    ended[number] = self.code(handle, job)
+            ended = {n: self.exit_code(handle, job) for n, (handle, job) in self.running.items() if handle.done()}
         for number in ended:
             del self.running[number]
         return ended
 
-    def code(self, handle: Any, job: Job) -> int:
-        local = isinstance(self.sweep, LocalSweep)
-        if not (local and not handle.paths.result_pickle.exists()):
-            with contextlib.suppress(self.sweep.package.core.utils.UncompletedJobError):
+    def has_outcome(self, handle: Any) -> bool:
+        return handle.paths.result_pickle.exists()
+
+    def exit_code(self, handle: Any, job: Job) -> int:
+        if self.has_outcome(handle):
+            with contextlib.suppress(self.submitit.core.utils.UncompletedJobError):
                 outcomes = handle.results()
-                self.began[job.number] = time.monotonic() - max(outcome["seconds"] for outcome in outcomes)
+                self.started[job.number] = time.monotonic() - max(outcome["seconds"] for outcome in outcomes)
                 return next((outcome["code"] for outcome in outcomes if outcome["code"]), 0)
-        with job.output.open("a") as file:
-            file.write(f"error: submitit's job {handle.job_id} ended without a result ({handle.state})\n")
+        append_error(job, f"submitit's job {handle.job_id} ended without a result ({handle.state})")
         return 1
 
     def close(self) -> None:
+        """Cancel the jobs that still run, and wait for their end."""
         for handle, _ in self.running.values():
             handle.cancel(check=False)
         end = time.monotonic() + 15
-        while isinstance(self.sweep, LocalSweep) and self.running and time.monotonic() < end:
-            self.running = {n: (handle, job) for n, (handle, job) in self.running.items() if not handle.done()}
+        while any(not handle.done() for handle, _ in self.running.values()) and time.monotonic() < end:
             time.sleep(POLL)
         self.running = {}
 
 
-class RayJobs:
-    def __init__(self, sweep: ClusterSweep):
-        self.sweep, self.ray, self.began = sweep, sweep.package, dict[int, float]()
-        self.ours = not self.ray.is_initialized()
-        if self.ours:
-            self.ray.init(**self.sweep.options["init"])
-        self.running: dict[Any, Job] = {}
+class SlurmJobs(LocalJobs):
+    """Jobs through submitit, in SLURM's queue."""
 
-    def start(self, job: Job, arguments: list[str], environment: dict[str, str]) -> None:
-        assert isinstance(self.sweep, RaySweep)
-        command = Command(arguments, job.folder, job.output, environment)
-        self.running[self.ray.remote(**self.sweep.resources(job))(Command.__call__).remote(command)] = job
+    def submit(self, job: Job, command: Command) -> Any:
+        try:
+            retries = self.options["max_num_timeout"]
+            executor = self.submitit.AutoExecutor(self.folder / "%j", cluster="slurm", slurm_max_num_timeout=retries)
+            executor.update_parameters(**self.sweep.resources(job))
+        except (RuntimeError, ValueError, TypeError, NameError) as error:
+            raise UserError(f"hydra/launcher=submitit_slurm: {str(error).splitlines()[0]}") from error
+        file = job.folder / ".submitted"
+        if file.is_file():  # a launcher that was killed may have left the job in the queue
+            handle = executor.job_class(self.folder / "%j", file.read_text())
+            if handle.state.partition(" ")[0] in QUEUED:
+                return handle
+        return executor.submit(command)
+
+    def has_outcome(self, handle: Any) -> bool:
+        return True  # the file may appear late on a shared file system; submitit waits for it
+
+    def close(self) -> None:
+        for handle, _ in self.running.values():
+            handle.cancel(check=False)
+        self.running = {}
+
+
+class RayJobs:
+    """Jobs as Ray's tasks."""
+
+    def __init__(self, sweep: Any):
+        self.ray, self.resources = sweep.package, sweep.resources
+        self.starts_ray = not self.ray.is_initialized()
+        if self.starts_ray:
+            self.ray.init(**sweep.options["init"])
+        self.running: dict[Any, Job] = {}
+        self.started: dict[int, float] = {}
+
+    def start(self, job: Job, command: Command) -> None:
+        self.running[self.ray.remote(**self.resources(job))(Command.__call__).remote(command)] = job
 
     def wait(self, seconds: float) -> dict[int, int]:
         ended: dict[int, int] = {}
@@ -247,10 +251,9 @@ class RayJobs:
             try:
                 outcome = self.ray.get(handle)
                 ended[job.number] = outcome["code"]
-                self.began[job.number] = time.monotonic() - outcome["seconds"]
+                self.started[job.number] = time.monotonic() - outcome["seconds"]
             except self.ray.exceptions.RayError as error:
-                with job.output.open("a") as file:
-                    file.write(f"error: Ray: {str(error).strip().splitlines()[-1]}\n")
+                append_error(job, f"Ray: {str(error).strip().splitlines()[-1]}")
                 ended[job.number] = 1
         return ended
 
@@ -259,57 +262,12 @@ class RayJobs:
             self.ray.cancel(handle)
         if self.running:
             self.ray.wait(list(self.running), num_returns=len(self.running), timeout=10)
-        if self.ours:
+        self.running = {}
+        if self.starts_ray:
             self.ray.shutdown()
+            self.starts_ray = False
 
 
-# --- on the machine that a job runs on ---
-
-
-class Command:
-    """A job's command as a process of its own; submitit and Ray call it, and get {"code", "seconds"}."""
-
-    def __init__(self, arguments: list[str], folder: Path, output: Path, environment: dict[str, str]):
-        self.arguments, self.folder, self.output, self.environment = arguments, folder, output, environment
-        self.home = Path.cwd()  # paths are relative to it, and a user's method lies there
-
-    def __call__(self) -> dict[str, Any]:
-        environment = {key: value for key, value in os.environ.items() if key not in RANK} | self.environment
-        self.folder.mkdir(parents=True, exist_ok=True)
-        started = time.time()
-        with self.alone(), self.output.open("ab") as output:
-            resume = (self.folder / "checkpoints" / "config.json").is_file() and "resume=true" not in self.arguments
-            parent = os.getpid()
-            process = subprocess.Popen(
-                [sys.executable, "-m", "anomalib_lite.train", *self.arguments, *["resume=true"] * resume],
-                cwd=self.home,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                preexec_fn=lambda: die_with(parent),
-            )
-            try:
-                code = process.wait()
-            except BaseException:  # Ctrl-C, or the end of the time that was asked for
-                process.send_signal(signal.SIGINT)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(5)
-                process.kill()
-                raise
-        return {"code": code, "seconds": time.time() - started}
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """One process (the first rank) at a time in a run's folder: the job of a launcher that was killed may still
-        work there, and the one started again waits for it."""
-        if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" and os.environ["SLURM_PROCID"] != "0":
-            yield
-            return
-        with (self.folder / ".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-    def checkpoint(self) -> Any:
-        """submitit asks when SLURM is about to end the job: it is queued again, and goes on."""
-        return importlib.import_module("submitit.helpers").DelayedSubmission(self)
+def append_error(job: Job, text: str) -> None:
+    with job.output.open("a") as file:
+        file.write(f"error: {text}\n")

@@ -1,4 +1,4 @@
-"""What a sweep shows in the terminal: how far it is while it works, and one table at its end."""
+"""What a sweep shows in the terminal: its progress while it runs, and one table at its end."""
 
 import logging
 import sys
@@ -19,11 +19,10 @@ SHOWN = ("image_auroc", "pixel_auroc", "aupro_30")
 
 
 class View:
-    """In a terminal a picture that renews itself; elsewhere a line of the log for each job begun and ended."""
+    """The progress: a display that is updated in a terminal, else a log line for each start and end of a job."""
 
     def __init__(self, folder: Path, jobs: list[Job], limit: int):
-        self.folder, self.jobs, self.limit = folder, jobs, limit
-        self.names = differences(jobs)
+        self.folder, self.jobs, self.limit, self.names = folder, jobs, limit, differences(jobs)
         self.live = Live(auto_refresh=False, transient=True) if sys.stdout.isatty() else None
 
     def __enter__(self) -> "View":
@@ -39,7 +38,7 @@ class View:
 
     def started(self, job: Job) -> None:
         if not self.live:
-            log.info("job %d %s: %s", job.number, "resumed" if job.resume else "started", self.named(job))
+            log.info("job %d %s: %s", job.number, "resumed" if job.resume else "started", settings(job, self.names))
 
     def ended(self, job: Job) -> None:
         if not self.live:
@@ -49,29 +48,25 @@ class View:
         if self.live:
             lines = [Text(f"{self.folder.name}: {self.summary()}", style="bold")]
             for job in (job for job in self.jobs if job.state == "running"):
-                line = f"  {job.number}  {self.named(job)}  {duration(time.monotonic() - job.started)}  "
+                line = f"  {job.number}  {settings(job, self.names)}  {duration(time.monotonic() - job.started)}  "
                 lines.append(Text(line + last_line(job.output), overflow="ellipsis", no_wrap=True))
             self.live.update(Group(*lines), refresh=True)
 
-    def named(self, job: Job) -> str:
-        return " ".join(f"{key}={value}" for key, value in zip(self.names, values(job, self.names), strict=True))
-
     def summary(self) -> str:
-        """Jobs done, running, failed; time left; the best so far."""
+        """How many jobs are done, running and failed; the time left; the best job so far."""
         count = {state: sum(job.state == state for job in self.jobs) for state in ("running", "failed", "waiting")}
         parts = [f"{sum(job.state.startswith('done') for job in self.jobs)} of {len(self.jobs)} done"]
         parts += [f"{count[state]} {state}" for state in ("running", "failed") if count[state]]
-        took = [job.seconds for job in self.jobs if job.state == "done" and job.seconds]
-        if took and count["running"] + count["waiting"]:
-            mean = sum(took) / len(took)
-            begun = [time.monotonic() - job.started for job in self.jobs if job.state == "running"]
-            left = mean * count["waiting"] + sum(max(0.0, mean - seconds) for seconds in begun)
+        durations = [job.seconds for job in self.jobs if job.state == "done" and job.seconds]
+        if durations and count["running"] + count["waiting"]:
+            mean = sum(durations) / len(durations)
+            elapsed = [time.monotonic() - job.started for job in self.jobs if job.state == "running"]
+            left = mean * count["waiting"] + sum(max(0.0, mean - seconds) for seconds in elapsed)
             parts.append(f"about {duration(left / self.limit)} left")
-        best = max(
-            ((job.objective, job) for job in self.jobs if job.objective is not None), key=lambda x: x[0], default=None
-        )
-        if best:
-            parts.append(f"best {best[1].plain['objective']} {best[0]:.4f} (job {best[1].number})")
+        measured = [(job.objective, job) for job in self.jobs if job.objective is not None]
+        if measured:
+            value, best = max(measured, key=lambda pair: pair[0])
+            parts.append(f"best {best.plain['objective']} {value:.4f} (job {best.number})")
         return ", ".join(parts)
 
 
@@ -81,57 +76,52 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def settings(job: Job) -> dict[str, str]:
+def values(job: Job) -> dict[str, str]:
+    """{key: value} of a job's overrides."""
     return {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in job.overrides)}
 
 
 def differences(jobs: list[Job]) -> list[str]:
-    """What the jobs differ in."""
-    keys = dict.fromkeys(key for job in jobs for key in settings(job))
-    return [key for key in keys if len({settings(job).get(key) for job in jobs}) > 1]
+    """The keys in which the jobs differ."""
+    keys = dict.fromkeys(key for job in jobs for key in values(job))
+    return [key for key in keys if len({values(job).get(key) for job in jobs}) > 1]
 
 
-def values(job: Job, names: list[str]) -> list[str]:
-    return [settings(job).get(name, "") for name in names]
+def settings(job: Job, keys: list[str]) -> str:
+    return " ".join(f"{key}={values(job).get(key, '')}" for key in keys)
 
 
-def show(folder: Path, jobs: list[Job]) -> None:
-    """The table, and below it what went wrong where."""
+def print_table(folder: Path, jobs: list[Job]) -> None:
+    """Print a row for each job, and on stderr a line for each failed one."""
     names = differences(jobs)
     fixed = [name for name in ("method", "data.category") if name not in names]
-    console = Console(width=None if Console().is_terminal else 120)
+    objectives = {job.plain["objective"] for job in jobs if job.objective is not None}
+    objective = [*objectives] * (len(objectives) == 1)  # beside the test's metrics, which select nothing
     table = Table("job", title=f"{folder}, in percent", title_justify="left", box=box.SIMPLE_HEAD)
     short = [name.rpartition(".")[2] for name in (*fixed, *names)]
     for full, name in zip((*fixed, *names), short, strict=True):
         table.add_column(name if short.count(name) == 1 else full, overflow="fold")
-    objectives = {job.plain["objective"] for job in jobs if job.objective is not None}
-    chosen_by = objectives.pop() if len(objectives) == 1 else None  # beside the test's numbers, which choose nothing
-    for heading in (*SHOWN, *filter(None, [chosen_by and chosen_by.replace(".", " ")]), "state", "seconds"):
-        table.add_column(
-            heading.replace("_", " "), justify="left" if heading == "state" else "right", no_wrap=heading == "state"
-        )
+    for heading in (*SHOWN, *objective, "seconds"):
+        table.add_column(heading.replace("_", " ").replace(".", " "), justify="right")
+    table.add_column("state", no_wrap=True)
     for job in jobs:
-        metrics = (job.result or {}).get("metrics", {})
-        common = {"method": (job.result or {}).get("method", ""), "data.category": ""}
-        if job.result:
-            common["data.category"] = f"{job.result['dataset']} {','.join(job.result['categories'])}"
-        numbers = ["–" if metrics.get(key) is None else f"{100 * metrics[key]:.1f}" for key in SHOWN]
-        if chosen_by:
-            numbers.append("–" if job.objective is None else f"{100 * job.objective:.1f}")
-        seconds = "" if job.seconds is None else f"{job.seconds:.1f}"
-        row = [str(job.folder.relative_to(folder)), *(common[name] for name in fixed), *values(job, names)]
-        table.add_row(*map(Text, [*row, *numbers, job.state, seconds]))
-    console.print(table)
-    for job in jobs:
-        if job.state == "failed":
-            about = " ".join(f"{name}={value}" for name, value in zip(names, values(job, names), strict=True))
-            print(f"error: job {job.number} ({about}): {job.why}; see {job.output}", file=sys.stderr)
-    failed = sum(job.state == "failed" for job in jobs)
+        result = job.result or {"metrics": {}, "method": "", "dataset": "", "categories": []}
+        given = {"method": result["method"], "data.category": f"{result['dataset']} {','.join(result['categories'])}"}
+        given = {name: given[name] for name in fixed} | values(job)
+        measured = [*(result["metrics"].get(key) for key in SHOWN), *[job.objective] * len(objective)]
+        percent = ["–" if value is None else f"{100 * value:.1f}" for value in measured]
+        row = [str(job.folder.relative_to(folder)), *(given.get(name, "") for name in (*fixed, *names)), *percent]
+        table.add_row(*map(Text, [*row, "" if job.seconds is None else f"{job.seconds:.1f}", job.state]))
+    Console(width=None if Console().is_terminal else 120).print(table)
+    failed = [job for job in jobs if job.state == "failed"]
+    for job in failed:
+        print(f"error: job {job.number} ({settings(job, names)}): {job.failure}; see {job.output}", file=sys.stderr)
     if failed:
-        say = "the same command retries them" if len(jobs) > 1 else "the same command retries it"
-        print(f"error: {failed} of {len(jobs)} jobs failed; {say}, with hydra.sweep.dir={folder}", file=sys.stderr)
+        retry = f"the same command retries {'them' if len(jobs) > 1 else 'it'}, with hydra.sweep.dir={folder}"
+        print(f"error: {len(failed)} of {len(jobs)} jobs failed; {retry}", file=sys.stderr)
 
 
-def say_interrupted(folder: Path, jobs: list[Job]) -> None:
+def print_interrupted(folder: Path, jobs: list[Job]) -> None:
     done = sum(job.state.startswith("done") for job in jobs)
-    print(f"{done} of {len(jobs)} jobs are done; to go on: the same command, hydra.sweep.dir={folder}", file=sys.stderr)
+    cure = f"to continue: the same command, hydra.sweep.dir={folder}"
+    print(f"{done} of {len(jobs)} jobs are done; {cure}", file=sys.stderr)

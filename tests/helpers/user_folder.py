@@ -1,5 +1,6 @@
 """A user's folder with methods of three kinds, and sweeps over them that can be watched and killed."""
 
+import contextlib
 import json
 import os
 import re
@@ -112,17 +113,26 @@ class Started:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored below a shell's `command &`
         )
 
-    def alive(self) -> list[int]:
-        """Its processes: the launcher first, then the server, then jobs."""
-        found = []
+    def alive(self) -> dict[int, str]:
+        """Its processes with their roles: launcher, server, job, or another one."""
+        parents, found = {}, {}
         for folder in Path("/proc").iterdir():
             if folder.name.isdigit():
-                try:
+                with contextlib.suppress(OSError, IndexError):
                     if self.mark.encode() in (folder / "environ").read_bytes():
-                        found.append(int(folder.name))
-                except OSError:
-                    continue
-        return sorted(found)
+                        state, parent = (folder / "stat").read_text().rpartition(") ")[2].split()[:2]
+                        command = (folder / "cmdline").read_text()
+                        if state != "Z":
+                            parents[int(folder.name)] = int(parent), "multiprocessing.forkserver" in command
+        for number, (parent, of_server) in parents.items():
+            server = of_server and parent == self.process.pid
+            role = "server" if server else "job" if of_server else "other"
+            found[number] = "launcher" if number == self.process.pid else role
+        return found
+
+    def find(self, role: str) -> int | None:
+        """The newest of its processes with that role."""
+        return max((number for number, found in self.alive().items() if found == role), default=None)
 
     def until(self, reached: Callable[[], bool], patience: float = 60) -> None:
         end = time.monotonic() + patience

@@ -1,0 +1,111 @@
+"""The command that runs one job of a sweep, and how a process runs it. Every launcher uses it, on any machine."""
+
+import contextlib
+import ctypes
+import fcntl
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from hydra._internal.utils import get_args_parser
+
+#: environment variables of a process that is a rank of a run; a job starts without them
+RANK_VARIABLES = (
+    "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "PL_GLOBAL_SEED", "HYDRA_MAIN_MODULE",
+)  # fmt: skip
+
+
+@dataclass
+class Command:
+    """`python -m anomalib_lite.train ARGUMENTS` for one job.
+
+    A command can be pickled: the fork server, submitit and Ray call it on the machine that runs the job.
+    """
+
+    arguments: list[str]
+    folder: Path  # of the job
+    environment: dict[str, str]  # the variables that differ from those of the calling process
+    home: Path = field(default_factory=Path.cwd)  # relative paths begin here, and a user's method file lies here
+
+    def __call__(self) -> dict[str, Any]:
+        """Run the job as a new process and wait for it.
+
+        Returns:
+            {"code": exit code, negative for a signal; "seconds": how long the job ran}
+        """
+        with self.sole_output() as output:
+            started, parent = time.time(), os.getpid()
+            process = subprocess.Popen(
+                [sys.executable, "-m", "anomalib_lite.train", *self.resuming_arguments()],
+                cwd=self.home,
+                env=self.full_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                preexec_fn=lambda: die_with(parent),
+            )
+            try:
+                code = process.wait()
+            except BaseException:  # Ctrl-C, or the time limit of the job
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(5)
+                process.kill()
+                raise
+        return {"code": code, "seconds": time.time() - started}
+
+    @contextlib.contextmanager
+    def sole_output(self) -> Iterator[IO[bytes]]:
+        """Open output.log and lock it: only one job at a time works in a folder.
+
+        The job of a killed launcher may still work there; the job that replaces it waits here. All processes of a job
+        inherit the lock together with the file. Under SLURM only the first rank takes it, because the ranks share it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "output.log").open("ab") as output:
+            if os.environ.get("SUBMITIT_EXECUTOR") != "slurm" or os.environ["SLURM_PROCID"] == "0":
+                fcntl.flock(output, fcntl.LOCK_EX)
+            yield output
+
+    def resuming_arguments(self) -> list[str]:
+        """The arguments; with resume=true if an earlier process has started the run in this folder."""
+        started = (self.folder / "checkpoints" / "config.json").is_file()
+        return [*self.arguments, *["resume=true"] * (started and "resume=true" not in self.arguments)]
+
+    def full_environment(self) -> dict[str, str]:
+        return {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES} | self.environment
+
+    def checkpoint(self) -> Any:
+        """Called by submitit shortly before SLURM ends the job: the job is queued again and resumes."""
+        return importlib.import_module("submitit.helpers").DelayedSubmission(self)
+
+
+def die_with(parent: int) -> None:
+    """Let the system kill this process when the process `parent` ends. Only Linux offers this."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:  # it had ended before
+            os._exit(1)
+
+
+def config_flags() -> list[str]:
+    """The flags of the sweep's own command line that name the place of configurations."""
+    known = get_args_parser().parse_known_args()[0]
+    names = ("config_path", "config_name", "config_dir")
+    return [
+        part for name in names if (value := getattr(known, name)) for part in (f"--{name.replace('_', '-')}", value)
+    ]
+
+
+def quoted(path: Path) -> str:
+    """A path as the value of a Hydra override."""
+    return '"' + str(path).replace('"', '\\"') + '"'

@@ -1,0 +1,99 @@
+"""Hydra's entry points to anomalib_lite/sweeps: the launchers of a sweep's jobs, and the sweepers that search.
+
+Their options lie in conf/hydra/launcher and conf/hydra/sweeper. Nothing heavy is imported here: Hydra imports this file
+for every --help.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.plugins.sweeper import Sweeper
+
+from anomalib_lite.paths import HOME
+
+
+class ProcessesLauncher(Launcher):
+    """Every job in a process of its own on this machine."""
+
+    sweep_class = "sweep.Sweep"
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.sweep: Any = None
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        self.context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from importlib import import_module
+
+        module, _, name = self.sweep_class.partition(".")
+        sweep_class = getattr(import_module(f"anomalib_lite.sweeps.{module}"), name)
+        self.sweep = self.sweep or sweep_class(self.options, self.config, self.context.config_loader)
+        return self.sweep.launch([list(overrides) for overrides in job_overrides], initial_job_idx)
+
+
+class SubmititLocalLauncher(ProcessesLauncher):
+    """submitit on this machine: a trial of submitit_slurm."""
+
+    sweep_class = "cluster.LocalSweep"
+
+
+class SubmititSlurmLauncher(ProcessesLauncher):
+    """SLURM's queue, through submitit."""
+
+    sweep_class = "cluster.SlurmSweep"
+
+
+class RayLauncher(ProcessesLauncher):
+    """A Ray cluster, or Ray on this machine."""
+
+    sweep_class = "cluster.RaySweep"
+
+
+class RandomSweeper(Sweeper):
+    """A search with Optuna; all trials are drawn at once."""
+
+    sampler = "random"
+
+    def __init__(self, params: dict[str, str] | None, **options: Any) -> None:
+        self.params, self.options = params or {}, options
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        self.context, self.config = hydra_context, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from anomalib_lite.sweeps.search import search
+
+        given = [f"{key}={value}" for key, value in self.params.items()]
+        overrides = [*given, *arguments]
+        return search(self.sampler, self.options, overrides, self.config, self.context.config_loader, self.launcher)
+
+
+class TPESweeper(RandomSweeper):
+    """A search with Optuna; the next `n_jobs` trials are drawn when the previous ones have ended."""
+
+    sampler = "tpe"
+
+
+class OwnOptions(SearchPathPlugin):
+    """Removes the schemas that hydra-submitit-launcher and hydra-ray-launcher register under the names of our options.
+
+    Only this package's programs are affected.
+    """
+
+    def manipulate_search_path(self, search_path: Any) -> None:
+        main = next((entry.path for entry in search_path.get_path() if entry.provider == "main"), None)
+        if main and Path(main.removeprefix("file://")) == HOME / "conf":
+            stored = ConfigStore.instance().repo.get("hydra", {}).get("launcher", {})
+            for name in ("submitit_local", "submitit_slurm", "ray"):
+                stored.pop(f"{name}.yaml", None)

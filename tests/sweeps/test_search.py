@@ -1,0 +1,209 @@
+"""The search: what is drawn, that it continues as if it had never stopped, and which trial it calls the best."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from anomalib_lite.errors import UserError
+from anomalib_lite.sweeps.search import Trials, distribution
+from tests.helpers.user_folder import assert_refused, in_process, result_of
+
+pytest.importorskip("optuna.storages.journal")
+SEARCH = (
+    "method=mean", "data.category=bottle", "data.val_fraction=0.3", "objective=validation.pixel_ap",
+    "hydra/sweeper=random",
+)  # fmt: skip
+SPACE = ("method.optimizer.lr=tag(log, interval(0.01, 10))", "data.batch_size=int(interval(2, 4))", "seed=3,4")
+TPE = {"n_jobs": 2, "n_startup_trials": 3}
+MIXED = ("a=tag(log, interval(0.01, 10))", "b=int(interval(1, 9))", "c=x,y")
+
+
+def make_space(*overrides: str) -> dict[str, Any]:
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return {o.get_key_element(): distribution(o) for o in sorted(parsed, key=lambda o: o.get_key_element())}
+
+
+def trials(
+    folder: Path, *overrides: str, sampler: str = "random", n_trials: int = 400, seed: Any = 0, **more
+) -> Trials:
+    """The journal of a sweep in the folder, as a process that starts now sees it."""
+    folder.mkdir(exist_ok=True)
+    opened = Trials(folder, sampler, {"n_trials": n_trials, "seed": seed, **more}, make_space(*overrides))
+    (folder / "sweep.json").touch()
+    return opened
+
+
+def draw(folder: Path, *overrides: str, **options) -> list[tuple[str, ...]]:
+    return trials(folder, *overrides, **options).next_batch(0)
+
+
+def score(trial: tuple[str, ...]) -> float:
+    """An objective with its maximum at a=0.5, b=6, c=y."""
+    values = dict(override.split("=") for override in trial)
+    return -((math.log10(float(values["a"])) + 0.3) ** 2) - (int(values["b"]) / 6 - 1) ** 2 + (values["c"] == "y")
+
+
+def run(folder: Path, stop_after: float = math.inf, **options) -> list[tuple[str, ...]]:
+    """A search by TPE; after `stop_after` steps (a batch drawn, a value stored) its process is gone."""
+    study, launched, step = trials(folder, *MIXED, sampler="tpe", **TPE, **options), list[tuple[str, ...]](), 0
+    while new := study.next_batch(len(launched)):
+        launched += new
+        for known in range(1, len(launched) + 1):
+            if step >= stop_after:
+                return launched
+            study.tell([score(trial) for trial in launched[:known]])
+            step += 1
+    return launched
+
+
+@pytest.mark.parametrize(
+    ("override", "share"),
+    [
+        ("a=interval(-1, 3)", lambda x: (x + 1) / 4),
+        ("a=tag(log, interval(1e-5, 1e-1))", lambda x: math.log10(x / 1e-5) / 4),
+    ],
+)
+def test_intervals_are_drawn_evenly(override, share, tmp_path):
+    """The share of the interval below a value is itself uniform: Kolmogorov-Smirnov, 0.1 % level."""
+    shares = sorted(share(float(text.partition("=")[2])) for (text,) in draw(tmp_path, override))
+    assert 0 <= shares[0] <= shares[-1] <= 1
+    gap = max(abs((rank + 0.5) / len(shares) - value) for rank, value in enumerate(shares))
+    assert gap < 1.95 / math.sqrt(len(shares))
+
+
+def test_options_are_drawn_evenly_and_apart(tmp_path):
+    """Whole numbers, ranges and choices: chi-square with at most 4 degrees of freedom, 0.1 % level."""
+    overrides = ("a=int(interval(0, 4))", "b=range(2, 6)", "c=choice(x, y, z)", "d=[2],[2,3]", "e=interval(0, 1)")
+    names = dict(zip("abcd", ("01234", "2345", "xyz", ("[2]", "[2,3]")), strict=True))
+    drawn = [dict(text.split("=") for text in trial) for trial in draw(tmp_path, *overrides)]
+    for key, expected in names.items():
+        counts = Counter(trial[key] for trial in drawn)
+        assert set(counts) == set(expected)
+        mean = len(drawn) / len(counts)
+        assert sum((count - mean) ** 2 / mean for count in counts.values()) < 18.5
+    agree = sum((trial["d"] == "[2]") == (float(trial["e"]) < 0.5) for trial in drawn)
+    assert abs(agree - len(drawn) / 2) < 3.3 * math.sqrt(len(drawn) / 4)
+
+
+def test_random_trials_depend_on_seed_and_options_alone(tmp_path):
+    """More trials begin with those of fewer, in whatever order the options stand, also after a stop."""
+    few = draw(tmp_path / "few", *MIXED, n_trials=5, seed=7)
+    many = draw(tmp_path / "many", *reversed(MIXED), n_trials=9, seed=7)
+    assert many[:5] == few
+    assert draw(tmp_path / "few", *MIXED, n_trials=9, seed=7) == many
+    assert draw(tmp_path / "other", *MIXED, n_trials=5, seed=8) != few
+    own = trials(tmp_path / "own", *MIXED, seed=None)  # a seed of its own is stored
+    assert trials(tmp_path / "own", *MIXED, seed=None).options["seed"] == own.options["seed"]
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_combination_is_run_once(sampler, tmp_path):
+    study = trials(tmp_path, "a=1,2,3", "b=range(3)", "c=x,y", sampler=sampler, n_trials=100, **TPE)
+    launched: list[tuple[str, ...]] = []
+    while new := study.next_batch(len(launched)):
+        launched += new
+        study.tell([float("a=2" in trial) for trial in launched])
+    assert len(set(launched)) == len(launched) == 18
+
+
+def test_a_killed_tpe_search_draws_the_same_trials(tmp_path):
+    """Killed after a batch was drawn, or between the values of a batch, or while a trial was drawn."""
+    undisturbed = run(tmp_path / "undisturbed", n_trials=12)
+    assert len(set(undisturbed)) == 12
+    for place, stop in enumerate((0, 1, 5, 20, 21)):
+        folder = tmp_path / str(place)
+        started = run(folder, stop_after=stop, n_trials=12)
+        assert started == undisturbed[: len(started)]
+        journal = folder / "search.journal"
+        if place % 2:  # the last trial in the journal lacks a parameter, and its line was cut off
+            lines = journal.read_bytes().splitlines(keepends=True)
+            asked = max(number for number, line in enumerate(lines) if b'"op_code":4' in line)
+            journal.write_bytes(b"".join(lines[: asked + 2]) + lines[asked + 2][:-5])
+        assert run(folder, n_trials=12) == undisturbed
+    random = draw(tmp_path / "random", *MIXED, n_trials=12)
+    assert max(map(score, undisturbed[6:])) > max(map(score, random)) - 1  # and it learns
+    assert sum(map(score, undisturbed[6:])) > sum(map(score, random[6:]))
+
+
+def test_bad_spaces():
+    for override in ("a=interval(3, 1)", "a=tag(log, interval(0, 1))", "a=tag(log, choice(1, 2))"):
+        with pytest.raises(UserError, match=r"a=.*interval\(low, high\)"):
+            make_space(override)
+
+
+def test_folder_of_another_search(tmp_path):
+    draw(tmp_path, *MIXED, n_trials=2)
+    for options, message in (
+        ({"seed": 1}, "hydra.sweeper.seed: the search in .* was started with 0; give the same"),
+        ({"sampler": "tpe", **TPE}, "hydra/sweeper: the search in .* was started with random; give"),
+    ):
+        with pytest.raises(UserError, match=message):
+            trials(tmp_path, *MIXED, **options)
+    with pytest.raises(UserError, match=r"a: the search in .* was started with other values; give the same"):
+        trials(tmp_path, "a=1,2", *MIXED[1:])
+    (tmp_path / "search.journal").write_text("{}\n{\n{}\n")
+    with pytest.raises(UserError, match=r"search.journal: damaged .*; choose another hydra.sweep.dir"):
+        trials(tmp_path, *MIXED)
+    (tmp_path / "search.journal").unlink()
+    with pytest.raises(UserError, match=r"holds a sweep without search.journal, which is no search or one of an older"):
+        trials(tmp_path, *MIXED)
+
+
+@pytest.mark.parametrize(("sweeper", "jobs"), [("random", ()), ("tpe", ("hydra.sweeper.n_jobs=2",))])
+def test_a_search_continues(sweeper, jobs, tmp_path):
+    """More trials: the first ones stay. The best is what validation says."""
+    study = (*SEARCH[:-1], f"hydra/sweeper={sweeper}", *jobs, f"hydra.sweep.dir={tmp_path}", "hydra.launcher.jobs=2")
+    first = in_process("-m", *study, *SPACE, "hydra.sweeper.n_trials=2")
+    assert first.code == 0, first.err
+    jobs_before = json.loads((tmp_path / "sweep.json").read_text())["jobs"]
+    times = [(tmp_path / number / "result.json").stat().st_mtime_ns for number in "01"]
+    more = in_process("-m", *reversed(SPACE), *study, "hydra.sweeper.n_trials=3")
+    assert more.code == 0, more.err
+    assert more.out.count("done before") == 3  # the summary and two rows
+    assert times == [(tmp_path / number / "result.json").stat().st_mtime_ns for number in "01"]
+    entries = json.loads((tmp_path / "sweep.json").read_text())["jobs"]
+    assert [entry["folder"] for entry in entries] == ["0", "1", "2"]
+    assert entries[:2] == jobs_before
+    measured = [result_of(tmp_path / number)["validation"]["pixel_ap"] for number in "012"]
+    assert len(set(measured)) > 1
+    best: Any = OmegaConf.load(tmp_path / "optimization_results.yaml")
+    assert best.best_evaluated_result == max(measured)
+    assert {f"{key}={value}" for key, value in best.best_evaluated_params.items()} < set(
+        entries[measured.index(max(measured))]["overrides"]
+    )
+    assert f"best validation.pixel_ap {max(measured):.4f}: data.batch_size=" in more.out
+    fewer = in_process("-m", *study, *SPACE, "hydra.sweeper.n_trials=2")  # nothing is left to do
+    assert fewer.code == 0, fewer.err
+    assert f"best validation.pixel_ap {max(measured[:2]):.4f}: " in fewer.out
+    assert "validation" in more.out.split("in percent")[-1]  # a column of the table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("seed=1",), "hydra/sweeper=random: nothing to search; give options several values"),
+        (("seed=1,2", "hydra.sweeper.n_trials=0"), "hydra.sweeper.n_trials=0: give a whole number from 1"),
+        (("seed=1,2", "hydra.sweeper.seed=x"), "hydra.sweeper.seed=x: give a whole number from 0, or null"),
+        (("seed=1,2", "hydra.sweeper.trials=3"), "hydra.sweeper.trials: no such option"),
+        (("seed=1,2", "hydra/sweeper=tpe", "hydra.sweeper.n_jobs=0"), "hydra.sweeper.n_jobs=0: give a whole number"),
+        (("seed=1,2", "data.val_fraction=0"), "hydra/sweeper: .*data.val_fraction=0; give .*data.val_fraction=0.2"),
+        (("seed=1,2", "objective=metrics.image_auroc"), "objective=metrics.image_auroc: .*test set chooses nothing"),
+        (("data.batch_size=interval(2, 4)",), "data.batch_size=.*: give a whole number"),
+    ],
+)
+def test_refused(arguments, message, tmp_path):
+    given = [a for a in SEARCH if a.partition("=")[0] not in {b.partition("=")[0] for b in arguments}]
+    assert_refused(message, *given, *arguments, f"hydra.sweep.dir={tmp_path}")
+    assert not (tmp_path / "0").exists()
+
+
+def test_optuna_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "optuna.storages.journal", None)
+    message = r"hydra/sweeper=random: .*; pip install 'anomalib-lite\[optuna\]'"
+    assert_refused(message, *SEARCH, "seed=1,2", f"hydra.sweep.dir={tmp_path}")
