@@ -15,7 +15,7 @@ setup: $(STAMP) ## build .venv with everything (does nothing when it is up to da
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: make PYTHON=python3.12 setup"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,sweep,optuna,ltad]'
+	$(BIN)/python .ci/install.py --quiet -c constraints.txt -e '.[dev,sweep,optuna,ltad]'
 	@touch $@
 
 demo: setup ## train two methods on images made on the spot; table and pictures under outputs/demo (3 minutes on 2 CPU cores, no network)
