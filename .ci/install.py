@@ -42,7 +42,16 @@ def main() -> int:
     uv = shutil.which("uv") or shutil.which("uv", path=os.path.dirname(sys.executable))
     if uv:
         # pip takes the best version of all indexes, uv by default that of the first index that has the package
-        command = [uv, "pip", "install", "--python", sys.executable, "--index-strategy", "unsafe-best-match", *sys.argv[1:]]
+        command = [
+            uv,
+            "pip",
+            "install",
+            "--python",
+            sys.executable,
+            "--index-strategy",
+            "unsafe-best-match",
+            *sys.argv[1:],
+        ]
         if subprocess.run(command, env=pip_settings() | os.environ, check=False).returncode == 0:
             return 0
         print("uv failed: pip installs instead", file=sys.stderr)
