@@ -1,7 +1,8 @@
-"""python install.py ARGUMENTS: `pip install ARGUMENTS` into the environment of this Python, by uv, which is several times faster.
+"""Install packages into the environment of this Python: `python install.py ARGUMENTS` is `pip install ARGUMENTS`.
 
-uv does not read pip's settings. Those that say where packages come from are passed on under uv's names; a UV_ variable that is
-set already wins. If uv can't be had or fails, pip installs.
+uv does the work, because it is several times faster. uv does not read pip's settings: those that say where packages
+come from are translated to uv's variables. A variable that is set already wins. If uv is missing or fails, pip
+installs.
 """
 
 import ast
@@ -9,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 UV_NAMES = {
     "index-url": "UV_DEFAULT_INDEX",
@@ -39,19 +41,11 @@ def pip_settings() -> dict[str, str]:
 def main() -> int:
     if not shutil.which("uv"):
         subprocess.run([*PIP, "install", "--quiet", "uv"], check=False)
-    uv = shutil.which("uv") or shutil.which("uv", path=os.path.dirname(sys.executable))
+    uv = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
     if uv:
-        # pip takes the best version of all indexes, uv by default that of the first index that has the package
-        command = [
-            uv,
-            "pip",
-            "install",
-            "--python",
-            sys.executable,
-            "--index-strategy",
-            "unsafe-best-match",
-            *sys.argv[1:],
-        ]
+        # pip takes the best version of all indexes; uv's default is the first index that has the package
+        strategy = ["--index-strategy", "unsafe-best-match"]
+        command = [uv, "pip", "install", "--python", sys.executable, *strategy, *sys.argv[1:]]
         if subprocess.run(command, env=pip_settings() | os.environ, check=False).returncode == 0:
             return 0
         print("uv failed: pip installs instead", file=sys.stderr)

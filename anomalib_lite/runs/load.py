@@ -20,8 +20,8 @@ class LoadedRun:
 
     Attributes:
         model: the method in evaluation mode, on its device.
-        thresholds: `image` and `pixel`, above which an image or a pixel counts as defective; `background`, the median of a
-            normal map; `category`, the category that they hold for.
+        thresholds: `image` and `pixel`, above which an image or a pixel counts as defective; `background`, the median
+            of a normal map; `category`, the category that they hold for.
     """
 
     def __init__(self, model: AnomalyModule, data: AnomalyDataModule, thresholds: dict[str, Any], bf16: bool):
@@ -31,8 +31,8 @@ class LoadedRun:
     def predict(self, images: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
         """Scores float32 [N] and smoothed anomaly maps, N arrays float32 [h, w], of images uint8 [H_i, W_i, 3] (RGB).
 
-        Images are prepared as in the run's test and scored one by one, so that an image's score doesn't depend on the images
-        beside it. Raises UserError for an array of another shape or type.
+        Images are prepared as in the run's test and scored one by one, so that an image's score does not depend on the
+        images beside it. Raises UserError for an array of another shape or type.
         """
         scores, maps = np.zeros(len(images), np.float32), []
         for i, image in enumerate(images):
