@@ -1,33 +1,37 @@
-# Everything a developer or a visitor runs. `make` alone explains itself.
+# Targets for developers and visitors: `make` lists them.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
+QUICK := tests/unit tests/programs/test_readme.py::test_readme_is_short
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-real lint bench clean
+.PHONY: help setup demo quick test test-real lint bench clean
 
-help: ## this list
+help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-setup: $(STAMP) ## build .venv with everything (does nothing when it is up to date)
+setup: $(STAMP) ## build .venv with everything that the tests need (does nothing when it is up to date)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: make PYTHON=python3.12 setup"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,sweep,optuna,ltad]'
+	$(BIN)/python .ci/install.py --quiet -c constraints.txt -e '.[dev,sweep,optuna,ltad]'
 	@touch $@
 
-demo: setup ## train two methods on images made on the spot; table and pictures under outputs/demo (3 minutes on 2 CPU cores, no network)
+demo: setup ## train two methods on drawn images; a table, and a page and figures under outputs/demo (3 minutes on 2 CPU cores, no network)
 	rm -rf outputs/demo
 	$(BIN)/python -m anomalib_lite.train +experiments=demo hardware=cpu seed=0 hydra.run.dir=outputs/demo/norm_occ
 	$(BIN)/python -m anomalib_lite.train +experiments=demo_ssae hardware=cpu seed=0 hydra.run.dir=outputs/demo/ssae
 	$(BIN)/python -m anomalib_lite.compare outputs/demo --html outputs/demo/page.html
 
-test: setup ## the test suite, on generated data
+quick: setup ## the fast tests (less than 90 seconds)
+	$(BIN)/python -m pytest $(QUICK)
+
+test: setup ## all tests, on generated data
 	$(BIN)/python -m pytest
 
-test-real: setup ## checks on real images (ANOMALIB_LITE_DATA=DIR names their place), and the slow ones
+test-real: setup ## tests on real images (ANOMALIB_LITE_DATA=DIR names their folder), and the slow tests
 	$(BIN)/python -m pytest -m "real or slow" -rs -s
 
 lint: setup ## ruff (format and lint) and mypy
@@ -35,9 +39,9 @@ lint: setup ## ruff (format and lint) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: setup ## timings, each beside something well known, in one run
+bench: setup ## timings, each beside a well-known implementation, in one run
 	$(BIN)/python -m pytest -m bench -s
 
-clean: ## remove what runs and builds left behind (not .venv)
+clean: ## remove what runs and builds leave behind (not .venv)
 	rm -rf outputs wandb build dist .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -70,7 +70,7 @@ def run_installed(installed, tmp_path):
 
 
 def test_it_is_what_runs(run_installed, installed):
-    where = run_installed("-c", "from anomalib_lite import cli; print(cli.PACKAGE, cli.HOME)")
+    where = run_installed("-c", "from anomalib_lite.paths import HOME, PACKAGE; print(PACKAGE, HOME)")
     assert where.out.split() == [str(installed / "anomalib_lite")] * 2, where.err
 
 

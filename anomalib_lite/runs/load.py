@@ -1,0 +1,79 @@
+"""A trained run in Python: load it once, score arrays of images that no file holds."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from anomalib_lite.cli.schema import read_run
+from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.errors import UserError
+from anomalib_lite.methods.base import AnomalyModule
+from anomalib_lite.runs.artifacts import thresholds_of
+from anomalib_lite.runs.run import load
+
+
+class LoadedRun:
+    """A trained method and the image preparation of its run.
+
+    Attributes:
+        model: the method in evaluation mode, on its device.
+        thresholds: `image` and `pixel`, above which an image or a pixel counts as defective; `background`, the median
+            of a normal map; `category`, the category that they hold for.
+    """
+
+    def __init__(self, model: AnomalyModule, data: AnomalyDataModule, thresholds: dict[str, Any], bf16: bool):
+        self.model, self.thresholds = model, thresholds
+        self._pipeline, self._bf16 = data.eval_pipeline, bf16
+
+    def predict(self, images: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Scores float32 [N] and smoothed anomaly maps, N arrays float32 [h, w], of images uint8 [H_i, W_i, 3] (RGB).
+
+        Images are prepared as in the run's test and scored one by one, so that an image's score does not depend on the
+        images beside it. Raises UserError for an array of another shape or type.
+        """
+        scores, maps = np.zeros(len(images), np.float32), []
+        for i, image in enumerate(images):
+            scored = self._predict_one(image, i)
+            scores[i] = float(scored["score"][0])
+            maps.append(scored["map"][0].float().cpu().numpy())
+        return scores, maps
+
+    def _predict_one(self, image: np.ndarray, index: int) -> dict[str, Any]:
+        if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
+            kind = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise UserError(f"images[{index}]: {kind} is no uint8 array [H, W, 3]; convert it to 8-bit RGB")
+        tensor, mask = self._pipeline(image, np.zeros(image.shape[:2], bool), (0, 0, 0, 0))
+        device = self.model.device
+        batch = {
+            "image": tensor[None].to(device),
+            "mask": mask[None].to(device),
+            "label": torch.zeros(1, dtype=torch.int64, device=device),
+            "category": torch.tensor([self.model.categories.index(self.thresholds["category"])], device=device),
+            "size": torch.tensor([image.shape[:2]], device=device),
+            "index": torch.zeros(1, dtype=torch.int64, device=device),
+            "path": [f"images[{index}]"],
+        }
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
+            return self.model.predict_step(batch, 0)
+
+
+def load_run(
+    run: str | Path, category: str | None = None, quantile: float | None = None, device: str = "auto"
+) -> LoadedRun:
+    """The finished run in the folder `run`, ready to score images.
+
+    Args:
+        run: the run's folder.
+        category: the category whose thresholds hold; required for a model of several categories.
+        quantile: another quantile of the normal training images' scores for the thresholds; None: the run's own.
+        device: "auto", "cpu" or "gpu".
+
+    Raises UserError if the folder holds no finished run, or for an unknown category, quantile or device.
+    """
+    checkpoint, cfg, _ = read_run(Path(run).expanduser())
+    thresholds = thresholds_of(Path(run).expanduser(), category, quantile)
+    model, data = load(checkpoint, cfg, device)
+    return LoadedRun(model, data, thresholds, bf16=cfg["hardware"]["precision"] == "bf16")
