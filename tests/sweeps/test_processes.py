@@ -117,7 +117,7 @@ def test_overhead(home, tmp_path):
         in_process("method=empty", f"seed={seed}", "hardware.threads=1", f"hydra.run.dir={tmp_path / 'alone'}/{seed}")
         alone.append(time.perf_counter() - start)
     print(f"a job takes {swept:.2f} s in a sweep, {min(alone):.2f} s in a loop")
-    assert swept - min(alone) < 0.5  # 0.25 s on two free cores
+    assert swept - min(alone) < 0.5  # the goal is 0.25; measured 0.25 and 0.34 beside other work
 
 
 @pytest.mark.slow
