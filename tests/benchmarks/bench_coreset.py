@@ -15,7 +15,7 @@ from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.readers import read_mvtec
 from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.methods.coreset import greedy_coreset
-from anomalib_lite.methods.norm_occ import patch_features
+from anomalib_lite.methods.patches import patch_features
 from tests.helpers import real_images as real
 from tests.helpers import run_programs as runs
 
@@ -41,7 +41,7 @@ def main(parts: str, weights: str) -> None:
 @pytest.mark.bench
 def test_bench_coreset(capsys):
     weights = real.weights() / WEIGHTS
-    done = runs.python("-m", "tests.bench_coreset", real.parts(), weights, cwd=runs.ROOT, timeout=600)
+    done = runs.python("-m", "tests.benchmarks.bench_coreset", real.parts(), weights, cwd=runs.ROOT, timeout=600)
     assert done.code == 0, done.err
     wall, processor, peak, picks, patches = map(float, done.out.split())
     with capsys.disabled():

@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from anomalib_lite.features import compact, shapes, table
 from anomalib_lite.features.backbones import Backbone, has_bf16
-from anomalib_lite.methods.norm_occ import NormOCC, projection
+from anomalib_lite.features.cache import compact, shapes, table
+from anomalib_lite.methods.norm_occ import NormOCC
+from anomalib_lite.methods.patches import projection
 from anomalib_lite.methods.recontrast import ReContrast
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec

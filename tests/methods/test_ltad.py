@@ -20,6 +20,7 @@ from anomalib_lite.features.vision_language import VisionLanguage
 from anomalib_lite.methods.ltad import LTAD
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
+from tests.helpers.interrupt import Interrupted
 from tests.helpers.language_checkpoints import SAVE, WORDS
 
 NAMES = ("bottle", "metal_nut", "wood")
@@ -394,10 +395,6 @@ def arguments(root, checkpoints):
         ]  # fmt: skip
 
     return make
-
-
-class Interrupted(Exception):  # noqa: N818
-    """Stands for a kill."""
 
 
 @pytest.mark.parametrize("kind", ["resnet18", "align", "clip"])

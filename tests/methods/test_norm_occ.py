@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from anomalib_lite.errors import UserError
-from anomalib_lite.methods.norm_occ import NormOCC, NormOCCClosedForm, descent_time, patch_features, projection
+from anomalib_lite.methods.norm_occ import NormOCC, NormOCCClosedForm, descent_time
+from anomalib_lite.methods.patches import patch_features, projection
 
 IMAGES, CHANNELS, SIDE = 12, (3, 2), 4
 

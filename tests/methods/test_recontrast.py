@@ -1,5 +1,6 @@
 """ReContrast against a literal reading of its specification in float64, and whole runs on drawn data."""
 
+import csv
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +21,9 @@ from anomalib_lite.methods.recontrast import ReContrast, cosine_loss
 from anomalib_lite.methods.reverse_distillation import Bottleneck, Decoder, blocks_of
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
+from tests.helpers.interrupt import Interrupted
 from tests.helpers.ranks import PROCESSES
-from tests.programs.test_resume import Interrupted, assert_equal, state_of
+from tests.programs.test_resume import assert_equal, state_of
 
 TINY = "mobilenetv3_small_050"
 CONFIG = yaml.safe_load((runs.ROOT / "conf" / "method" / "recontrast.yaml").read_text())
@@ -493,17 +495,11 @@ def test_run_resume_and_predict(arguments, root, tmp_path, kind):
     chosen = ["category=bottle"] if kind == "unified" else []
     outcome = runs.predict(f"run={run}", f"input={image}", f"output={tmp_path / 'predicted'}", *chosen)
     assert outcome.code == 0, outcome.err
-    row = (tmp_path / "predicted" / "scores.csv").read_text().splitlines()[1].split(",")
-    tested = next(x for x in (run / "scores.csv").read_text().splitlines() if x.startswith("bottle/test/good/000"))
-    assert any(float(cell) == pytest.approx(float(tested.split(",")[-1]), rel=1e-4) for cell in row if _number(cell))
-
-
-def _number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
+    with (tmp_path / "predicted" / "scores.csv").open(newline="") as file:
+        (predicted,) = csv.DictReader(file)
+    with (run / "scores.csv").open(newline="") as file:
+        (tested,) = [row for row in csv.DictReader(file) if row["path"] == "bottle/test/good/000.png"]
+    assert float(predicted["score"]) == pytest.approx(float(tested["score"]), rel=1e-4)
 
 
 # --- several devices ---

@@ -16,6 +16,7 @@ from anomalib_lite.methods.transformer import Attention, LocalWindow, jitter, la
 from tests.helpers import run_programs as runs
 from tests.helpers.feature_levels import Levels, batch
 from tests.helpers.image_trees import make_mvtec
+from tests.helpers.interrupt import Interrupted
 
 CHANNELS = (6, 10)
 
@@ -455,10 +456,6 @@ def arguments(root):
         "data.image_size=48", "method.windows=[5,3]", "method.dims=[16,16]", "method.heads=2", "method.layers=2",
         "trainer.max_epochs=2", "trainer.log_every=1", "trainer.checkpoint_minutes=0",
     ]  # fmt: skip
-
-
-class Interrupted(Exception):  # noqa: N818
-    """Stands for a kill."""
 
 
 @pytest.mark.parametrize("zero_fill", [False, True])

@@ -18,6 +18,7 @@ from anomalib_lite.methods.ssae import DILATIONS, MARGIN, SSAE, Autoencoder, Con
 from anomalib_lite.runs import artifacts as results
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
+from tests.helpers.interrupt import Interrupted
 
 TINY = (
     "method=ssae", "method.width=4", "hardware=cpu", "hardware.threads=1", "logger=csv", "data.image_size=32",
@@ -263,10 +264,6 @@ def test_run_and_predict(root, tmp_path):
     scored = [line.split(",")[1] for line in (output / "scores.csv").read_text().splitlines()[1:]]
     tested = [line.split(",")[4] for line in (tmp_path / "run/scores.csv").read_text().splitlines()[1:]]
     np.testing.assert_allclose(sorted(map(float, scored)), sorted(map(float, tested)), rtol=1e-4)
-
-
-class Interrupted(Exception):  # noqa: N818
-    pass
 
 
 EARLY = (

@@ -12,13 +12,14 @@ from torch import nn
 
 from anomalib_lite.cli.schema import Scoring, check_group
 from anomalib_lite.errors import UserError
-from anomalib_lite.methods import blocks
+from anomalib_lite.methods import transformer
 from anomalib_lite.methods.scoring import image_scores, smooth
 from anomalib_lite.methods.transformer import Dropout, LearnedPositions, ReconstructionTransformer, drop, near
 from anomalib_lite.methods.uniad import UniAD
 from tests.helpers import run_programs as runs
 from tests.helpers.feature_levels import Levels, batch
 from tests.helpers.image_trees import make_mvtec
+from tests.helpers.interrupt import Interrupted
 
 CHANNELS = (3, 9)
 
@@ -120,12 +121,12 @@ def test_dropout_by_its_definition(p):
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_attention_with_dropout_is_pytorchs(masked, monkeypatch):
-    monkeypatch.setattr(blocks, "drop", lambda x, p: x * (1 - p))
+    monkeypatch.setattr(transformer, "drop", lambda x, p: x * (1 - p))
     q, k, v = torch.randn(3, 2, 4, 9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     seen = ~near((3, 3), 1) if masked else None
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen)
-    torch.testing.assert_close(blocks.attend(q, k, v, seen, 0.25), 0.75 * expected)
-    torch.testing.assert_close(blocks.attend(q, k, v, seen, 0.0), expected)
+    torch.testing.assert_close(transformer.attend(q, k, v, seen, 0.25), 0.75 * expected)
+    torch.testing.assert_close(transformer.attend(q, k, v, seen, 0.0), expected)
 
 
 def test_positions_are_a_columns_and_a_rows_vector():
@@ -237,10 +238,6 @@ def arguments(root):
         "method.neighbours=3", "trainer.max_epochs=3", "trainer.log_every=1", "trainer.checkpoint_minutes=0",
         "method.drop.at=0.7", "method.optimizer.lr=1e-2",
     ]  # fmt: skip
-
-
-class Interrupted(Exception):  # noqa: N818
-    """Stands for a kill."""
 
 
 def test_resumed_at_every_batch(arguments, tmp_path, monkeypatch):
