@@ -25,7 +25,6 @@ def train(cfg: Any) -> float | None:
     from omegaconf import OmegaConf
 
     from anomalib_lite.cli import schema
-    from anomalib_lite.runs import artifacts as results
     from anomalib_lite.runs import ranks
 
     hydra = HydraConfig.get()
@@ -34,6 +33,8 @@ def train(cfg: Any) -> float | None:
     names = {choice: str(hydra.runtime.choices[choice]) for choice in ("method", "split")}
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     schema.check(config)
+    from anomalib_lite.runs import artifacts as results  # imports NumPy: after the check
+
     folder.make_absolute(config)
     if config["resume"]:
         config, names, overrides = folder.resumed(run, config, names, overrides)
