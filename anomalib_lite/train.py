@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anomalib_lite.cli import program as cli
-from anomalib_lite.errors import UserError
+from anomalib_lite.cli.messages import one_line
 from anomalib_lite.runs import folder
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def train(cfg: Any) -> float | None:
     from omegaconf import OmegaConf
 
     from anomalib_lite.cli import schema
-    from anomalib_lite.runs import artifacts, ranks, terminal
+    from anomalib_lite.runs import ranks
 
     hydra = HydraConfig.get()
     run = Path(hydra.runtime.output_dir)
@@ -33,6 +33,8 @@ def train(cfg: Any) -> float | None:
     names = {choice: str(hydra.runtime.choices[choice]) for choice in ("method", "split")}
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     schema.check(config)
+    from anomalib_lite.runs import artifacts, terminal  # these import NumPy: after the check
+
     folder.make_absolute(config)
     if config["resume"]:
         config, names, overrides = folder.resumed(run, config, names, overrides)
@@ -58,7 +60,7 @@ def train(cfg: Any) -> float | None:
                 f"interrupted; resume=true hydra.run.dir={run} continues this run from {place}"
             ) from None  # Lightning exits with 1
         if isinstance(error, Exception) and first and not checkpoint.is_file():
-            if isinstance(error, UserError):
+            if one_line(error, outside=False, folder=""):  # a user error, also one that Hydra has wrapped
                 folder.withdraw(run)
             else:  # the log and the configuration help to find the mistake
                 folder.stored_config(run).unlink(missing_ok=True)

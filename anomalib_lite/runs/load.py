@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from anomalib_lite.cli.schema import read_run
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.runs.artifacts import thresholds_of
+from anomalib_lite.runs.folder import read_run
 from anomalib_lite.runs.run import load
 
 

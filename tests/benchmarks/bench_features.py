@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from anomalib_lite.data.loader import StoredFeatures
+from anomalib_lite.data.transforms import Pipeline
 from anomalib_lite.features.backbones import Backbone
-from anomalib_lite.features.cache import FeatureFiles, compact, shapes
+from anomalib_lite.features.cache import FeatureFiles
+from anomalib_lite.features.precompute import as_rows, shapes_of, smallest_type
 from tests.benchmarks.bench_training import our_loop, seconds
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.run_programs import folder_data
@@ -58,12 +61,11 @@ def test_bench_filling(capsys, tmp_path):
             backbone(images)
 
     def filling(folder: Path):
-        with FeatureFiles(folder, {}).writer() as writer:
-            for i, images in enumerate(batches):
-                levels = backbone(images)
-                if not i:
-                    writer.reserve(shapes(levels), compact(levels), 16 * len(batches))
-                writer.add([f"{i}-{j}" for j in range(16)], levels)
+        files, rows = FeatureFiles(folder, {}), []
+        for images in batches:
+            levels = backbone(images)
+            rows.append(as_rows(levels, smallest_type(levels)))
+        files.write([str(i) for i in range(16 * len(batches))], torch.cat(rows), shapes_of(levels))
 
     bare()
     rounds = [(seconds(bare), seconds(partial(filling, tmp_path / str(i)))) for i in range(ROUNDS)]
@@ -89,23 +91,24 @@ def test_bench_memory(capsys, tmp_path):
     grown, size = {}, 0
     for count in (64, 1024):
         files = FeatureFiles(tmp_path / str(count), {})
-        with files.writer() as writer:
-            writer.reserve(shapes(levels), torch.bfloat16, count)
-            for at in range(0, count, 16):
-                writer.add([str(at + i) for i in range(16)], levels)
+        for at in range(0, count, 64):
+            rows = as_rows(levels, torch.bfloat16).repeat(4, 1)
+            files.write([str(at + i) for i in range(64)], rows, shapes_of(levels))
+        del rows
         before, start = anonymous(), time.perf_counter()
-        store = files.load({str(i): str(i) for i in range(count)})
+        stored = StoredFeatures(Pipeline([], (), "imagenet"))
+        files.load({str(i): str(i) for i in range(count)}, stored)
         peak = 0
         for at in range(0, count, BATCH):
-            batch = store.get([str(at + i) for i in range(BATCH)])
+            batch = torch.stack([stored.rows[str(at + i)] for i in range(BATCH)]).float()
             peak = max(peak, anonymous() - before)
         grown[count] = peak
-        size = sum(file.stat().st_size for file in (tmp_path / str(count)).glob("*/*.features"))
+        size = sum(file.stat().st_size for file in (tmp_path / str(count)).glob("*/*.safetensors"))
         with capsys.disabled():
             print(
                 f"\n{count} images, {size / 2**20:.0f} MiB on disk: {peak / 2**20:.0f} MiB of anonymous memory more",
                 end="",
             )
             print(f" while an epoch is read in {time.perf_counter() - start:.1f} s (batches of {BATCH})")
-        del store, batch
+        del stored, batch
     assert grown[1024] - grown[64] < 0.02 * size

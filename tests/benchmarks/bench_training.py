@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from anomalib_lite.features.backbones import Backbone, has_bf16
-from anomalib_lite.features.cache import compact, shapes, table
+from anomalib_lite.features.precompute import smallest_type
 from anomalib_lite.methods.norm_occ import NormOCC
 from anomalib_lite.methods.patches import projection
 from anomalib_lite.methods.recontrast import ReContrast
@@ -38,15 +38,14 @@ def make_ours(name: str) -> ReContrast:
         optimizer=lambda groups, **more: torch.optim.AdamW(groups, lr=2e-3, weight_decay=1e-5, fused=True, **more),
         scoring={"pixel_smooth": "auto", "image_score": "auto"},
     )
-    model.total_steps = 100
+    model.steps = 100
     return test_recontrast.at_step(model, 50)
 
 
 def our_step(model: ReContrast, images: torch.Tensor):
     optimizer, batch = model.configure_optimizers(), test_recontrast.batch_of(images)
     levels = model.features(batch)  # of E_f: the cache gives them in training
-    model.store.shapes = shapes(levels)
-    model.store.add(batch["path"], table(levels, compact(levels)))
+    batch["features"] = [level.movedim(1, -1).to(smallest_type(levels)) for level in levels]
 
     def step():
         loss = model.training_step(batch, 0)

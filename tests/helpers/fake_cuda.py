@@ -68,8 +68,7 @@ class FakeTrainer(SimpleNamespace):
         samples = [SimpleNamespace(path=str(i), category=categories[i % len(categories)], label=0) for i in range(7)]
         data = SimpleNamespace(
             train_samples=samples, val_samples=[], corrupt=True,
-            clean_dataloader=lambda paths, count: [fake_batch(len(paths), side)],
-            training_images=lambda indices: fake_batch(len(indices), side),
+            training_batch=lambda indices, epoch: fake_batch(len(indices), side),
         )  # fmt: skip
         strategy = SimpleNamespace(reduce=lambda x, reduce_op: x)
         super().__init__(global_step=0, world_size=1, datamodule=data, strategy=strategy, callbacks=[])

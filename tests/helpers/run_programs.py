@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning import seed_everything
 
 ROOT = Path(__file__).resolve().parents[2]
 #: a run on one CPU core or two in about a second; later arguments override these
@@ -70,6 +71,16 @@ def result_of(*arguments: str | Path, run_dir: Path) -> dict[str, Any]:
     outcome = train(*arguments, f"hydra.run.dir={run_dir}")
     assert outcome.code == 0, outcome.err
     return json.loads((run_dir / "result.json").read_text())
+
+
+def build(cfg: dict[str, Any]) -> tuple[Any, Any]:
+    """The data and the untrained method of a resolved configuration."""
+    from anomalib_lite.runs import build
+
+    seed_everything(cfg["seed"], workers=True, verbose=False)
+    data = build.make_data(cfg)
+    backbone = build.make_backbone(cfg)
+    return data, build.make_method(cfg, backbone, data, data.categories, build.budget(cfg, data))
 
 
 def folder_data(root: Path, category: str = "bottle") -> list[str]:

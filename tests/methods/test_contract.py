@@ -62,7 +62,7 @@ SWITCHES = {
     "rlr": ["method.zero_fill=true", "method.jitter=0", "method.mix=[1,1]", "method.learnable_key=false"],
     "uniad": ["method.jitter=0", "method.neighbours=null", "method.clip=null", "method.drop=null", "method.dropout=0"],
     "ssae": ["method.skip=concat", "method.skip=none", "method.corrupted_weight=0.1"],
-    "ltad": ["method.class_names=fixed", "method.fill=null", "method.semantic=0", "method.strong=1"],
+    "ltad": ["method.class_names=fixed", "method.fill=null", "method.classifier_weight=0", "method.strong=1"],
     "ltad clip": ["method.class_names=fixed", "method.fill=null"],
 }  # fmt: skip
 
@@ -180,8 +180,8 @@ def test_runs_on_a_fake_gpu(name, arguments):
     model: Any = built(arguments(case), categories)
     with fake_cuda():
         to_fake(model)
-        model._trainer, model.total_steps = FakeTrainer(categories, SIDE), 4
-        for batches in ("normal_batches", "fit_batches", "train_eval_batches"):
+        model._trainer, model.steps = FakeTrainer(categories, SIDE), 4
+        for batches in ("fit_batches", "train_eval_batches"):
             setattr(model, batches, lambda: [fake_batch(3, SIDE), fake_batch(2, SIDE, 3)])
         model.train().on_train_start()
         if name == "patchcore":  # its coreset is selected on the CPU, by comparing values
@@ -195,7 +195,7 @@ def test_runs_on_a_fake_gpu(name, arguments):
         model.eval()
         with torch.no_grad():
             for is_train_image in (False, True):
-                batch = fake_batch(3, SIDE) | {"fitted": is_train_image, "is_train_image": is_train_image}
+                batch = fake_batch(3, SIDE) | {"is_train_image": is_train_image}
                 raw = model.anomaly_map(batch)
                 assert (raw[0] if isinstance(raw, tuple) else raw).device.type == "cuda"
                 scored = model.score(batch)

@@ -15,7 +15,6 @@ from torch import nn
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.features.backbones import Backbone
-from anomalib_lite.features.cache import FeatureStore
 from anomalib_lite.features.vision_language import VisionLanguage
 from anomalib_lite.methods.ltad import LTAD
 from tests.helpers import run_programs as runs
@@ -167,12 +166,16 @@ def model(**options: Any) -> Any:
         "categories": NAMES,
     }
     ltad = LTAD(backbone=Levels(), image_size=(32, 32), precision=32, **small | options)
-    ltad.images = [["a", "b"], ["c"], ["d"]]
-    store = FeatureStore([(8, 8, 3), (4, 4, 9)])
-    for i, path in enumerate("abcd"):
-        store.add([path], torch.randn(1, 336, generator=torch.Generator().manual_seed(i)))
-    ltad.store = store
+    ltad.images = [[0, 1], [2], [3]]
+    ltad.trainer = SimpleNamespace(datamodule=SimpleNamespace(training_batch=stored_batch), global_step=0)  # type: ignore
     return ltad
+
+
+def stored_batch(indices, epoch):
+    """The features of four training images, as a loader hands them out."""
+    rows = [torch.randn(336, generator=torch.Generator().manual_seed(i)) for i in indices]
+    parts = torch.stack(rows).split([192, 144], 1)
+    return {"features": [parts[0].view(-1, 8, 8, 3), parts[1].view(-1, 4, 4, 9)]}
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
@@ -330,7 +333,7 @@ def test_score_literally():
 def test_the_score_is_standardised_on_training_patches():
     ltad = model(classifier_weight=0.0)
     given = [batch(3), {**batch(2), "category": torch.tensor([1, 1])}]
-    ltad.normal_batches = lambda: given
+    ltad.train_eval_batches = lambda: given  # type: ignore[method-assign]
     ltad.on_train_end()
     ltad.eval()
     errors = [ltad.errors(ltad.tokens(x)).double() for x in given]

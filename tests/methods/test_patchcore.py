@@ -71,21 +71,21 @@ class Given(torch.nn.Module):
         return [images]
 
 
-@pytest.mark.parametrize("fitted", [False, True])
-def test_image_score_is_equation_7(fitted):
+@pytest.mark.parametrize("is_train_image", [False, True])
+def test_image_score_is_equation_7(is_train_image):
     """And a training image is scored without its own patches."""
     torch.manual_seed(0)
     backbone: Any = Given()
     model = PatchCore(neighbours=3, backbone=backbone, scoring={"image_score": "own"}, image_size=(4, 4))
     model.bank, model.owners = torch.randn(40, 5), torch.arange(40) % 9
     images = torch.randn(6, 5, 4, 4)
-    batch = {"image": images, "path": ["?"] * 6, "index": torch.arange(6), "fitted": fitted}
+    batch = {"image": images, "path": ["?"] * 6, "index": torch.arange(6), "is_train_image": is_train_image}
     scores = model.score(batch)
     for i in range(6):
         patches = torch.nn.functional.avg_pool2d(images[i], 3, 1, 1).double().flatten(1).T
         bank = model.bank.double()
         every = torch.cdist(patches, bank)
-        if fitted:
+        if is_train_image:
             every[:, i::9] = torch.inf
         test = int(every.min(1).values.argmax())
         star = int(every[test].argmin())

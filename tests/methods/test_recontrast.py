@@ -56,7 +56,7 @@ def make(name="resnet18", size=64, scoring=None, **options: Any) -> ReContrast:
             nn.init.uniform_(module.weight, 0.5, 1.5)  # timm begins with 0 at the end of each residual branch
     context = {"scoring": {"pixel_smooth": "auto", "image_score": "auto"} | (scoring or {}), "precision": "32"}
     model = ReContrast(variants(), backbone=backbone, image_size=(size, size), optimizer=adamw, **context | options)
-    model.total_steps = 100
+    model.steps = 100
     return model
 
 

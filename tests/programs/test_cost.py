@@ -11,18 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from anomalib_lite.cli import schema as configuration
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.readers import read_folder
 from anomalib_lite.features.backbones import Backbone
-from anomalib_lite.features.cache import shapes, table
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.metrics.functional import image_metrics, pixel_metrics
 from anomalib_lite.metrics.per_category import defect_metrics
 from anomalib_lite.runs.efficiency import efficiency
-from anomalib_lite.runs.run import build
+from anomalib_lite.runs.folder import read_run
 from tests.helpers.image_trees import make_mvtec
-from tests.helpers.run_programs import ROOT, Outcome, evaluate, folder_data, predict, restored, result_of, train
+from tests.helpers.run_programs import ROOT, Outcome, build, evaluate, folder_data, predict, restored, result_of, train
 from tests.helpers.run_programs import method as choose
 
 METHODS = sorted(file.stem for file in (ROOT / "conf" / "method").glob("*.yaml"))
@@ -80,7 +78,7 @@ def test_flops_counted_by_hand(smoothing, taps, root):
 
 
 def test_flops_of_a_backbone(root):
-    """Those of its convolutions, counted from the shapes that pass through them; held features don't hide them."""
+    """Those of its convolutions, counted from the shapes that pass through them."""
     data = AnomalyDataModule(read_folder, root, "bottle", image_size=64)
     data.setup()
     backbone = Backbone("resnet18.tv_in1k", [1, 2], "none", "32")
@@ -98,16 +96,13 @@ def test_flops_of_a_backbone(root):
 
     hooks = [m.register_forward_hook(count) for m in backbone.modules() if isinstance(m, nn.Conv2d)]
     batch = next(iter(data.test_dataloader()))
-    levels = backbone(batch["image"])
+    backbone(batch["image"])
     for hook in hooks:
         hook.remove()
-    model.store.shapes = shapes(levels)
-    model.store.add(batch["path"], table(levels, torch.float32))
     cost, _ = efficiency(model, data, 2)
     assert cost["flops_per_image"] == flops
     assert flops > 2 * 64 * 3 * 49 * 32 * 32  # the first convolution alone
     assert cost["trainable"] == 0
-    assert model.store.holds(batch["path"])  # as before
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -115,7 +110,7 @@ def test_parameters_of_a_run(method, root, tmp_path):
     result = result_of(*folder_data(root), *choose(method), run_dir=tmp_path)
     state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     with restored():
-        _, model, _ = build(configuration.read_run(tmp_path)[1])
+        _, model = build(read_run(tmp_path)[1])
     named = dict(model.named_parameters())
     assert result["efficiency"]["parameters"] == sum(state[name].numel() for name in named)
     assert result["efficiency"]["trainable"] == sum(p.numel() for p in named.values() if p.requires_grad)
@@ -128,9 +123,9 @@ def test_parameters_of_a_run(method, root, tmp_path):
 
 def columns_of(run: Path) -> tuple[dict[str, np.ndarray], dict[str, bool]]:
     """The columns from which a run's metrics follow (computed anew), and which categories have masks."""
-    checkpoint, cfg, _ = configuration.read_run(run)
+    checkpoint, cfg, _ = read_run(run)
     with restored(), torch.no_grad():
-        data, model, _ = build(cfg)
+        data, model = build(cfg)
         model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
         model.eval()
         batches = list(data.test_dataloader())

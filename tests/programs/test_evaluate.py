@@ -15,9 +15,8 @@ from scipy.ndimage import gaussian_filter
 
 from anomalib_lite.metrics.functional import image_metrics, pixel_metrics
 from anomalib_lite.runs.folder import read_run
-from anomalib_lite.runs.run import build
 from tests.helpers.image_trees import make_mvtec
-from tests.helpers.run_programs import evaluate, folder_data, predict, restored, result_of, train
+from tests.helpers.run_programs import build, evaluate, folder_data, predict, restored, result_of, train
 
 SIGMA = 2
 
@@ -64,7 +63,7 @@ def raw_maps(run: Path) -> tuple[Any, dict[str, np.ndarray]]:
     """The DataModule of a run, and the method's own maps of the test and training images by path."""
     checkpoint, cfg, _ = read_run(run)
     with restored(), torch.no_grad():
-        data, model, _ = build(cfg)
+        data, model = build(cfg)
         model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
         model.eval()
         maps: dict[str, np.ndarray] = {}

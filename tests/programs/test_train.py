@@ -18,7 +18,6 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.runs import artifacts as results
 from anomalib_lite.runs.folder import read_run
-from anomalib_lite.runs.run import build
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
 
@@ -237,7 +236,7 @@ def test_evaluating_under_another_protocol(finished, tmp_path):
 def test_thresholds_come_from_normal_training_images(finished):
     checkpoint, cfg, _ = read_run(finished)
     with runs.restored():
-        data, model, _ = build(cfg)
+        data, model = runs.build(cfg)
     model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
     model.eval()
     with torch.no_grad():
