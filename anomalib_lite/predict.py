@@ -17,6 +17,7 @@ Exit codes: 0; 1 if some images could not be read (they are listed and left out)
 
 import csv
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,47 @@ def main() -> None:
 
 
 def predict(options: dict[str, Any]) -> None:
+    options = checked(options)
+    run, source, output = (Path(options[name]).expanduser() for name in ("run", "input", "output"))
+    checkpoint, cfg, _ = read_run(run)
+    if source.is_dir() and output.absolute().is_relative_to(source.absolute()):
+        raise UserError(
+            f"output={output} lies inside input={source}: choose a folder outside, or its pictures are read next time"
+        )
+    files = images_below(source)
+    if (output / SCORES).exists():
+        raise UserError(f"{output / SCORES} exists already: choose another output=DIR, or remove the file")
+
+    from anomalib_lite.runs.artifacts import thresholds_of
+    from anomalib_lite.runs.load import load
+    from anomalib_lite.runs.terminal import silence_libraries
+
+    silence_libraries()
+    limits = thresholds_of(run, options["category"] or None, options["quantile"])
+    model, data = load(checkpoint, cfg, options["device"])
+    make_folder(output, "output")
+    batches = data.new_dataloader(
+        files, model.categories.index(limits["category"]), options["batch_size"], options["workers"]
+    )
+    bf16 = cfg["hardware"]["precision"] == "bf16"
+    left_out = write_predictions(output, scored(model, batches, bf16, len(files)), source, limits)
+    print(
+        f"{len(files) - len(left_out)} of {len(files)} images scored; {output}/ holds scores.csv, heatmaps/, overlays/"
+    )
+    if left_out:
+        for message in left_out:
+            print(f"left out: {message}", file=sys.stderr)
+        sys.exit(1)
+
+
+def checked(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with defaults; UserError for an unknown, missing or invalid one."""
     unknown = options.keys() - DEFAULTS.keys() - set(TEXTS)
     if unknown:
         raise UserError(f"{min(unknown)}: no such option; see --help")
     for name in ("run", "input", "output"):
         if not options.get(name):
             raise UserError(f"{name}= is not set: give run=DIR input=IMAGE_OR_DIR output=DIR; see --help")
-    run, source, output = (Path(options[name]).expanduser() for name in ("run", "input", "output"))
     options = DEFAULTS | options
     for name, low in (("batch_size", 1), ("workers", 0)):
         number = options[name]
@@ -48,56 +83,47 @@ def predict(options: dict[str, Any]) -> None:
             raise UserError(f"{name}={number}: give a whole number from {low}")
     if options["device"] not in ("auto", "cpu", "gpu"):
         raise UserError(f"device={options['device']}: choose auto, cpu or gpu")
-    checkpoint, cfg, _ = read_run(run)
-    if source.is_dir() and output.absolute().is_relative_to(source.absolute()):
-        raise UserError(
-            f"output={output} lies inside input={source}: choose a folder outside, or its pictures are read next time"
-        )
-    files = images_below(source)
-    scores = output / SCORES
-    if scores.exists():
-        raise UserError(f"{scores} is there already: choose another output=DIR, or remove it")
+    return options
 
+
+def scored(model: Any, batches: Any, bf16: bool, count: int) -> Iterator[tuple[str, float, Any] | str]:
+    """(path, score, map [H, W]) of every image, or the message that says why it has none."""
     import torch
     from lightning.fabric.utilities import move_data_to_device
 
     from anomalib_lite.progress import ProgressBar
-    from anomalib_lite.runs.artifacts import thresholds_of
-    from anomalib_lite.runs.run import load
-    from anomalib_lite.runs.terminal import silence_libraries
 
-    silence_libraries()
-    limits = thresholds_of(run, options["category"] or None, options["quantile"])
-    model, data = load(checkpoint, cfg, options["device"])
-    category = model.categories.index(limits["category"])
-    bf16 = torch.autocast(model.device.type, torch.bfloat16, enabled=cfg["hardware"]["precision"] == "bf16")
-    base, bar = source if source.is_dir() else source.parent, ProgressBar("images", len(files))
-    left_out: list[str] = []
-    make_folder(output, "output")
-    with replacing(scores) as part, part.open("w", newline="") as file:
+    with ProgressBar("images", count) as bar:
+        for batch in batches:
+            yield from batch["damaged"]
+            if batch["path"]:
+                autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
+                with torch.inference_mode(), autocast:
+                    found = model.predict_step(move_data_to_device(batch, model.device), 0)
+                for path, amap, score in zip(batch["path"], found["map"], found["score"].tolist(), strict=True):
+                    if torch.isfinite(amap).all():
+                        yield path, score, amap.float().cpu().numpy()
+                    else:
+                        yield f"{path}: its anomaly map is not finite; check that the run was trained well"
+            bar.step(count=len(batch["path"]) + len(batch["damaged"]))
+
+
+def write_predictions(output: Path, predictions: Iterable[Any], source: Path, limits: dict[str, Any]) -> list[str]:
+    """scores.csv, heat maps and overlays; the messages of the images that have no score."""
+    base, left_out = source if source.is_dir() else source.parent, []
+    with replacing(output / SCORES) as part, part.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "score", "threshold", "decision"])
-        for batch in data.new_dataloader(files, category, options["batch_size"], options["workers"]):
-            left_out += batch["damaged"]
-            if batch["path"]:
-                with torch.inference_mode(), bf16:
-                    scored = model.predict_step(move_data_to_device(batch, model.device), 0)
-                for path, amap, score in zip(batch["path"], scored["map"], scored["score"].tolist(), strict=True):
-                    if not torch.isfinite(amap).all():
-                        left_out.append(f"{path}: its anomaly map is not finite; was the run trained well?")
-                        continue
-                    below = Path(path).relative_to(base)
-                    decision = "defective" if score > limits["image"] else "good"
-                    writer.writerow([below.as_posix(), repr(score), repr(limits["image"]), decision])
-                    draw(output, base, below, amap.float().cpu().numpy(), limits)
-            bar.step(count=len(batch["path"]) + len(batch["damaged"]))
-    bar.close()
-    done = len(files) - len(left_out)
-    print(f"{done} of {len(files)} images scored; {output}/ holds scores.csv, heatmaps/, overlays/")
-    if left_out:
-        for message in left_out:
-            print(f"left out: {message}", file=sys.stderr)
-        sys.exit(1)
+        for prediction in predictions:
+            if isinstance(prediction, str):
+                left_out.append(prediction)
+                continue
+            path, score, amap = prediction
+            below = Path(path).relative_to(base)
+            decision = "defective" if score > limits["image"] else "good"
+            writer.writerow([below.as_posix(), repr(score), repr(limits["image"]), decision])
+            draw(output, base, below, amap, limits)
+    return left_out
 
 
 def draw(output: Path, base: Path, below: Path, amap: Any, limits: dict[str, Any]) -> None:

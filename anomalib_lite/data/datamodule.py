@@ -1,8 +1,6 @@
 """The one LightningDataModule: reads, checks, splits and holds out once, then serves batches as plain dicts."""
 
 import copy
-import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +13,14 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from anomalib_lite.data import integrity as checks
 from anomalib_lite.data import splits
-from anomalib_lite.data.dataset import CORRUPTED, HOLD_OUT, AnomalyDataset, MapSize, NewImages, collate_readable
-from anomalib_lite.data.loader import AnomalyLoader, StoredFeatures
+from anomalib_lite.data.dataset import AnomalyDataset, MapSize, NewImages, collate_readable
+from anomalib_lite.data.held_out import fingerprint, hold_out
+from anomalib_lite.data.loader import AnomalyLoader, StoredFeatures, worker_count
 from anomalib_lite.data.sampler import TrainBatchSampler, rank_and_world
 from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.data.transforms import Crop, Pipeline, Resize, pair
+from anomalib_lite.data.treatment import is_texture
 from anomalib_lite.errors import UserError
-
-TEXTURES = {  # what `treatment="auto"` knows, by the data set's name
-    "mvtec": {"carpet", "grid", "leather", "tile", "wood"},
-    "synthetic": {"fabric", "wood"},
-}
 
 
 class AnomalyDataModule(L.LightningDataModule):
@@ -37,14 +32,13 @@ class AnomalyDataModule(L.LightningDataModule):
         category: A name, a list of names, or "all".
         name: What results call the data set.
         image_size: A side or [height, width], for the default transform; of a texture, the training crops' size.
-        batch_size: Training images a step, over all devices together.
-        eval_batch_size: Images a batch and device elsewhere.
-        workers: Loader processes a device, or "auto".
+        batch_size: Training images per step, over all devices together.
+        eval_batch_size: Images per batch and device elsewhere.
+        workers: Loader processes per device, or "auto".
         val_fraction: Share of training images, per category, to hold out; every second one is corrupted.
         seed: Of shuffling, augmentation, holding out and corrupting.
         split: DataSet -> Split, the training images that the run may use (see `splits`); None is all.
-        balanced: Training batches draw every class equally often; see `loading.TrainBatches`. An epoch keeps its
-            number of images, rounded up to a multiple of the classes.
+        balanced: Training batches draw every class equally often; see `TrainBatchSampler`.
         transform: albumentations transforms of every image; None is `Resize(image_size, resample)`.
         augment: More of them, after those, for training images only.
         normalize: "imagenet" or "none" ([0, 1]).
@@ -54,7 +48,7 @@ class AnomalyDataModule(L.LightningDataModule):
         corrupt: (uint8 image, rng) -> (image, mask), such as `corruptions.corrupt` with its parameters: training
             batches then carry the corrupted `image`, `clean` and `corruption_mask`; None leaves them as they are.
         treatment: "object": images are resized to `image_size`. "texture": training sees random crops of that size,
-            test and prediction the whole image, both at `texture_size`. "auto": by TEXTURES.
+            test and prediction the whole image, both at `texture_size`. "auto": by data.treatment.TEXTURES.
         texture_size: A side, [height, width], or "original", where nothing is resized and images are evaluated one by
             one, with maps of their own sizes.
         map_size: Size at which evaluated masks come as `gt_mask`: (H, W), or "original" for each image's own size,
@@ -100,19 +94,9 @@ class AnomalyDataModule(L.LightningDataModule):
         self.reader, self.root, self.category, self.name = reader, root, category, name
         self.image_size = pair(image_size)
         self.map_size: MapSize = map_size if map_size is None or isinstance(map_size, str) else pair(map_size)
-        if map_size is not None and transform is not None:
-            raise UserError(
-                f"scoring.map_size={map_size}: goes without data.transform, which may crop or turn the image; "
-                "give scoring.map_size=null"
-            )
         self.batch_size, self.eval_batch_size, self.workers = batch_size, eval_batch_size, workers
-        self.val_fraction, self.seed, self.split, self.check, self.drop_last = (
-            val_fraction,
-            seed,
-            split,
-            check,
-            drop_last,
-        )
+        self.val_fraction, self.seed, self.split, self.check = val_fraction, seed, split, check
+        self.drop_last = drop_last
         self.balanced = balanced
         self.corrupt, self.treatment, self.texture_size = corrupt, treatment, texture_size
         self.transform, self.augment, self.normalize, self.resample = transform, augment or (), normalize, resample
@@ -126,21 +110,24 @@ class AnomalyDataModule(L.LightningDataModule):
         self._ready = False
 
     def _validate(self) -> None:
+        """What the command line's schema can't know, and what loaders would report in other words."""
         for option in ("batch_size", "eval_batch_size"):
             value = getattr(self, option)
             if not isinstance(value, int) or value < 1:
-                raise UserError(f"data.{option}={value} must be a whole number above 0")
+                raise UserError(f"data.{option}={value}: give a whole number from 1")
         if self.workers != "auto" and (not isinstance(self.workers, int) or self.workers < 0):
-            raise UserError(f"data.workers={self.workers} must be 'auto' or a number of processes, 0 for none")
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"data.val_fraction={self.val_fraction} must be at least 0 and below 1")
-        if self.check not in ("fast", "thorough"):
-            raise UserError(f"data.check={self.check} is not known: choose fast or thorough")
-        if self.treatment not in ("auto", "object", "texture"):
-            raise UserError(f"data.treatment={self.treatment} is not known: choose auto, object or texture")
-        if self.treatment == "texture" and self.transform is not None:
+            raise UserError(f"data.workers={self.workers}: give a number of processes from 0, or auto")
+        for option, choices in (("check", ("fast", "thorough")), ("treatment", ("auto", "object", "texture"))):
+            if getattr(self, option) not in choices:
+                raise UserError(f"data.{option}={getattr(self, option)}: choose {' or '.join(choices)}")
+        if self.transform is not None and self.treatment == "texture":
             raise UserError(
                 "data.treatment=texture: goes without data.transform; give data.texture_size and data.augment"
+            )
+        if self.transform is not None and self.map_size is not None:
+            raise UserError(
+                f"scoring.map_size={self.map_size}: goes without data.transform, which may crop or turn the image; "
+                "give scoring.map_size=null"
             )
         for option, value in (("data.reader", self.reader), ("split", self.split), ("data.corrupt", self.corrupt)):
             if not (callable(value) or (option != "data.reader" and value is None)):
@@ -148,12 +135,9 @@ class AnomalyDataModule(L.LightningDataModule):
 
     def _build_pipelines(self, categories: list[str]) -> None:
         """The transforms, once it is known whether the categories are textures."""
-        known = [name in TEXTURES.get(self.name or "", ()) for name in categories]
-        auto = self.treatment == "auto" and self.transform is None and any(known)
-        if auto and not all(known):
-            names = ", ".join(name for name, is_one in zip(categories, known, strict=True) if is_one)
-            self.notes.append(f"data.treatment=auto: {names} treated as objects, as the other categories are")
-        self.texture = self.treatment == "texture" or (auto and all(known))
+        treatment = "object" if self.treatment == "auto" and self.transform is not None else self.treatment
+        self.texture, notes = is_texture(treatment, self.name, categories)
+        self.notes += notes
         #: (H, W) of images in test, or "original": each has its own
         self.test_size: tuple[int, int] | str = self.image_size
         transform, crop = self.transform, []
@@ -184,38 +168,17 @@ class AnomalyDataModule(L.LightningDataModule):
         self.fingerprint = fingerprint(data)
         self._build_pipelines(self.categories)
         self.test_samples = data.test
-        self.train_samples, self.val_samples = self._hold_out(data.train)
+        self.train_samples, self.val_samples, notes = hold_out(data.train, self.val_fraction, self.seed)
+        self.notes += notes
         self.train_counts = {c: sum(s.category == c for s in self.train_samples) for c in self.categories}
-        self.test_counts = {c: self._count_test(c) for c in self.categories}
-        self.has_masks = {c: self._has_masks(c) for c in self.categories}
-        self._ready = True
-
-    def _count_test(self, category: str) -> dict[str, int]:
-        labels = [s.label for s in self.test_samples if s.category == category]
-        return {"good": labels.count(0), "defective": labels.count(1)}
-
-    def _has_masks(self, category: str) -> bool:
-        """Whether pixel metrics can be computed: there are defective test images and all have a mask."""
-        masks = [s.mask for s in self.test_samples if s.category == category and s.label == 1]
-        return bool(masks) and None not in masks
-
-    def _hold_out(self, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-        if self.val_fraction == 0:
-            return samples, []
-        held: list[Sample] = []
+        self.test_counts, self.has_masks = {}, {}
         for category in self.categories:
-            mine = [s for s in samples if s.category == category and not s.label]  # a split may admit defective ones
-            share = min(max(1, round(self.val_fraction * len(mine))), len(mine) - 1)
-            if share < 2:
-                # image metrics need a normal and a corrupted image
-                self.notes.append(f"{category}: {len(mine)} training images are too few to validate on a share of them")
-            # The category's name, not its position, seeds the draw: it does not depend on what else is trained on.
-            rng = np.random.default_rng([self.seed, HOLD_OUT, *category.encode()])
-            drawn = sorted(rng.permutation(len(mine))[: max(share, 0)])
-            held += [replace(mine[i], defect=CORRUPTED, label=1) if n % 2 else mine[i] for n, i in enumerate(drawn)]
-        paths = {s.path for s in held}
-        self.notes.append(f"data.val_fraction={self.val_fraction}: {len(held)} training images held out for validation")
-        return [s for s in samples if s.path not in paths], held
+            test = [s for s in self.test_samples if s.category == category]
+            defective = [s for s in test if s.label]
+            self.test_counts[category] = {"good": len(test) - len(defective), "defective": len(defective)}
+            # Pixel metrics need defective test images, all of which have a mask.
+            self.has_masks[category] = bool(defective) and all(s.mask for s in defective)
+        self._ready = True
 
     # --- loaders ---
 
@@ -311,7 +274,7 @@ class AnomalyDataModule(L.LightningDataModule):
         self, dataset: AnomalyDataset, persistent: bool, workers: int | None = None, **options: Any
     ) -> AnomalyLoader:
         if workers is None:
-            workers = self._worker_count() if dataset.images else 0
+            workers = worker_count(self.workers, self.ranks()[1]) if dataset.images else 0
         return AnomalyLoader(
             dataset,
             self.stored,
@@ -322,27 +285,3 @@ class AnomalyDataModule(L.LightningDataModule):
             generator=torch.Generator().manual_seed(self.seed),
             **options,
         )
-
-    def _worker_count(self) -> int:
-        """`workers`; "auto" is a few beside a GPU, none on a CPU, where they would take cores from training."""
-        if self.workers != "auto":
-            return int(self.workers)
-        if not torch.cuda.is_available():
-            return 0
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        devices = max(1, torch.cuda.device_count()) if self.ranks()[1] > 1 else 1
-        return min(4, max(1, cpus // devices))
-
-
-def fingerprint(data: DataSet) -> str:
-    """SHA-256 over the sorted files' paths below the root, sizes, labels and masks: the same wherever the root lies."""
-
-    def entry(path: Path | None) -> str:
-        return f"{path.relative_to(data.root).as_posix()}\t{path.stat().st_size}" if path else ""
-
-    lines = [
-        f"{part}\t{s.label}\t{entry(s.path)}\t{entry(s.mask)}"
-        for part, samples in (("train", data.train), ("test", data.test))
-        for s in samples
-    ]
-    return hashlib.sha256("\n".join(sorted(lines)).encode("utf-8", "surrogateescape")).hexdigest()

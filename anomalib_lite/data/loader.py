@@ -1,5 +1,6 @@
 """From a dataset to batches on this process: stored features come with the batch, and training counts its batches."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +68,17 @@ class AnomalyLoader(DataLoader):
             place.copy_(row)  # not torch.stack, whose result may have another type under autocast
         parts = table.split([height * width * channels for height, width, channels in self.shapes], 1)
         return [part.view(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+
+def worker_count(workers: int | str, world: int) -> int:
+    """`workers`; "auto" is a few beside a GPU, none on a CPU, where they would take cores from training."""
+    if workers != "auto":
+        return int(workers)
+    if not torch.cuda.is_available():
+        return 0
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    devices = max(1, torch.cuda.device_count()) if world > 1 else 1
+    return min(4, max(1, cpus // devices))
 
 
 def one_thread(worker: int) -> None:

@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from hydra.utils import instantiate
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule
+from anomalib_lite.runs import build
 from anomalib_lite.runs.artifacts import thresholds_of
-from anomalib_lite.runs.folder import read_run
-from anomalib_lite.runs.run import load
+from anomalib_lite.runs.devices import lightning_options
+from anomalib_lite.runs.folder import read_checkpoint, read_run
 
 
 class LoadedRun:
@@ -77,3 +79,20 @@ def load_run(
     thresholds = thresholds_of(Path(run).expanduser(), category, quantile)
     model, data = load(checkpoint, cfg, device)
     return LoadedRun(model, data, thresholds, bf16=cfg["hardware"]["precision"] == "bf16")
+
+
+def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyModule, AnomalyDataModule]:
+    """A run's method with its trained weights, in evaluation mode, and its DataModule without its data."""
+    stored = read_checkpoint(checkpoint)
+    if device == "gpu" and not torch.cuda.is_available():
+        raise UserError("device=gpu: no GPU is visible here; choose device=cpu or device=auto")
+    options = lightning_options(cfg["hardware"] | {"accelerator": device, "devices": 1, "nodes": 1}, multirun=False)
+    data = instantiate(cfg["data"], category=stored["categories"])
+    model = build.make_method(cfg, build.make_backbone(cfg, stored=True), data, stored["categories"])
+    try:
+        model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+    except RuntimeError as error:
+        raise UserError(
+            f"{checkpoint}: damaged, or not of the method that {cfg['method']['_target_']} is now"
+        ) from error
+    return model.eval().to("cuda" if options["accelerator"] == "gpu" else "cpu"), data

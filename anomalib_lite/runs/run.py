@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
-from hydra.utils import instantiate
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.sampler import check_batch_size
@@ -164,20 +162,3 @@ def write(
     write_figures(run / folder.FIGURES, data, outputs[TEST], result["thresholds"]["per_category"], title, model)
     training_figure(run / folder.FIGURES, data, model)
     artifacts.write_result(run, result)
-
-
-def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyModule, AnomalyDataModule]:
-    """A run's method with its trained weights, in evaluation mode, and its DataModule without its data."""
-    stored = read_checkpoint(checkpoint)
-    if device == "gpu" and not torch.cuda.is_available():
-        raise UserError("device=gpu: no GPU is visible here; choose device=cpu or device=auto")
-    options = lightning_options(cfg["hardware"] | {"accelerator": device, "devices": 1, "nodes": 1}, multirun=False)
-    data = instantiate(cfg["data"], category=stored["categories"])
-    model = build.make_method(cfg, build.make_backbone(cfg, stored=True), data, stored["categories"])
-    try:
-        model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
-    except RuntimeError as error:
-        raise UserError(
-            f"{checkpoint}: damaged, or not of the method that {cfg['method']['_target_']} is now"
-        ) from error
-    return model.eval().to("cuda" if options["accelerator"] == "gpu" else "cpu"), data

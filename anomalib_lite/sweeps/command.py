@@ -16,6 +16,8 @@ from typing import IO, Any
 
 from hydra._internal.utils import get_args_parser
 
+from anomalib_lite.runs.folder import is_run
+
 #: environment variables of a process that is a rank of a run; a job starts without them
 RANK_VARIABLES = (
     "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
@@ -77,7 +79,7 @@ class Command:
 
     def resuming_arguments(self) -> list[str]:
         """The arguments; with resume=true if an earlier process has started the run in this folder."""
-        started = (self.folder / "checkpoints" / "config.json").is_file()
+        started = is_run(self.folder)
         return [*self.arguments, *["resume=true"] * (started and "resume=true" not in self.arguments)]
 
     def full_environment(self) -> dict[str, str]:

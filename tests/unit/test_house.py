@@ -1,0 +1,120 @@
+"""The rules of the package's structure: rooms, directions of imports, sizes, and one home for the names of files."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from anomalib_lite.runs import folder
+from tests.helpers.run_programs import ROOT
+
+PACKAGE = ROOT / "anomalib_lite"
+#: Rooms from the bottom to the top. A module imports from its own room and from lower ones. Rooms in one row are
+#: independent of each other.
+ROOMS = [
+    {"errors", "paths", "progress"},
+    {"cli"},
+    {"data"},
+    {"features"},
+    {"methods"},
+    {"metrics"},
+    {"runs"},
+    {"tracking", "comparison", "sweeps"},
+    {"train", "evaluate", "predict", "compare", "splits"},
+]
+LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+FILES = sorted(path for folder_ in (PACKAGE, ROOT / "hydra_plugins") for path in folder_.rglob("*.py"))
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+
+
+def imports(path: Path) -> set[tuple[str, str]]:
+    """(module, name) of everything that a file imports from the package, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("anomalib_lite"):
+            found |= {(node.module or "", alias.name) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {(alias.name, "") for alias in node.names if alias.name.startswith("anomalib_lite")}
+    return found
+
+
+def target(module: str, name: str) -> str:
+    """The module that `from module import name` reads."""
+    return f"{module}.{name}" if f"{module}.{name}" in MODULES else module
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def test_imports_point_down():
+    upward = []
+    for module, path in MODULES.items():
+        if room(module) not in LEVEL:
+            continue
+        for source, name in imports(path):
+            other = room(target(source, name))
+            same_level = other in LEVEL and LEVEL[other] == LEVEL[room(module)] and other != room(module)
+            is_base = LEVEL[room(module)] == 0
+            if other in LEVEL and (LEVEL[other] > LEVEL[room(module)] or (same_level and not is_base)):
+                upward.append(f"{module} imports {target(source, name)}")
+    # the sweep's server preloads the train program, and its jobs run it
+    allowed = {
+        "anomalib_lite.sweeps.forks imports anomalib_lite.train",
+        "anomalib_lite.sweeps.preload imports anomalib_lite.train",
+    }
+    assert sorted(set(upward) - allowed) == []
+
+
+def test_imports_have_no_circle():
+    edges = {
+        module: {target(*each) for each in imports(path)} & MODULES.keys() - {module, "anomalib_lite"}
+        for module, path in MODULES.items()
+    }
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " → ".join((*way, module))
+        if module not in done:
+            for other in edges[module]:
+                visit(other, (*way, module))
+            done.add(module)
+
+    for module in edges:
+        visit(module, ())
+
+
+def test_no_private_name_of_another_module():
+    private = [
+        f"{module}: {source}.{name}"
+        for module, path in MODULES.items()
+        for source, name in imports(path)
+        if name.startswith("_") and not name.startswith("__")
+    ]
+    assert private == []
+
+
+def test_sizes():
+    assert len(list(PACKAGE.glob("*.py"))) <= 10
+    long = [f"{path.relative_to(ROOT)}: {n}" for path in FILES if (n := len(path.read_text().splitlines())) > 280]
+    assert long == []
+    functions = [
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 70
+    ]
+    assert functions == []
+
+
+@pytest.mark.parametrize("name", ["RESULT", "SCORES", "MAPS", "METRICS_LOG", "CHECKPOINTS", "last.ckpt", "config.json"])
+def test_names_of_a_runs_files_have_one_home(name):
+    """As string literals; docstrings, comments and messages may mention them."""
+    literal = getattr(folder, name, name)
+    homes = {
+        path.relative_to(ROOT).as_posix()
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value == literal
+    }
+    assert homes == {"anomalib_lite/runs/folder.py"}
