@@ -57,10 +57,8 @@ class AnomalyDataModule(L.LightningDataModule):
         ranks: Gives this process's rank and the number of ranks, when a loader is made.
 
     `with_features` gives a copy whose loaders add a frozen backbone's stored features to their batches. A Trainer needs
-    `use_distributed_sampler=False`: the DataModule itself shares the batches out to the ranks.
-
-    Raises:
-        UserError: whatever a user can correct, also from loader processes.
+    `use_distributed_sampler=False`: the DataModule itself shares the batches out to the ranks. User errors
+    are raised as UserError, also from loader processes.
     """
 
     def __init__(
@@ -96,8 +94,7 @@ class AnomalyDataModule(L.LightningDataModule):
         self.map_size: MapSize = map_size if map_size is None or isinstance(map_size, str) else pair(map_size)
         self.batch_size, self.eval_batch_size, self.workers = batch_size, eval_batch_size, workers
         self.val_fraction, self.seed, self.split, self.check = val_fraction, seed, split, check
-        self.drop_last = drop_last
-        self.balanced = balanced
+        self.drop_last, self.balanced = drop_last, balanced
         self.corrupt, self.treatment, self.texture_size = corrupt, treatment, texture_size
         self.transform, self.augment, self.normalize, self.resample = transform, augment or (), normalize, resample
         self.notes: list[str] = []
@@ -202,13 +199,10 @@ class AnomalyDataModule(L.LightningDataModule):
         how = (self.batch_size, self.seed, rank, world, self.drop_last, first_batch, classes)
         return TrainBatchSampler(len(self.train_samples), *how)
 
-    def train_dataloader(self) -> AnomalyLoader:
-        """Training batches from `first_batch` on."""
-        return self.loader_from(self.first_batch)
-
-    def loader_from(self, first_batch: int) -> AnomalyLoader:
-        """Training batches from this one on, counted from the start of training."""
-        return self._loader(self._train_images(), persistent=True, batch_sampler=self._train_batches(first_batch))
+    def train_dataloader(self, first_batch: int | None = None) -> AnomalyLoader:
+        """Training batches from this one on (None: from the module's `first_batch`), counted from the run's start."""
+        batches = self._train_batches(self.first_batch if first_batch is None else first_batch)
+        return self._loader(self._train_images(), persistent=True, batch_sampler=batches)
 
     def fit_dataloader(self) -> AnomalyLoader:
         """The training images once, in order, prepared as in the first epoch: for methods in closed form."""
@@ -257,9 +251,8 @@ class AnomalyDataModule(L.LightningDataModule):
         return dataset
 
     def _evaluated(self, samples: list[Sample], pairs: bool = False) -> AnomalyDataset:
-        return AnomalyDataset(
-            samples, self.categories, self.eval_pipeline, self.seed, map_size=self.map_size, pairs=pairs
-        )
+        options = {"map_size": self.map_size, "pairs": pairs}
+        return AnomalyDataset(samples, self.categories, self.eval_pipeline, self.seed, **options)  # type: ignore[arg-type]
 
     def _in_order(self, dataset: AnomalyDataset, sharded: bool, persistent: bool = False) -> AnomalyLoader:
         """Rank r's share is every world-th batch from the r-th on, without padding.

@@ -103,7 +103,7 @@ def training_figure(folder: Path, data: AnomalyDataModule, model: AnomalyModule,
     """
     if type(model).visualize is AnomalyModule.visualize or data.corrupt is None:
         return
-    batch = {key: value[:count] for key, value in next(iter(data.loader_from(0))).items()}
+    batch = {key: value[:count] for key, value in next(iter(data.train_dataloader(first_batch=0))).items()}
     clean, corrupted = (data.train_pipeline.denormalise(batch[key]) for key in ("clean", "image"))
     images = {"clean": clean, "corrupted": corrupted, "mask": batch["corruption_mask"][:, None].float()}
     rows = {title: _as_images(images) for title, images in images.items()} | _visualized(model, batch)
