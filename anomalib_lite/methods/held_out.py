@@ -22,5 +22,5 @@ def mean_loss(module: L.LightningModule, batches: Iterable[Any], losses: Callabl
         total += torch.stack([each.sum(), torch.tensor(len(each), dtype=torch.float64, device=each.device)])
     for part, training in modes.items():
         part.training = training
-    total = module.trainer.strategy.reduce(total, reduce_op="sum")  # type: ignore[assignment]
+    total = module.trainer.strategy.reduce(total, reduce_op="sum")
     return total[0] / total[1]

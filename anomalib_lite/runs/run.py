@@ -81,8 +81,9 @@ def execute(
             training.save(trainer)
         started = time.perf_counter()
         with enough_memory(lambda: "data.eval_batch_size", cfg):
-            loaders = [data.test_dataloader(), data.train_eval_dataloader(sharded=True)]  # in the order of test_outputs
-            loaders += [data.val_dataloader()] if data.val_samples else []
+            # in the order of test_outputs
+            loaders = [data.test_dataloader(), data.train_eval_dataloader(sharded=True), data.val_dataloader()]
+            loaders = loaders if data.val_samples else loaders[:2]
             weights = None if fit else checkpoint
             trainer.test(model, loaders, ckpt_path=weights, weights_only=True, verbose=False)
         samples = {TEST: data.test_samples, NORMAL: data.train_samples, HELD_OUT: data.val_samples}

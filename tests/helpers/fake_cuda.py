@@ -50,7 +50,7 @@ def to_fake(module: nn.Module) -> None:
         for tensors in (part._parameters, part._buffers):
             tensors.update({name: fake(x) for name, x in tensors.items()})  # type: ignore[misc]
         if hasattr(part, "_device"):
-            part._device = torch.device("cuda", 0)
+            part._device = torch.device("cuda", 0)  # type: ignore[assignment]
 
 
 def fake_batch(count: int, side: int, first: int = 0) -> dict[str, Any]:

@@ -124,8 +124,8 @@ class Started:
                         command = (folder / "cmdline").read_text()
                         if state != "Z":
                             parents[int(folder.name)] = int(parent), "multiprocessing.forkserver" in command
-        for number, (parent, of_server) in parents.items():
-            server = of_server and parent == self.process.pid
+        for number, (parent_id, of_server) in parents.items():
+            server = of_server and parent_id == self.process.pid
             role = "server" if server else "job" if of_server else "other"
             found[number] = "launcher" if number == self.process.pid else role
         return found

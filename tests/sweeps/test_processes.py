@@ -164,7 +164,9 @@ def test_killed_again_and_again(home, undisturbed, tmp_path):
     started = Started(home, *arguments)
     for victim, step in (("job", 2), ("server", 4), ("launcher", 0), ("launcher", 6)):
         started.until(lambda: logged(tmp_path / "1", step) if step else bool(started.find("server")))  # noqa: B023
-        os.kill(started.find(victim), signal.SIGKILL)
+        process = started.find(victim)
+        assert process is not None
+        os.kill(process, signal.SIGKILL)
         if victim == "launcher":  # at once: the new one waits until the jobs of the old one have ended
             killed, started = started, Started(home, *arguments)
             assert killed.end().code == -9

@@ -324,6 +324,7 @@ def test_no_samples():
     empty = {name: torch.zeros(0, 4, 4) if name in ("maps", "masks") else torch.zeros(0) for name in COLUMNS}
     collected.update(torch.tensor([], dtype=torch.int64), **empty)
     gathered = collected.gather()
+    assert gathered is not None
     assert {name: len(values) for name, values in gathered.items()} == dict.fromkeys(COLUMNS, 0)
     assert (gathered["scores"].dtype, gathered["labels"].dtype) == (np.float64, np.int64)
 
@@ -336,6 +337,7 @@ def test_batches_are_copied_converted_and_checked():
     maps.zero_()
     index.zero_()
     gathered = collected.gather()
+    assert gathered is not None
     np.testing.assert_array_equal(np.stack(gathered["maps"]), expected.flip(0))
     np.testing.assert_array_equal(gathered["masks"][0], np.eye(4, dtype=bool))
     assert gathered["labels"].tolist() == [0, 1]
