@@ -4,6 +4,7 @@ Their options lie in conf/hydra/launcher and conf/hydra/sweeper. Nothing heavy i
 for every --help.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.plugins.sweeper import Sweeper
 
 from anomalib_lite.paths import HOME
+
+IMBALANCES = (10, 20, 50, 100, 200, 500)
 
 
 class ProcessesLauncher(Launcher):
@@ -86,14 +89,19 @@ class TPESweeper(RandomSweeper):
 
 
 class OwnOptions(SearchPathPlugin):
-    """Removes the schemas that hydra-submitit-launcher and hydra-ray-launcher register under the names of our options.
+    """Adapts Hydra's stored options to this package's programs; those of another program stay as they are.
 
-    Only this package's programs are affected.
+    The schemas that hydra-submitit-launcher and hydra-ray-launcher register under the names of our options are removed.
+    split=exp10 … split=step500 are added: the long tails `split=exp` and `split=step` with an imbalance.
     """
 
     def manipulate_search_path(self, search_path: Any) -> None:
         main = next((entry.path for entry in search_path.get_path() if entry.provider == "main"), None)
-        if main and Path(main.removeprefix("file://")) == HOME / "conf":
-            stored = ConfigStore.instance().repo.get("hydra", {}).get("launcher", {})
-            for name in ("submitit_local", "submitit_slurm", "ray"):
-                stored.pop(f"{name}.yaml", None)
+        if not main or Path(main.removeprefix("file://")) != HOME / "conf":
+            return
+        store = ConfigStore.instance()
+        for name in ("submitit_local", "submitit_slurm", "ray"):
+            store.repo.get("hydra", {}).get("launcher", {}).pop(f"{name}.yaml", None)
+        for profile, imbalance in itertools.product(("exp", "step"), IMBALANCES):
+            node = {"defaults": [profile, "_self_"], "imbalance": imbalance}
+            store.store(group="split", name=f"{profile}{imbalance}", node=node)
