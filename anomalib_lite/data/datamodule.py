@@ -146,7 +146,7 @@ class AnomalyDataModule(L.LightningDataModule):
         if self.test_size == "original":
             self.eval_batch_size, self.map_size = 1, self.map_size or "original"
         self.eval_pipeline = Pipeline(transform, normalize=self.normalize)
-        augment = [*crop, *self.augment]
+        augment = [*crop, *self.augment] if crop else self.augment
         # The same object where training prepares images as test does: features are stored for one pipeline.
         self.train_pipeline = Pipeline(transform, augment, self.normalize) if augment else self.eval_pipeline
 

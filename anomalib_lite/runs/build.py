@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
 from lightning.pytorch.loggers import Logger
@@ -64,6 +65,18 @@ def _method_class(cfg: dict[str, Any]) -> Any:
     with contextlib.suppress(Exception):
         return get_method(cfg["method"]["_target_"])
     return None
+
+
+def load_weights(model: AnomalyModule, checkpoint: Path) -> None:
+    """All weights and buffers from a checkpoint, the frozen backbone's too.
+
+    Raises:
+        UserError: the checkpoint is another method's.
+    """
+    try:
+        model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+    except RuntimeError as error:
+        raise UserError(f"{checkpoint}: damaged, or not a checkpoint of {type(model).__name__}") from error
 
 
 def budget(cfg: dict[str, Any], data: AnomalyDataModule) -> int:

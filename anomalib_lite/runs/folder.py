@@ -152,12 +152,16 @@ def check_unchanged(stored: dict[str, Any], config: dict[str, Any], run: Path) -
 def withdraw(run: Path) -> None:
     """Undo `open_run` for a start that failed before the first checkpoint: a corrected run may use the folder.
 
-    A folder with nothing but what a start writes is emptied.
+    A folder with nothing but what a start writes is emptied; one with logged batches is left for its reader.
     """
     stored_config(run).unlink(missing_ok=True)
-    if {each.name for each in run.iterdir()} <= {HYDRA, CHECKPOINTS, LOG}:
-        shutil.rmtree(run / HYDRA, ignore_errors=True)
-        (run / LOG).unlink(missing_ok=True)
+    log = run / METRICS_LOG
+    trained = log.is_file() and len(log.read_text().splitlines()) > 1
+    if not trained and {each.name for each in run.iterdir()} <= {HYDRA, CHECKPOINTS, LOG, METRICS_LOG, WANDB}:
+        for file in (run / LOG, log):
+            file.unlink(missing_ok=True)
+        for part in (HYDRA, WANDB):
+            shutil.rmtree(run / part, ignore_errors=True)
         with contextlib.suppress(OSError):
             (run / CHECKPOINTS).rmdir()
 

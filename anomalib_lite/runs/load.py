@@ -89,10 +89,5 @@ def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyMod
     options = lightning_options(cfg["hardware"] | {"accelerator": device, "devices": 1, "nodes": 1}, multirun=False)
     data = instantiate(cfg["data"], category=stored["categories"])
     model = build.make_method(cfg, build.make_backbone(cfg, stored=True), data, stored["categories"])
-    try:
-        model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
-    except RuntimeError as error:
-        raise UserError(
-            f"{checkpoint}: damaged, or not of the method that {cfg['method']['_target_']} is now"
-        ) from error
+    build.load_weights(model, checkpoint)
     return model.eval().to("cuda" if options["accelerator"] == "gpu" else "cpu"), data

@@ -58,6 +58,8 @@ def execute(
     check_fingerprint(cfg, data, stored, checkpoint)
     steps = build.budget(cfg, data)
     model = build.make_method(cfg, build.make_backbone(cfg, stored=bool(stored)), data, data.categories, steps)
+    if stored:
+        build.load_weights(model, checkpoint)  # features are computed with the checkpoint's backbone
 
     training, evaluation = Training(cfg, checkpoint, model.total_steps), Evaluation()
     loggers = build.make_loggers(cfg["logger"], run) if fit else []

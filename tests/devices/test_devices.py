@@ -73,7 +73,7 @@ def test_files_are_written_once(launched):
     assert result["timing"]["steps"] == 8  # 13 images in global batches of 4, two epochs
     assert result["cache"]["used"]
     assert result["cache"]["computed"] == 22
-    assert len(list((launched.parent / "cache").glob("*/*.features"))) == 2  # each rank computed its share
+    assert len(list((launched.parent / "cache").glob("*/*.safetensors"))) == 2  # each rank computed its share
     rows = (launched / "scores.csv").read_text().splitlines()[1:]
     assert len(rows) == len({row.split(",")[0] for row in rows}) == 9
     assert result["data"]["test_counts"] == {

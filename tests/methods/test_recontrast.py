@@ -1,6 +1,5 @@
 """ReContrast against a literal reading of its specification in float64, and whole runs on drawn data."""
 
-import csv
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +20,8 @@ from anomalib_lite.methods.recontrast import ReContrast, cosine_loss
 from anomalib_lite.methods.reverse_distillation import Bottleneck, Decoder, blocks_of
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
-from tests.helpers.interrupt import Interrupted
 from tests.helpers.ranks import PROCESSES
-from tests.programs.test_resume import assert_equal, state_of
+from tests.programs.test_resume import assert_equal
 
 TINY = "mobilenetv3_small_050"
 CONFIG = yaml.safe_load((runs.ROOT / "conf" / "method" / "recontrast.yaml").read_text())
@@ -419,16 +417,6 @@ def test_stable_resets_and_rests():
 # --- whole runs ---
 
 
-class Stopping(ReContrast):
-    """ReContrast that is interrupted after a batch."""
-
-    stop_at: int | None = None
-
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        if self.stop_at and self.trainer.callbacks[0].steps == self.stop_at:  # type: ignore[attr-defined]
-            raise Interrupted
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
@@ -442,7 +430,7 @@ def arguments(root):
     def make(run: Path, *more: str, category: str = "bottle") -> list[str]:
         return [
             "hardware=cpu", "hardware.threads=1", "logger=csv", "method=recontrast",
-            f"method._target_={__name__}.Stopping", *runs.folder_data(root, category), f"backbone.name={TINY}",
+            *runs.folder_data(root, category), f"backbone.name={TINY}",
             "backbone.weights=none", "data.image_size=32", "data.batch_size=4", "data.eval_batch_size=4",
             "trainer.max_steps=6", "trainer.log_every=1", "trainer.checkpoint_minutes=0",
             *more, f"hydra.run.dir={run}",
@@ -460,46 +448,21 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_run_resume_and_predict(arguments, root, tmp_path, kind):
-    """The variants, interrupted within an epoch, at its end, at a reset of the decoder's moments and after it."""
+def test_a_run_of_each_variant(arguments, tmp_path, kind):
+    """The trained encoder changes, its frozen copy does not."""
     options = [x for x in KINDS[kind] if not x.startswith("category")]
     category = "[bottle,tile]" if kind == "unified" else "bottle"
     run = tmp_path / "undisturbed"
     outcome = runs.train(*arguments(run, *options, category=category), small=False)
     assert outcome.code == 0, outcome.err
-    expected = state_of(run)
+    weights = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     result = json.loads((run / "result.json").read_text())
     assert result["variant"] == kind
     assert result["timing"]["steps"] == 6
     score = result["protocol"]["scoring"]["image_score"]
     assert score == ("max" if kind == "one_class" else 0.01)
-    weights = expected["weights"]
     before, after = (weights[f"{part}.net.conv_stem.weight"] for part in ("backbone", "encoder"))
     assert not torch.equal(before, after)
-
-    at = {"one_class": [2, 5], "unified": [4], "stable": [1, 3, 4]}[kind]
-    stopped = tmp_path / "stopped"
-    for i, stop_at in enumerate(at):  # one run, interrupted again and again
-        Stopping.stop_at = stop_at
-        try:
-            more = ["resume=true"] if i else []
-            with pytest.raises(Interrupted):
-                runs.train(*arguments(stopped, *options, *more, category=category), small=False)
-        finally:
-            Stopping.stop_at = None
-    outcome = runs.train(*arguments(stopped, *options, "resume=true", category=category), small=False)
-    assert outcome.code == 0, outcome.err
-    assert_equal(state_of(stopped), expected)
-
-    image = root / "bottle" / "test" / "good" / "000.png"
-    chosen = ["category=bottle"] if kind == "unified" else []
-    outcome = runs.predict(f"run={run}", f"input={image}", f"output={tmp_path / 'predicted'}", *chosen)
-    assert outcome.code == 0, outcome.err
-    with (tmp_path / "predicted" / "scores.csv").open(newline="") as file:
-        (predicted,) = csv.DictReader(file)
-    with (run / "scores.csv").open(newline="") as file:
-        (tested,) = [row for row in csv.DictReader(file) if row["path"] == "bottle/test/good/000.png"]
-    assert float(predicted["score"]) == pytest.approx(float(tested["score"]), rel=1e-4)
 
 
 # --- several devices ---

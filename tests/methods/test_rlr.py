@@ -1,6 +1,5 @@
 """RLR's blocks against a literal reading in float64 loops, its masks by their definition, and its runs."""
 
-import json
 import math
 from functools import partial
 from typing import Any
@@ -16,7 +15,6 @@ from anomalib_lite.methods.transformer import Attention, LocalWindow, jitter, la
 from tests.helpers import run_programs as runs
 from tests.helpers.feature_levels import Levels, batch
 from tests.helpers.image_trees import make_mvtec
-from tests.helpers.interrupt import Interrupted
 
 CHANNELS = (6, 10)
 
@@ -458,35 +456,14 @@ def arguments(root):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("zero_fill", [False, True])
-def test_resumed_at_every_batch(arguments, tmp_path, monkeypatch, zero_fill):
-    options = [*arguments, f"method.zero_fill={zero_fill}"]
-    result = runs.result_of(*options, run_dir=tmp_path / "whole")
+def test_a_unified_run(arguments, tmp_path):
+    result = runs.result_of(*arguments, run_dir=tmp_path / "whole")
     assert result["timing"]["steps"] == 4  # 7 images in batches of 4, two epochs
     assert result["setting"] == "unified"
     assert set(result["per_category"]) == {"bottle", "wood"}
     assert result["protocol"]["scoring"]["image_smooth"] == 4
     assert result["protocol"]["scoring"]["pixel_smooth"] is None
     assert result["protocol"]["data"]["transform"][0]["filter"] == "lanczos"
-
-    def stop(self, outputs, batch, batch_idx):
-        raise Interrupted
-
-    run = tmp_path / "run"
-    for step in range(1, 5):
-        with monkeypatch.context() as patch:
-            patch.setattr(RLR, "on_train_batch_end", stop, raising=False)
-            with pytest.raises(Interrupted):
-                runs.train(*options, *(["resume=true"] if step > 1 else []), f"hydra.run.dir={run}")
-    outcome = runs.train(*options, "resume=true", f"hydra.run.dir={run}")
-    assert outcome.code == 0, outcome.err
-    assert (run / "scores.csv").read_bytes() == (tmp_path / "whole" / "scores.csv").read_bytes()
-    again = json.loads((run / "result.json").read_text())
-    assert again["metrics"] == result["metrics"]
-    images = f"{arguments[2].partition('=')[2]}/wood/test"
-    outcome = runs.predict(f"run={run}", f"input={images}", f"output={tmp_path / 'p'}", "category=wood")
-    assert outcome.code == 0, outcome.err
-    assert len(list((tmp_path / "p" / "heatmaps").rglob("*.png"))) == 4
 
 
 def test_the_published_configuration_composes(root):

@@ -1,9 +1,14 @@
 """With frozen features, what changes training images acts on training: augmentations, corruptions, crops."""
 
+import shutil
+
 import pytest
+import timm
+from safetensors.torch import save_file
 
 from tests.helpers.image_trees import make_mvtec
-from tests.helpers.run_programs import folder_data, result_of
+from tests.helpers.interrupt import assert_same_run, interrupted_after
+from tests.helpers.run_programs import folder_data, result_of, train
 
 CORRUPT = "+data.corrupt={_target_: anomalib_lite.data.corruptions.corrupt, _partial_: true}"
 CHANGES = {
@@ -41,6 +46,30 @@ def test_changes_of_training_images_act(method, scores):
     assert scores(method, "data.image_size=32") == plain[32]  # runs repeat
     for change, options in CHANGES.items():
         assert scores(method, "data.image_size=32", *options) != plain[48 if change == "crops" else 32], change
+
+
+@pytest.mark.parametrize("cache", ["true", "false"])
+def test_a_resumed_run_computes_features_with_its_backbone(cache, root, tmp_path):
+    """The weights file is not read again: the checkpoint has the backbone, before features are computed."""
+    weights = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("resnet18.tv_in1k", pretrained=False).state_dict(), weights)
+    options = [*folder_data(root), "method=norm_occ", "trainer.max_epochs=2", f"backbone.weights={weights}"]
+    options += ["trainer.checkpoint_minutes=0", "trainer.log_every=1"]
+    for name, stop in (("whole", None), ("resumed", 2)):
+        more = [f"cache.enabled={cache}", f"cache.folder={tmp_path / name / 'cache'}"]
+        if stop:
+            with interrupted_after(stop):
+                train(
+                    *options,
+                    *more,
+                    "trainer.checkpoint_minutes=0",
+                    "trainer.log_every=1",
+                    f"hydra.run.dir={tmp_path / name}",
+                )
+            shutil.rmtree(tmp_path / name / "cache", ignore_errors=True)
+            more.append("resume=true")
+        result_of(*options, *more, run_dir=tmp_path / name)
+    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
 
 
 def test_fixed_token_grids_refuse_crops_of_another_size(root, tmp_path):

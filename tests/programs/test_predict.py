@@ -465,7 +465,7 @@ def test_output_that_holds_scores(trained, photographs, tmp_path):
     predicted(trained, photographs / "wide.jpg", tmp_path)
     before = (tmp_path / "scores.csv").read_bytes()
     arguments = [f"input={photographs}", f"run={trained}"]
-    assert_refused(predict(*arguments, f"output={tmp_path}"), "scores.csv is there already: choose another output=DIR")
+    assert_refused(predict(*arguments, f"output={tmp_path}"), "scores.csv exists already: choose another output=DIR")
     assert (tmp_path / "scores.csv").read_bytes() == before
     assert_refused(predict(*arguments, f"output={trained}"), "scores.csv is there already")  # the run's own
 

@@ -90,7 +90,7 @@ def test_failures_stay_in_their_jobs(home, tmp_path):
 def test_damaged_files_of_a_job(name, content, warning, tmp_path, caplog):
     """They are named and put aside, and the job does not count as done."""
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "config.json").write_text('{"config": {}}')
+    (tmp_path / "checkpoints" / "config.json").write_text('{"config": {}, "names": {}}')
     (tmp_path / "checkpoints" / "last.ckpt").write_text("weights")
     (tmp_path / name).write_text(content)
     job = Job(0, [], tmp_path, None, {}, 0, False)

@@ -405,7 +405,7 @@ def test_balanced_batches_follow_seed_epoch_and_nothing_else():
         assert [
             [key for row in zip(*batch, strict=True) for key in row] for batch in zip(*shares, strict=True)
         ] == epochs[1]
-    resumed = balanced(done=lambda: 2 * len(balanced()) + 4)
+    resumed = balanced(first_batch=2 * len(balanced()) + 4)
     assert list(resumed) == epochs[2][4:]
 
 
