@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
+WORKERS ?= 2
 QUICK := tests/unit tests/programs/test_readme.py::test_readme_is_short
 
 .DEFAULT_GOAL := help
@@ -26,10 +27,10 @@ demo: setup ## train two methods on drawn images; a table, and a page and figure
 	$(BIN)/python -m anomalib_lite.compare outputs/demo --html outputs/demo/page.html
 
 quick: setup ## the fast tests (less than 90 seconds)
-	$(BIN)/python -m pytest $(QUICK)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(QUICK)
 
-test: setup ## all tests, on generated data
-	$(BIN)/python -m pytest
+test: setup ## all tests, on generated data, in WORKERS=2 processes
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-real: setup ## tests on real images (ANOMALIB_LITE_DATA=DIR names their folder), and the slow tests
 	$(BIN)/python -m pytest -m "real or slow" -rs -s

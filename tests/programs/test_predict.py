@@ -467,7 +467,7 @@ def test_output_that_holds_scores(trained, photographs, tmp_path):
     arguments = [f"input={photographs}", f"run={trained}"]
     assert_refused(predict(*arguments, f"output={tmp_path}"), "scores.csv exists already: choose another output=DIR")
     assert (tmp_path / "scores.csv").read_bytes() == before
-    assert_refused(predict(*arguments, f"output={trained}"), "scores.csv is there already")  # the run's own
+    assert_refused(predict(*arguments, f"output={trained}"), "scores.csv exists already")  # the run's own
 
 
 # --- as processes of their own ---

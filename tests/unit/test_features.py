@@ -24,7 +24,7 @@ from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.features.cache import FeatureFiles, image_key, key
 from anomalib_lite.features.precompute import as_rows, shapes_of, smallest_type
 from tests.helpers.image_trees import make_mvtec
-from tests.helpers.run_programs import ROOT, SMALL, folder_data, result_of, train
+from tests.helpers.run_programs import ROOT, SMALL, folder_data, method, result_of, train
 
 RESNET = "resnet18.tv_in1k"
 CPU = torch.device("cpu")
@@ -165,7 +165,7 @@ def test_a_method_that_needs_images_too(root, cache, tmp_path):
         ("warm", ()),
         ("without", ("cache.enabled=false", "hardware.feature_memory_gb=0")),
     ):
-        how = ("method=recontrast", "trainer.max_epochs=1", "data.image_size=64", f"cache.folder={cache}", *more)
+        how = (*method("recontrast"), "trainer.max_epochs=1", "data.image_size=64", f"cache.folder={cache}", *more)
         found = result_of(*folder_data(root), *how, run_dir=tmp_path / name)["cache"]
         assert (found["used"], found.get("computed")) == {
             "cold": (True, 12), "warm": (True, 0), "without": (False, None),
