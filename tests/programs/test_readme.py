@@ -125,8 +125,8 @@ def test_targets():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-@pytest.mark.xfail(reason="resume=true alone is not delivered yet", strict=False)
 def test_resume_alone(folder):
+    """Of a finished run; tests/programs/test_resume.py interrupts runs."""
     (command,) = [c for c in commands() if "resume=true" in c]
     outcome = program(command, f"hydra.run.dir={folder / 'RUN'}")
     assert outcome.code == 0, outcome.err
