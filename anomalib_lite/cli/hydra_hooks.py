@@ -65,7 +65,7 @@ def no_private_choices() -> Iterator[None]:
             copies[key] = self._parse_overrides_and_create_caching_repo(config_name, overrides or [])[1]
         return [name for name in copies[key].get_group_options(group_name, results_filter) if not name.startswith("_")]
 
-    ConfigLoaderImpl.get_group_options = public  # type: ignore[method-assign, assignment]
+    ConfigLoaderImpl.get_group_options = public  # type: ignore[method-assign]
     try:
         yield
     finally:
