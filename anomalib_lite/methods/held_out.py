@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torchmetrics import MeanMetric
 
 
 @torch.no_grad()
@@ -14,13 +15,11 @@ def mean_loss(module: L.LightningModule, batches: Iterable[Any], losses: Callabl
 
     Afterwards every part of the module is in the mode that it was in before, so that training goes on unchanged.
     """
-    total = torch.zeros(2, dtype=torch.float64, device=module.device)  # sum and number
+    mean = MeanMetric(nan_strategy="disable").set_dtype(torch.float64).to(module.device)
     modes = {part: part.training for part in module.modules()}
     module.eval()
     for batch in batches:
-        each = losses(module.transfer_batch_to_device(batch, module.device, 0)).double()
-        total += torch.stack([each.sum(), torch.tensor(len(each), dtype=torch.float64, device=each.device)])
+        mean.update(losses(module.transfer_batch_to_device(batch, module.device, 0)).double())
     for part, training in modes.items():
         part.training = training
-    total = module.trainer.strategy.reduce(total, reduce_op="sum")
-    return total[0] / total[1]
+    return mean.compute()

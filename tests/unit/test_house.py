@@ -1,6 +1,9 @@
 """The rules of the package's structure: rooms, directions of imports, sizes, and one home for the names of files."""
 
 import ast
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -118,3 +121,26 @@ def test_names_of_a_runs_files_have_one_home(name):
         if isinstance(node, ast.Constant) and node.value == literal
     }
     assert homes == {"anomalib_lite/runs/folder.py"}
+
+
+#: packages whose module has another name
+NAMES = {
+    "PIL": "pillow", "cv2": "opencv-python-headless", "hydra": "hydra-core", "sklearn": "scikit-learn", "yaml": "pyyaml",
+}  # fmt: skip
+
+
+def test_declared_packages_are_the_imported_ones():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = [line for extra in ("sweep", "optuna", "ltad") for line in project["optional-dependencies"][extra]]
+    declared = {re.split(r"[><=;! ]", line)[0] for line in [*project["dependencies"], *optional]}
+    imported = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.split(".")[0])
+    imported = {NAMES.get(name, name) for name in imported - sys.stdlib_module_names - {"anomalib_lite"}}
+    # torchvision is never imported: it is declared so that one resolver step chooses the build that fits torch and
+    # timm. submitit and ray are imported by name where a launcher needs them.
+    assert declared - {"torchvision", "submitit", "ray"} == imported
