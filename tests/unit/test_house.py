@@ -125,7 +125,7 @@ def test_names_of_a_runs_files_have_one_home(name):
 
 #: packages whose module has another name
 NAMES = {
-    "PIL": "pillow", "cv2": "opencv-python-headless", "hydra": "hydra-core", "sklearn": "scikit-learn", "yaml": "pyyaml",
+    "PIL": "pillow", "cv2": "opencv-python-headless", "hydra": "hydra-core", "yaml": "pyyaml",
 }  # fmt: skip
 
 
