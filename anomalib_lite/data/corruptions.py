@@ -1,8 +1,8 @@
 """Corruption of a normal image: a few random shapes are filled with other content.
 
-The recipe is that of the self-supervised autoencoder (Bauer et al., arXiv 2206.11723), with details from
-re-implementations. It makes that method's training images (`data.corrupt`), and all methods' validation anomalies from
-held-out training images. Other code draws the synthetic data set's defects, so no method trains on them.
+The recipe is Bauer et al.'s (arXiv 2206.11723, `ssae`), with details from re-implementations. It makes ssae's training
+images (`data.corrupt`), and all methods' validation anomalies from held-out training images. Other code draws the
+synthetic data set's defects, so no method trains on them.
 """
 
 from functools import lru_cache

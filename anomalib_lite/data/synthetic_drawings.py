@@ -188,7 +188,7 @@ def _gear(rng: Generator, size: int, defect: str | None, spoil: Generator) -> np
 
 LOOKS = {"chip": _rgb(0.13, 0.13, 0.14), "bar": _rgb(0.30, 0.42, 0.60), "can": _rgb(0.70, 0.71, 0.73),
          "led": _rgb(0.80, 0.25, 0.20)}  # fmt: skip
-PARTS = {  # places from the middle of the board and quarter turns
+PARTS = {  # positions relative to the board's centre, and rotations in quarter turns
     "chip": [(-0.14, -0.15, 0), (0.16, 0.12, 1)], "can": [(-0.26, 0.08, 0), (-0.25, 0.24, 0), (0.29, -0.2, 0)],
     "bar": [(0.13, -0.24, 0), (0.13, -0.16, 0), (0.13, -0.08, 0), (-0.05, 0.2, 1), (-0.13, 0.2, 1)],
     "led": [(0, 0.03, 0), (0.29, 0.29, 0)],
@@ -200,7 +200,7 @@ TRACES = [
 
 
 def _part(kind: str, colour: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, float]]:
-    """A part's outlines, colours and heights around its middle."""
+    """The outlines, colours and heights of a part, relative to its centre."""
     solder, middle = _rgb(0.72, 0.72, 0.70), (0, 0)
     if kind == "bar":
         ends = [(_box((s * 0.038, 0), 0.02, 0.034), solder, 0.5) for s in (-1, 1)]
@@ -214,7 +214,7 @@ def _part(kind: str, colour: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, f
 
 
 def _board(rng: Generator, size: int, defect: str | None, spoil: Generator) -> np.ndarray:
-    """A small circuit board on a table, turned by a few degrees."""
+    """A small circuit board on a table, rotated by a few degrees."""
     table = 0.62 + 0.012 * _noise(rng, size, size // 2, size // 2)[..., None]
     canvas = _Canvas(size, table, rng.uniform(-0.055, 0.055), rng.uniform(-0.018, 0.018, 2))
     green = _rgb(0.10, 0.33, 0.22) * rng.uniform(0.93, 1.07)
