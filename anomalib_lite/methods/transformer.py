@@ -139,7 +139,7 @@ class Dropout(nn.Dropout):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, dropout: float) -> Tensor:
-    """Scaled dot product attention of [B, heads, L, e]; `seen` is a bool mask [L, L'] (True: visible) or None."""
+    """Scaled dot product attention of [B, heads, L, e]; `seen` is a bool mask [L, L'] (True: seen) or None."""
     if not dropout or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, seen, dropout)
     with torch.autocast("cpu", enabled=False):  # PyTorch has no fused CPU kernel for dropout
