@@ -492,7 +492,7 @@ def test_no_weights_without_a_network(data, tmp_path):
     outcome = python(
         "-m", "anomalib_lite.train", *arguments, HF_HOME=str(tmp_path / "empty"), HF_HUB_OFFLINE="1", timeout=60
     )
-    assert_one_line(outcome, "backbone.weights=auto: the weights of resnet18.tv_in1k could not be had.*local file")
+    assert_one_line(outcome, "backbone.weights=auto: the weights of resnet18.tv_in1k were not found.*local file")
 
 
 def test_traceback_on_request(data, tmp_path):
