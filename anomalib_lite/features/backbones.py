@@ -93,7 +93,7 @@ def _build(name: str, layers: list[int], weights: str) -> Any:
                 out_indices=layers,
             )
     except (IndexError, AssertionError) as error:
-        raise UserError(f"backbone.layers={layers}: {name} has no such layer ({line_of(error)})") from error
+        raise UserError(f"backbone.layers={layers}: {name} has no such layer ({line_of(error)}); use others") from error
     except RuntimeError as error:
         if "Invalid pretrained tag" in str(error):
             known = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*")) or "none"
@@ -101,9 +101,11 @@ def _build(name: str, layers: list[int], weights: str) -> Any:
         if "No pretrained weights exist" in str(error):
             raise UserError(f"{what}: timm has no weights for {name}; choose a file, none, or another tag") from error
         if overlay or "size mismatch" in str(error):
-            raise UserError(f"{what}: these are not the weights of {name} ({line_of(error, 1)})") from error
+            raise UserError(
+                f"{what}: these are not the weights of {name} ({line_of(error, 1)}); give another file"
+            ) from error
         if "feature" in str(error):
-            raise UserError(f"backbone.name={name}: this model gives no feature maps ({line_of(error)})") from error
+            raise UserError(f"backbone.name={name}: no feature maps ({line_of(error)}); choose another") from error
         raise
     except Exception as error:  # without a network, hub clients raise exceptions of many classes
         if weights != "auto":
@@ -114,7 +116,7 @@ def _build(name: str, layers: list[int], weights: str) -> Any:
             "give a local file, or none for random weights"
         ) from error
     if overlay and foreign:
-        raise UserError(f"{what}: these are not the weights of {name} ({foreign[0]} is not among its tensors)")
+        raise UserError(f"{what}: these are not the weights of {name} ({foreign[0]} is not in it); give another file")
     lacking = [key for key, tensor in net.state_dict(keep_vars=True).items() if id(tensor) in missing]
     if lacking:
         raise UserError(

@@ -103,7 +103,7 @@ class Extraction:
                     if self.agreed() and missing:
                         self.files.load({path: self.keys[path] for path in missing}, stored)  # of all ranks
         if self.agreed() and not stored.holds(paths):
-            self.problem = "its files were removed by another program"
+            self.problem = "another program has removed its files"
         if not self.agreed():
             if self.trainer.is_global_zero:
                 log.warning("the feature cache is not used: %s", self.problem or "another rank could not write")

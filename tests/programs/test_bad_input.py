@@ -372,7 +372,7 @@ WEIGHTS = {
     "text.pth": "text.pth: damaged, or not a weights file",
     "resnet34.safetensors": r"resnet34.safetensors: these are not the weights of resnet18.tv_in1k \(layer1.2",
     "resnet50.safetensors": r"resnet50.safetensors: these are not the weights of resnet18.tv_in1k \(size mismatch",
-    "without_layer3.safetensors": r"lacks \d+ tensors that layers \[2, 3\] of resnet18.tv_in1k need, layer3",
+    "without_layer3.safetensors": r"lacks \d+ tensors that layers \[2, 3\] of resnet18.tv_in1k need, such as layer3",
     "without_layer3.pth": r"lacks \d+ tensors .*other layers or another file",
 }
 
