@@ -29,7 +29,7 @@ class AnomalyModule(L.LightningModule):
     - `stopped_early`: a property that ends training after the current batch if it is True;
     - `uses_backbone = False`: the method needs no backbone and ignores a configured one, as in a sweep over methods;
     - `frozen_features = True`: training and test see a frozen backbone's outputs, which `self.features(batch)` returns.
-      These features are computed once and shared by runs, unless the training images are augmented or corrupted;
+      These features are computed once and shared by runs, unless training crops, augments or corrupts its images;
     - `uses_images = False` with frozen_features: training uses no `image`; if features are stored, none is decoded;
     - `own_image_score = True`: `anomaly_map` returns (maps, image scores [B]) for scoring.image_score=own.
 
