@@ -80,7 +80,7 @@ OPTIONS = {
     "backbone.layers=3": "backbone.layers=3: give",
     "backbone.layers=[3,2]": "backbone.layers=.*ascending",
     "backbone.weights=null": "backbone.weights=null: give auto, none, or a file",
-    "backbone=none": "backbone=none: NormOCC needs one",
+    "backbone=none": "backbone=none: NormOCC needs a backbone",
     "data.foo=1": r"data.foo: no such option; data has .*batch_size.*\+data.foo=VALUE",
     "trainer.max_step=3": "trainer.max_step: no such option; did you mean trainer.max_steps",
     "method.nrm=1": "method.nrm: no such option; did you mean method.norm",
