@@ -1,7 +1,8 @@
-"""Corruption of a normal image by a few random shapes filled with something else (recipe of the self-supervised
-autoencoder, Bauer et al., arXiv 2206.11723, as recalled from re-implementations). It makes that method's training
-images (`data.corrupt`), and validation anomalies from held-out training images of all methods. The synthetic data
-set's defects are drawn by other code, so that no method trains on them.
+"""Corruption of a normal image: a few random shapes are filled with other content.
+
+The recipe is Bauer et al.'s (arXiv 2206.11723, `ssae`), with details from re-implementations. It makes ssae's training
+images (`data.corrupt`), and all methods' validation anomalies from held-out training images. Other code draws the
+synthetic data set's defects, so no method trains on them.
 """
 
 from functools import lru_cache
@@ -19,8 +20,8 @@ CONTENTS = {"elastic": 0.4, "texture": 0.3, "elsewhere": 0.2, "colour": 0.05, "b
 AREA = (0.005, 0.2)  # changed pixels as a share of the image
 MAX_SHAPES = 3
 MAX_BETA = 0.8  # weight of the clean image inside a shape is β ~ U(0, MAX_BETA)
-STAIN_AXES, STAIN_POINTS = (0.01, 0.12), 20  # semi-axes as shares of the shorter side; points of the jittered contour
-TRIES = 100  # before all contents are allowed
+STAIN_AXES, STAIN_POINTS = (0.01, 0.12), 20  # semi-axes as shares of the shorter side; number of contour points
+TRIES = 100  # failed tries after which all contents are allowed
 Box = tuple[slice, slice]  # the rows and columns of an image that a shape covers
 
 
@@ -36,23 +37,23 @@ def corrupt(
     max_beta: float = MAX_BETA,
     textures: str | Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The corrupted image uint8 [H, W, 3] and the mask bool [H, W] of the pixels that changed; `image` stays as it is.
+    """Return the corrupted image uint8 [H, W, 3] and the mask bool [H, W] of changed pixels; `image` is not modified.
 
-    `shapes` and `contents` give each kind its probability (None: SHAPES, CONTENTS). The mask's share of the image lies
-    within `area`, so it is never empty, unless the image is left clean, which happens with probability `p_clean`.
-    `textures` is a folder of images to take foreign textures from; None draws them.
+    `shapes` and `contents` give each kind its probability (None: SHAPES, CONTENTS). With probability `p_clean` the
+    image stays clean and the mask is empty; otherwise the mask's share of the image lies within `area`.
+    `textures` is a folder of images from which foreign textures are cropped; None draws them.
     """
     if p_clean and rng.random() < p_clean:
         return image.copy(), np.zeros(image.shape[:2], bool)
     chosen = _known("shapes", shapes or SHAPES, SHAPES)
     fillings = _known("contents", contents or CONTENTS, CONTENTS)
     tries = 0
-    while True:  # a shape may be too small or too large, and a flat patch looks the same when deformed: draw again
+    while True:  # repeat if the shapes are too small or too large, or if deforming a flat patch changes no pixel
         result = image.copy()
         for _ in range(rng.integers(1, max_shapes + 1)):
             inside = _SHAPES[_pick(chosen, rng)](image.shape[0], image.shape[1], rng)
             if not area[0] / max_shapes < inside.mean() < area[1]:
-                continue  # saves the content, which takes longest
+                continue  # computing the content takes longest
             kind, box = _pick(fillings if tries < TRIES else CONTENTS, rng), _box(inside)
             weight = inside[box][..., None] * np.float32(1 - rng.uniform(0, max_beta))
             if kind == "texture" and textures is not None:
@@ -70,9 +71,9 @@ def corrupt(
 def _known(option: str, weights: dict[str, float], known: dict[str, float]) -> dict[str, float]:
     for name, weight in weights.items():
         if name not in known or not isinstance(weight, int | float) or weight < 0:
-            raise UserError(f"data.corrupt.{option}={weights}: give probabilities of {', '.join(known)}")
+            raise UserError(f"data.corrupt.{option}={weights}: give probabilities for {', '.join(known)}")
     if not any(weights.values()):
-        raise UserError(f"data.corrupt.{option}={weights}: give at least one of them a probability above 0")
+        raise UserError(f"data.corrupt.{option}={weights}: give a probability above 0 for at least one of them")
     return weights
 
 
@@ -117,7 +118,7 @@ def _filled(height: int, width: int, points: np.ndarray, smooth: float = 0) -> n
     if smooth < 0.3:
         return inside
     soft = cv2.GaussianBlur(inside, (0, 0), smooth)
-    return np.where(soft > 0.05, soft, 0)  # without the blur's long tail
+    return np.where(soft > 0.05, soft, 0)  # cuts off the blur's long tail
 
 
 def _perlin_shape(height: int, width: int, rng: Generator) -> np.ndarray:
@@ -125,7 +126,7 @@ def _perlin_shape(height: int, width: int, rng: Generator) -> np.ndarray:
 
 
 def _perlin(height: int, width: int, rng: Generator, box: Box = (slice(None), slice(None))) -> np.ndarray:
-    """Perlin's gradient noise, about -1..1, with 2 to 32 cells along each side of [H, W]: the part in `box`."""
+    """The part in `box` of Perlin's gradient noise, about -1..1, with 2 to 32 cells along each side of [H, W]."""
     cells = 2 ** rng.integers(1, 6, 2)
     angle = rng.uniform(0, 2 * np.pi, cells + 1).astype(np.float32)
     y, x = (np.arange(n, dtype=np.float32)[s] * c / n for n, c, s in zip((height, width), cells, box, strict=True))
@@ -142,7 +143,7 @@ def _perlin(height: int, width: int, rng: Generator, box: Box = (slice(None), sl
     return np.float32(np.sqrt(2)) * (top + fade_v * (bottom - top))
 
 
-# Contents: (image, rng, box) -> [h, w, 3] in 0..255, what the shape's box is filled with.
+# Contents: (image, rng, box) -> [h, w, 3] in 0..255, the new pixels of the shape's box.
 
 
 def _grid(box: Box) -> tuple[np.ndarray, np.ndarray]:
@@ -171,7 +172,7 @@ def _texture(image: np.ndarray, rng: Generator, box: Box) -> np.ndarray:
 
 
 def _from_folder(image: np.ndarray, rng: Generator, box: Box, folder: str) -> np.ndarray:
-    """A part of the box's size out of one of the folder's images, which is enlarged if it is smaller than `image`."""
+    """A crop, as large as the box, of a random image in the folder; an image smaller than `image` is enlarged."""
     files = _texture_files(folder)
     texture = load_rgb(files[rng.integers(len(files))])
     scale = max(n / m for n, m in zip(image.shape[:2], texture.shape[:2], strict=True))
@@ -192,7 +193,7 @@ def _texture_files(folder: str) -> list[Path]:
 
 
 def _elsewhere(image: np.ndarray, rng: Generator, box: Box) -> np.ndarray:
-    """The patch that lies a random shift away, around the image's borders."""
+    """The patch at a random shift from the box; the shift wraps around the image's borders."""
     shift = [int(rng.integers(n // 8, n - n // 8)) for n in image.shape[:2]]
     rows, columns = ((np.arange(s.start, s.stop) - d) % n for s, d, n in zip(box, shift, image.shape, strict=False))
     return image[np.ix_(rows, columns)]

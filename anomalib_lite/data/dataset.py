@@ -1,6 +1,6 @@
-"""From samples to the items of a batch: what a loader's workers run.
+"""The Dataset class, which turns samples into the items of a batch in the loader's workers.
 
-Everything random depends on the seed and on a sample's position alone, never on workers, ranks or earlier runs.
+Random numbers depend on the seed, the epoch and a sample's position only, never on workers, ranks or earlier runs.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,30 +16,30 @@ from anomalib_lite.data.transforms import Pipeline, resize_mask
 from anomalib_lite.errors import UserError
 
 CORRUPTED = "corrupted"  # the `defect` of a held-out training image that gets an artificial defect
-MapSize = tuple[int, int] | str | None  # size at which maps meet masks: (H, W), "original", None: the input's
-# Streams of random numbers; each number is seeded by (seed, stream, ...).
+MapSize = tuple[int, int] | str | None  # size of maps and masks: (H, W), "original", None: the input's
+# Streams of random numbers: every generator is seeded by (seed, stream, ...).
 AUGMENT, SHUFFLE, HOLD_OUT, CORRUPT, CORRUPT_TRAINING, BALANCE = range(6)
 
 
 class LoadError(UserError):
-    """A UserError that crosses the border of a worker process: torch rebuilds it from the last line of a traceback."""
+    """A UserError raised in a worker process: torch rebuilds it from the traceback, whose last line is the message."""
 
     def __init__(self, message: str):
         super().__init__(message.rstrip().rsplit("\n", 1)[-1].rsplit(f"{type(self).__name__}: ", 1)[-1])
 
 
 class AnomalyDataset(Dataset):
-    """Samples by position, or by (epoch, position) where the augmentation should differ from epoch to epoch.
+    """Samples by position, or by (epoch, position) if the augmentation differs from epoch to epoch.
 
     Args:
-        samples: the images. categories: names of the classes, whose positions are the labels `category`.
-        pipeline: prepares every image. seed: of augmentation and corruption.
-        images: False leaves decoding out: items have neither `image` nor `mask`.
+        samples: the images. categories: names of the classes; the label `category` is an index into these names.
+        pipeline: prepares every image. seed: seed of augmentation and corruption.
+        images: False: images are not decoded, and items have neither `image` nor `mask`.
         map_size: items also have `gt_mask`, the mask at this size, and with "original" `size`, the image's own (H, W).
-        corrupt: (uint8 image, rng) -> (image, mask). `image` is corrupted anew in every epoch, `clean` is the image
-            before, and `corruption_mask` says where the two differ.
-        pairs: items have `clean` and `corruption_mask` without `corrupt` too, for held-out images. Of those, the
-            samples with the defect CORRUPTED are corrupted, always in the same way.
+        corrupt: (uint8 image, rng) -> (image, mask). Every epoch corrupts `image` anew; `clean` is the image without
+            corruption, and `corruption_mask` marks where the two differ.
+        pairs: True: items of held-out images have `clean` and `corruption_mask` even without `corrupt`. Samples with
+            the defect CORRUPTED are corrupted, in every epoch in the same way.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class AnomalyDataset(Dataset):
         self.seed = seed
         self.images, self.map_size = images, map_size
         self.corrupt, self.pairs = corrupt, pairs or corrupt is not None
-        #: whether an item's image differs from what `pipeline` makes of its file
+        #: whether an item's image may differ from the pipeline's output for the file
         self.corrupts = corrupt is not None or any(sample.defect == CORRUPTED for sample in samples)
 
     def __len__(self) -> int:
@@ -86,7 +86,7 @@ class AnomalyDataset(Dataset):
         shown, changed = clean, np.zeros(clean.shape[:2], bool)
         held_out = sample.defect == CORRUPTED
         if held_out:
-            from anomalib_lite.data.corruptions import corrupt  # only runs that validate need it
+            from anomalib_lite.data.corruptions import corrupt  # imported only if images are held out
 
             shown, changed = corrupt(clean, np.random.default_rng([self.seed, CORRUPT, index]))
             target = changed
@@ -105,10 +105,10 @@ class AnomalyDataset(Dataset):
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch: image float32 [B, 3, H, W], mask bool [B, H, W], label, category, index int64 [B], path list.
+    """Join items to a batch: image float32 [B, 3, H, W], mask bool [B, H, W], label, category, index int64 [B], path.
 
-    Where items have them: `size` int64 [B, 2], `gt_mask`, a list of bool [H_i, W_i], `clean` float32 [B, 3, H, W] and
-    `corruption_mask` bool [B, H, W].
+    If items have them, the batch also holds `size` int64 [B, 2], `gt_mask` (list of bool [H_i, W_i]), `clean` float32
+    [B, 3, H, W] and `corruption_mask` bool [B, H, W]. `path` is a list. Raises LoadError if image sizes differ.
     """
     numbers = [key for key in ("label", "category", "index", "size") if key in items[0]]
     batch: dict[str, Any] = {key: torch.tensor([item[key] for item in items]) for key in numbers}
@@ -117,7 +117,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         for item in items:
             if item["image"].shape != items[0]["image"].shape:
                 raise LoadError(
-                    f"{item['path']}: another size than the rest of its batch; add a Resize to data.transform"
+                    f"{item['path']}: its size differs from the rest of the batch; add a Resize to data.transform"
                 )
         for key in ("image", "mask", "clean", "corruption_mask"):
             if key in items[0]:
@@ -128,7 +128,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class NewImages(Dataset):
-    """Images to predict on. The item of an unreadable image is the message that says so."""
+    """Images for prediction. The item of an unreadable image is its error message."""
 
     def __init__(self, files: Sequence[Path], category: int, pipeline: Pipeline):
         self.files, self.category, self.pipeline = files, category, pipeline
@@ -148,7 +148,7 @@ class NewImages(Dataset):
 
 
 def collate_readable(items: list[dict[str, Any] | str]) -> dict[str, Any]:
-    """`collate` of the readable images, and `damaged`, the messages of the others."""
+    """`collate` for the readable images; `damaged` holds the error messages of the other images."""
     readable = [item for item in items if not isinstance(item, str)]
     batch = collate(readable) if readable else {"path": []}
     return batch | {"damaged": [item for item in items if isinstance(item, str)]}

@@ -1,4 +1,4 @@
-"""A look at the files of a data set before a run starts, so that a damaged one can't end it hours later."""
+"""Check of a data set's files before a run starts, so that a damaged file can't stop the run hours later."""
 
 import hashlib
 import os
@@ -15,11 +15,11 @@ from anomalib_lite.errors import UserError
 
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 JPEG_END = b"\xff\xd9"
-TAIL = 64  # bytes at the end in which a complete file has its end mark; some cameras and tools pad after it
+TAIL = 64  # number of last bytes that are searched for the end mark; some cameras and tools add padding after it
 
 
 class Decoded(NamedTuple):
-    """What the thorough check knows of a sample: its size as "WxH", and a hash of its pixels."""
+    """Facts about a sample's image for the thorough check: its size as "WxH", and a hash of its pixels."""
 
     sample: Sample
     size: str
@@ -28,10 +28,10 @@ class Decoded(NamedTuple):
 
 
 def check(dataset: DataSet, thorough: bool = False) -> list[str]:
-    """Read every file's header and end, or decode everything if `thorough`, and return notes.
+    """Read every file's header and end, or decode all files if `thorough`, and return notes for the result.
 
     Raises UserError for the first file (training before test, in order) that is damaged or whose mask has another size.
-    Only the thorough check looks for empty masks, images that are in both train and test, and differing sizes.
+    Only the thorough check reports empty masks, images that are in both train and test, and different image sizes.
     """
     read = _read_pixels if thorough else _read_ends
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
@@ -56,7 +56,7 @@ def _read_pixels(sample: Sample) -> Decoded:
 
 
 def _check_end(path: Path) -> str:
-    """The size from the header. The whole file is decoded only if its end is not the end mark of its format."""
+    """The size "WxH" from the header. The whole file is decoded only if the end mark of its format is missing."""
     with decoding(path), path.open("rb") as file:
         length = file.seek(0, os.SEEK_END)
         if length == 0:

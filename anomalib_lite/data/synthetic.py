@@ -1,6 +1,6 @@
-"""A data set of drawn parts in the MVTec layout, made on the spot, for tests and first steps without a download.
+"""A data set of drawn images in the MVTec layout, generated on first use, for tests and first steps without a download.
 
-Two textures (`fabric`, single-channel like MVTec's grid, and `wood`) and two objects (`gear`, `board`): `drawings`.
+It has two textures (`fabric`, single-channel like MVTec's grid, and `wood`) and two objects (`gear`, `board`).
 """
 
 import json
@@ -21,33 +21,33 @@ from anomalib_lite.data.synthetic_drawings import CATEGORIES, picture
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import cache_folder
 
-VERSION = 1  # raise it whenever a pixel changes: it is part of the cache's key
+VERSION = 1  # raise this number whenever a pixel changes: it is part of the cache folder's name
 STAMP = "synthetic.json"
 log = logging.getLogger(__name__)
 
 
 def _holds(root: Path, stamp: dict) -> bool:
-    """Whether `root` is the set with these parameters; UserError if it holds anything else."""
+    """Whether `root` holds the set with these parameters. Raises UserError if it holds anything else."""
     if (root / STAMP).is_file() and json.loads((root / STAMP).read_text()) == stamp:
         return True
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"{root} holds something other than this synthetic set; name an empty folder in data.root")
+        raise UserError(f"{root} holds something other than this synthetic set; give an empty folder in data.root")
     return False
 
 
 def generate(
     root: str | Path, seed=0, size=256, train=40, good=16, defective=8, categories: Sequence[str] | None = None
 ) -> Path:
-    """Draw the set into the folder `root`, unless it is there; `defective` counts the pictures of each kind of defect.
+    """Draw the set into the folder `root` unless it exists; `defective` is the number of images per kind of defect.
 
-    The folder appears whole or not at all: it is filled beside its place and renamed. Where another process was faster
-    with the same parameters, its set stays. UserError for parameters or a folder that can't be used.
+    The folder appears complete or not at all: the images are written to a temporary folder, which is then renamed. If
+    another process finished the same set first, its set stays. Raises UserError for unusable parameters or folders.
     """
     root, names = Path(root).expanduser().absolute(), list(categories or CATEGORIES)
     if unknown := [name for name in names if name not in CATEGORIES]:
         raise UserError(f"data.category: no synthetic category {unknown[0]!r}; choose from {', '.join(CATEGORIES)}")
     if seed < 0 or size < 64 or min(train, good, defective) < 1:
-        raise UserError("data: the synthetic set needs seed >= 0, size >= 64 and at least one picture of each sort")
+        raise UserError("data: give the synthetic set seed >= 0, size >= 64 and at least one image of each kind")
     counts = {"train": train, "good": good, "defective": defective}
     stamp = {"version": VERSION, "seed": seed, "size": size, **counts, "categories": names}
     if _holds(root, stamp):
@@ -73,10 +73,10 @@ def generate(
             write(draft / name / f"ground_truth/{kind}/{index:03d}_mask.png", mask[..., None].astype(np.uint8) * 255)
 
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads do: NumPy and OpenCV release the lock
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads suffice: NumPy and OpenCV release the GIL
             list(pool.map(make, jobs))
         (draft / STAMP).write_text(json.dumps(stamp))
-        draft.rename(root)  # replaces an empty folder, fails on a full one
+        draft.rename(root)  # replaces an empty folder and fails if the folder holds files
     except OSError as error:
         if not _holds(root, stamp):
             hint = "choose another data.root or, for the cache, ANOMALIB_LITE_CACHE"
@@ -87,14 +87,14 @@ def generate(
 
 
 def cached_root(seed=0, size=256, train=40, good=16, defective=8) -> Path:
-    """The cache's folder for the set with these parameters, drawn or not."""
+    """The folder in the cache for the set with these parameters; it may not exist yet."""
     return cache_folder() / "synthetic" / f"v{VERSION}-seed{seed}-size{size}-{train}-{good}-{defective}"
 
 
 def read_synthetic(
     root: str | Path | None, category: str | Sequence[str], seed=0, size=256, train=40, good=16, defective=8
 ) -> DataSet:
-    """The set with these parameters, drawn first if it is not there; `root` None is a folder of the cache."""
+    """Read the set with these parameters; it is drawn first if it does not exist. `root` None: a cache folder."""
     if root is None:
         root = cached_root(seed, size, train, good, defective)
     return read_folder(generate(root, seed, size, train, good, defective), category)

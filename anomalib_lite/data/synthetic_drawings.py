@@ -1,15 +1,15 @@
-"""The synthetic set's pictures: two textures and two objects, each with several kinds of defect.
+"""The synthetic set's images: two textures and two objects, each with several kinds of defect.
 
-A defective picture is drawn twice from the same random numbers, with and without its defect, and the mask is where the
-two differ; light and noise come after that. Points and lengths are in units of the picture's side, colours in [0, 1].
+A defective image is drawn twice from the same random numbers, with and without its defect. The mask marks where the
+drawings differ; light and noise are added later. Points and lengths are shares of the image's side, colours in [0, 1].
 """
 
 import cv2
 import numpy as np
 from numpy.random import Generator, default_rng
 
-VISIBLE = 0.035  # the mask is where the two drawings differ by more than this
-MIN_AREA = 0.0012  # smallest mask, as a share of the picture
+VISIBLE = 0.035  # difference of the two drawings above which a pixel belongs to the mask
+MIN_AREA = 0.0012  # smallest area of a mask, as a share of the image
 
 
 def _rgb(*values: float) -> np.ndarray:
@@ -17,7 +17,7 @@ def _rgb(*values: float) -> np.ndarray:
 
 
 def _noise(rng: Generator, size: int, rows: int, cols: int) -> np.ndarray:
-    """Smooth noise [size, size] of about unit variance with rows × cols bumps."""
+    """Smooth noise [size, size] of about unit variance, interpolated from rows × cols random values."""
     return cv2.resize(rng.standard_normal((rows, cols), np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
 
 
@@ -45,26 +45,26 @@ def _box(at: tuple[float, float] | np.ndarray, width: float, height: float) -> n
 
 
 def _place(points: np.ndarray, angle: float, shift: np.ndarray) -> np.ndarray:
-    """Points turned about the origin, then shifted."""
+    """Rotate points about the origin, then shift them."""
     cos, sin = np.cos(angle), np.sin(angle)
     return points @ np.array([[cos, sin], [-sin, cos]]) + shift
 
 
 def _blob(rng: Generator, at: np.ndarray, radius: float) -> np.ndarray:
-    """The outline of an uneven patch: a circle whose radius is a random Fourier series."""
+    """The outline of an irregular patch: a circle whose radius is a random Fourier series."""
     angle, order = np.linspace(0, 2 * np.pi, 64, endpoint=False), np.arange(2, 7)[:, None]
     waves = rng.normal(0, 0.35, (5, 1)) / order * np.cos(order * angle + rng.uniform(0, 2 * np.pi, (5, 1)))
     return _polar(angle, radius * np.clip(1 + waves.sum(0), 0.4, 1.8)) + at
 
 
 def _tint(image: np.ndarray, rng: Generator, at: np.ndarray, radius: float, tint, where=1.0) -> np.ndarray:
-    """Multiply an uneven patch with a tint."""
+    """Multiply an irregular patch of the image by a tint."""
     cover = _blur(_cover(len(image), _blob(rng, at, radius)), 0.004) * where
     return image * (1 - cover * (1 - np.asarray(tint, np.float32)))
 
 
 def _scratch(image: np.ndarray, rng: Generator, at: np.ndarray, length, width, heading, bend, colour, where=1.0):
-    """Draw a curved stroke with pointed ends and a shadow at its lower right."""
+    """Draw a curved line with pointed ends and a shadow at its lower right."""
     t = np.linspace(-1, 1, 40)
     way = heading + bend * t + 0.4 * bend * np.sin(rng.uniform(2, 5) * t + rng.uniform(0, 6))
     middle = np.cumsum(_polar(way, length / len(t)), 0)
@@ -75,7 +75,7 @@ def _scratch(image: np.ndarray, rng: Generator, at: np.ndarray, length, width, h
 
 
 class _Canvas:
-    """Colour [S, S, 3] and height [S, S, 1] of flat parts seen from above, at a given pose about the middle."""
+    """Colour [S, S, 3] and height [S, S, 1] of flat parts seen from above, rotated and shifted about the centre."""
 
     def __init__(self, size: int, ground: np.ndarray, angle: float, shift: np.ndarray):
         self.size, self.angle, self.shift = size, angle, shift + 0.5
@@ -86,25 +86,25 @@ class _Canvas:
         points = _place(points, self.angle, self.shift)
         low = np.clip(points.min(0) * self.size - 2, 0, self.size).astype(int)
         high = np.clip(points.max(0) * self.size + 3, 0, self.size).astype(int)
-        box = np.s_[low[1] : high[1], low[0] : high[0]]  # most parts are small
+        box = np.s_[low[1] : high[1], low[0] : high[0]]  # painting in a box is faster: most parts are small
         cover, field = _cover(self.size, points)[box], np.broadcast_to(colour, self.colour.shape)[box]
         self.colour[box] += cover * (field - self.colour[box])
         self.height[box] += cover * (height - self.height[box])
 
     def shade(self) -> np.ndarray:
-        """Edges towards the light (upper left) are bright; low places beside high ones lie in shadow."""
+        """The image: edges that face the light (upper left) are bright, low places beside high ones lie in shadow."""
         bevel = _blur(self.height, 0.004)[..., 0]
         slope = -0.7 * (cv2.Sobel(bevel, -1, 1, 0) + cv2.Sobel(bevel, -1, 0, 1))
         shadow = np.clip(_blur(self.height, 0.015) - self.height, 0, 1)
         return self.colour * (1 + 0.12 * np.clip(slope, -3, 3)[..., None]) * (1 - 0.6 * shadow)
 
 
-# The categories: draw(rng, size, defect, spoil) -> float [S, S, C]. `spoil` is for the defect alone, so that `rng`
-# draws the same part with and without it.
+# The categories: draw(rng, size, defect, spoil) -> float [S, S, C]. Only the defect uses `spoil`, so that `rng` draws
+# the same part with and without a defect.
 
 
 def _fabric(rng: Generator, size: int, defect: str | None, spoil: Generator) -> np.ndarray:
-    """A 2/2 twill in grey."""
+    """A grey 2/2 twill weave."""
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
     at, threads = spoil.uniform(0.2, 0.8, 2), 34
     u = threads * (x + 0.003 * _noise(rng, size, 5, 5) + rng.uniform(-0.05, 0.05) * y) + rng.uniform(0, 4)
@@ -132,7 +132,7 @@ def _fabric(rng: Generator, size: int, defect: str | None, spoil: Generator) -> 
 
 
 def _wood(rng: Generator, size: int, defect: str | None, spoil: Generator) -> np.ndarray:
-    """Planed softwood, the grain from top to bottom."""
+    """Planed softwood whose grain runs from top to bottom."""
     at, x = spoil.uniform(0.15, 0.85, 2), np.linspace(0, 1, size, dtype=np.float32)[None]
     rings = 11 * x + 0.9 * _noise(rng, size, 2, 5) + 0.25 * _noise(rng, size, 4, 14) + rng.uniform(0, 1)
     late, fibre = _blur((rings % 1.0) ** 2, 0.003), _noise(rng, size, size // 20, size // 2)
@@ -188,7 +188,7 @@ def _gear(rng: Generator, size: int, defect: str | None, spoil: Generator) -> np
 
 LOOKS = {"chip": _rgb(0.13, 0.13, 0.14), "bar": _rgb(0.30, 0.42, 0.60), "can": _rgb(0.70, 0.71, 0.73),
          "led": _rgb(0.80, 0.25, 0.20)}  # fmt: skip
-PARTS = {  # places from the middle of the board and quarter turns
+PARTS = {  # positions relative to the board's centre, and rotations in quarter turns
     "chip": [(-0.14, -0.15, 0), (0.16, 0.12, 1)], "can": [(-0.26, 0.08, 0), (-0.25, 0.24, 0), (0.29, -0.2, 0)],
     "bar": [(0.13, -0.24, 0), (0.13, -0.16, 0), (0.13, -0.08, 0), (-0.05, 0.2, 1), (-0.13, 0.2, 1)],
     "led": [(0, 0.03, 0), (0.29, 0.29, 0)],
@@ -200,7 +200,7 @@ TRACES = [
 
 
 def _part(kind: str, colour: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, float]]:
-    """A part's outlines, colours and heights around its middle."""
+    """The outlines, colours and heights of a part, relative to its centre."""
     solder, middle = _rgb(0.72, 0.72, 0.70), (0, 0)
     if kind == "bar":
         ends = [(_box((s * 0.038, 0), 0.02, 0.034), solder, 0.5) for s in (-1, 1)]
@@ -214,7 +214,7 @@ def _part(kind: str, colour: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, f
 
 
 def _board(rng: Generator, size: int, defect: str | None, spoil: Generator) -> np.ndarray:
-    """A small circuit board on a table, turned by a few degrees."""
+    """A small circuit board on a table, rotated by a few degrees."""
     table = 0.62 + 0.012 * _noise(rng, size, size // 2, size // 2)[..., None]
     canvas = _Canvas(size, table, rng.uniform(-0.055, 0.055), rng.uniform(-0.018, 0.018, 2))
     green = _rgb(0.10, 0.33, 0.22) * rng.uniform(0.93, 1.07)
@@ -247,7 +247,7 @@ def _board(rng: Generator, size: int, defect: str | None, spoil: Generator) -> n
     return canvas.shade()
 
 
-CATEGORIES = {  # the order is part of every picture's seed
+CATEGORIES = {  # the position of a category is part of its images' seeds
     "fabric": (_fabric, ("fibre", "hole", "missing_thread", "stain")),
     "wood": (_wood, ("colour", "hole", "scratch", "stain")),
     "gear": (_gear, ("bent_tooth", "blocked_hole", "broken_tooth", "rust", "scratch")),
@@ -256,7 +256,7 @@ CATEGORIES = {  # the order is part of every picture's seed
 
 
 def _expose(image: np.ndarray, rng: Generator) -> np.ndarray:
-    """Uneven light, white balance and noise; uint8."""
+    """Add uneven light, white balance and noise; returns uint8."""
     y, x = np.mgrid[-1 : 1 : len(image) * 1j, -1 : 1 : len(image) * 1j].astype(np.float32)
     slope, dim = _polar(rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.15)), rng.uniform(0, 0.1)
     light = rng.uniform(0.9, 1.1) * (1 + slope[0] * x + slope[1] * y - dim * (x * x + y * y))
@@ -265,14 +265,14 @@ def _expose(image: np.ndarray, rng: Generator) -> np.ndarray:
 
 
 def picture(category: str, defect: str | None, seed: int, size: int, split: int, index: int):
-    """One picture uint8 [S, S, 1 or 3] from its own random numbers, and its mask bool [S, S].
+    """Return an image uint8 [S, S, 1 or 3], drawn from random numbers of its own, and its mask bool [S, S].
 
-    With `defect` None it is the same part without the defect, and the mask is empty.
+    With `defect` None the image shows the same part without a defect, and the mask is empty.
     """
     draw, key = CATEGORIES[category][0], (seed, list(CATEGORIES).index(category), split, index)
     clean = _blur(draw(default_rng(key), size, None, default_rng(0)).astype(np.float32), 0.002)
     image, mask, attempt = clean, np.zeros((size, size), bool), 0
-    while defect and mask.mean() < MIN_AREA:  # it may have hit nothing, as a scratch in one of the gear's holes
+    while defect and mask.mean() < MIN_AREA:  # a defect may change nothing: a scratch may lie in a gear's hole
         attempt += 1
         image = _blur(draw(default_rng(key), size, defect, default_rng((*key, attempt))).astype(np.float32), 0.002)
         changed = (np.abs(image - clean).max(2) > VISIBLE).astype(np.uint8)

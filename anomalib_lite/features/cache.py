@@ -1,7 +1,7 @@
-"""Files in which runs share a frozen backbone's features of unaugmented images.
+"""Feature files: runs share a frozen backbone's features of unaugmented images.
 
-A run asks for the features of its images. Those that an earlier run, seed, method or job of a sweep has left are mapped
-from disk, the others are computed and added. Everything that features depend on is in the key of their folder.
+Features that an earlier run, seed, method or job of a sweep has stored are mapped from disk; the others are computed
+and added. The key of a folder of files contains everything that the features depend on.
 """
 
 import contextlib
@@ -31,17 +31,17 @@ from anomalib_lite.paths import replacing
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # Raise it whenever the files' layout or the computation of features changes: it is part of the key.
+VERSION = 3  # Raise this number when the files' layout or the computation of features changes: the key contains it.
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-CHUNK_IMAGES, CHUNK_BYTES = 1000, 2**28  # A file holds at most so much: a killed extraction loses one file.
+CHUNK_IMAGES, CHUNK_BYTES = 1000, 2**28  # Limits of a file's size: a killed extraction loses at most one file.
 FILES = "*.safetensors"
 
 
 def key(backbone: Backbone, pipeline: Pipeline, device: torch.device, dtype: str) -> dict[str, Any]:
-    """Everything but the image that its features depend on, to the last bit, as plain Python.
+    """Everything that features depend on to the last bit, except the image, as plain Python values.
 
     Raises:
-        TypeError, NotImplementedError: a transform can't be described.
+        TypeError, NotImplementedError: a transform has no description.
     """
     weights = hashlib.sha256()
     for name, tensor in backbone.net.state_dict().items():
@@ -62,7 +62,7 @@ def key(backbone: Backbone, pipeline: Pipeline, device: torch.device, dtype: str
 
 
 def image_key(path: str | Path) -> str:
-    """A file is known by its absolute path, its size and the time of its last change."""
+    """The hash that identifies an image file: of its absolute path, its size and the time of its last change."""
     stat = Path(path).stat()
     return hashlib.sha256(f"{Path(path).absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:24]
 
@@ -72,10 +72,10 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 class FeatureFiles:
-    """The feature files below `root` that share a key, each with up to CHUNK_IMAGES rows.
+    """The feature files below `root` that share a key; each file has up to CHUNK_IMAGES rows.
 
-    A file is written beside its place and renamed, so it is complete or absent. Its metadata names the images (one per
-    row) and holds a CRC-32 of every row, because a disk that lost blocks leaves the length of a file as it was.
+    A file is written under another name and then renamed, so it is complete or absent. Its metadata has the key of the
+    image of every row, and a CRC-32 of every row, because lost disk blocks do not change a file's length.
 
     Every method may raise OSError: no disk space, no permission.
     """
@@ -90,9 +90,9 @@ class FeatureFiles:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """One run writes at a time. The system releases the lock of a killed process.
+        """A lock: one run writes at a time. The system releases the lock of a killed process.
 
-        What killed writers left behind is removed first.
+        The incomplete files of killed writers are removed first.
         """
         with (self.folder / "lock").open("w") as file:
             try:
@@ -105,9 +105,9 @@ class FeatureFiles:
             yield
 
     def load(self, keys: dict[str, str], stored: StoredFeatures) -> None:
-        """Add to `stored` what the files hold of these images (path -> image key), mapped from disk.
+        """Add the stored features of these images (path -> image key) to `stored`, mapped from disk.
 
-        A damaged file is reported, removed and ignored: its features are computed again.
+        A damaged file is reported and removed: its features are computed again.
         """
         paths = {image: path for path, image in keys.items()}
         for file in sorted(self.folder.glob(FILES)):
@@ -119,11 +119,11 @@ class FeatureFiles:
                         continue
                     table = opened.get_tensor("features")
                 if any(zlib.crc32(_bytes(table[row])) != about["checksums"][row] for _, row in wanted):
-                    raise ValueError("its content is not what was written")
+                    raise ValueError("a checksum of its content is wrong")
                 stored.shapes = [tuple(shape) for shape in about["shapes"]]
                 stored.rows.update((path, table[row]) for path, row in wanted)
-                os.utime(file)  # the time of its last use, by which make_room chooses
-            except FileNotFoundError:  # another run has made room
+                os.utime(file)  # marks the time of its last use for make_room
+            except FileNotFoundError:  # another run has deleted the file to make room
                 continue
             except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
                 log.warning("%s: damaged (%s); its features are computed again", file, str(error).splitlines()[0])
@@ -131,29 +131,29 @@ class FeatureFiles:
                     file.unlink()
 
     def make_room(self, size: int, limit: float) -> None:
-        """Delete the files that were used longest ago until `size` more bytes fit into `limit`.
+        """Delete the least recently used files until `size` more bytes fit into `limit`.
 
         Raises:
-            OSError: they never fit, or the disk has no room for them: known before anything is computed.
+            OSError: `size` exceeds `limit` or the free disk space. It is raised before any feature is computed.
         """
         if size > limit:
-            raise OSError(f"{size / 2**30:.2f} GB are needed, cache.limit_gb allows {limit / 2**30:.2f}")
+            raise OSError(f"{size / 2**30:.2f} GB are needed, but cache.limit_gb allows {limit / 2**30:.2f}")
         files = []
-        for file in [*self.root.glob(f"*/{FILES}"), *self.root.glob("*/*.features")]:  # the latter of older versions
+        for file in [*self.root.glob(f"*/{FILES}"), *self.root.glob("*/*.features")]:  # the latter of old versions
             with contextlib.suppress(OSError):
                 files.append((file.stat().st_mtime, file.stat().st_size, file))
         total = sum(bytes_ for _, bytes_, _ in files)
         for _, bytes_, file in sorted(files):
             if total + size <= limit:
                 break
-            with contextlib.suppress(OSError):  # a run that has the file mapped keeps its content until it ends
+            with contextlib.suppress(OSError):  # a run that has mapped the file can still read it
                 file.unlink()
             total -= bytes_
         if size > (free := shutil.disk_usage(self.folder).free):
-            raise OSError(f"{size / 2**30:.2f} GB are needed, and {free / 2**30:.2f} are free in {self.root}")
+            raise OSError(f"{size / 2**30:.2f} GB are needed, but only {free / 2**30:.2f} are free in {self.root}")
 
     def write(self, images: Sequence[str], rows: Tensor, shapes: Sequence[Sequence[int]]) -> None:
-        """A new file with a row [N, Σ H_i·W_i·C_i] for each of these image keys."""
+        """Write a new file: rows [N, Σ H_i·W_i·C_i], one for each of these N image keys."""
         checksums = [zlib.crc32(_bytes(row)) for row in rows]
         about = json.dumps({"images": list(images), "shapes": list(shapes), "checksums": checksums})
         with replacing(self.folder / f"{uuid.uuid4().hex}.safetensors") as part:

@@ -1,4 +1,4 @@
-"""Access to the Hugging Face hub, from which pretrained weights come."""
+"""Access to the Hugging Face hub, the source of pretrained weights."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def hub_or_cache() -> Iterator[None]:
-    """While the hub does not answer, its client reads its cache only: by itself it would retry for a minute."""
+    """If the hub does not answer, make its client read its cache only; otherwise the client retries for a minute."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
     offline = constants.HF_HUB_OFFLINE
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # the client raises another library's exceptions, which change from version to version
+    except Exception:  # the exceptions are of another library and change between versions
         constants.HF_HUB_OFFLINE = True
     try:
         yield

@@ -1,4 +1,4 @@
-"""Before a method with frozen features is trained or tested: the features of its images, each computed once."""
+"""Computes the features of all images once, before a method with frozen features is trained or tested."""
 
 import contextlib
 import logging
@@ -19,7 +19,7 @@ from anomalib_lite.progress import ProgressBar
 
 log = logging.getLogger(__name__)
 
-BATCH = 16  # images per forward pass, always: with another number a network's output may differ in its last bit
+BATCH = 16  # images of every forward pass: with another number a network's output may differ in its last bit
 
 
 def precompute(
@@ -30,14 +30,14 @@ def precompute(
     memory_gb: float,
     fit: bool = True,
 ) -> tuple[StoredFeatures, dict[str, Any]]:
-    """The features of all training and test images, computed by all ranks together, and a report for result.json.
+    """Compute the features of all training and test images, and return them with a report for result.json.
 
-    They lie in files that runs share (the `cache` group of the configuration). Where there can be no files, those of
-    the training images lie in memory if they need no more than `memory_gb`; else none are stored, and every batch
-    computes its own. Without `fit` only what the cache already holds is used.
+    The features are stored in files that runs share (the `cache` group of the configuration). Without such files, the
+    training images' features are held in memory if they need at most `memory_gb`; otherwise none are stored, and every
+    batch computes its own. If `fit` is False, only features that the cache already holds are used.
 
-    Every rank calls it, after the process group has been joined. Training images that are cropped, augmented or
-    corrupted have no features to store.
+    Every rank must call this function, after the process group has been joined. Features of training images that are
+    cropped, augmented or corrupted are not stored.
     """
     changed = data.train_pipeline is not data.eval_pipeline or data.corrupt is not None
     train = [] if changed else [str(sample.path) for sample in data.train_samples]
@@ -45,21 +45,21 @@ def precompute(
     stored, report = StoredFeatures(data.eval_pipeline), {"used": False}
     if cache["enabled"]:
         extraction = Extraction(trainer, data, backbone.to(trainer.strategy.root_device), cache)
-        stored, report = extraction.shared(paths) if fit else extraction.already_there(paths)
+        stored, report = extraction.shared(paths) if fit else extraction.from_cache(paths)
     if fit and train and not report["used"]:
         stored = in_memory(trainer, data, backbone.to(trainer.strategy.root_device), train, memory_gb * 2**30)
     return stored, report
 
 
 class Extraction:
-    """Fills the files that runs share. What goes wrong on one rank leaves the cache unused on all of them."""
+    """Fills the files that runs share. After a problem on one rank, no rank uses the cache."""
 
     def __init__(self, trainer: L.Trainer, data: AnomalyDataModule, backbone: Backbone, cache: dict[str, Any]):
         self.trainer, self.data, self.backbone, self.cache = trainer, data, backbone, cache
         self.problem = ""
 
     def agreed(self) -> bool:
-        """Whether no rank has a problem; all ranks call it at the same point."""
+        """Whether no rank has a problem; all ranks must call this method at the same point."""
         return self.trainer.strategy.reduce_boolean_decision(not self.problem)
 
     @contextlib.contextmanager
@@ -69,10 +69,10 @@ class Extraction:
         except OSError as error:
             self.problem = str(error) or repr(error)
         except (TypeError, NotImplementedError) as error:
-            self.problem = f"data.transform can't be described ({error})"
+            self.problem = f"data.transform has no description ({error})"
 
     def open(self, paths: list[str]) -> StoredFeatures:
-        """What the files already hold."""
+        """The features that the files already hold."""
         stored = StoredFeatures(self.data.eval_pipeline)
         with self.noting_problems():
             about = key(self.backbone, self.data.eval_pipeline, self.trainer.strategy.root_device, self.cache["dtype"])
@@ -82,20 +82,20 @@ class Extraction:
             self.files.load(self.keys, stored)
         return stored
 
-    def already_there(self, paths: list[str]) -> tuple[StoredFeatures, dict[str, Any]]:
+    def from_cache(self, paths: list[str]) -> tuple[StoredFeatures, dict[str, Any]]:
         stored = self.open(paths)
         return stored, self.report(stored, paths, computed=0)
 
     def shared(self, paths: list[str]) -> tuple[StoredFeatures, dict[str, Any]]:
-        """All features from the cache; all ranks compute what it lacked. An empty store if that failed."""
+        """All features from the cache; the ranks compute missing ones together. An empty store if that fails."""
         stored, missing = self.open(paths), list[str]()
-        all_there = self.agreed() and self.trainer.strategy.reduce_boolean_decision(stored.holds(paths))
-        if self.agreed() and not all_there:
+        complete = self.agreed() and self.trainer.strategy.reduce_boolean_decision(stored.holds(paths))
+        if self.agreed() and not complete:
             with contextlib.ExitStack() as lock:
                 with self.noting_problems():
                     if self.trainer.is_global_zero:
                         lock.enter_context(self.files.locked())
-                if self.agreed():  # rank 0 has the lock, and everybody sees what was written meanwhile
+                if self.agreed():  # rank 0 has the lock; now all ranks read files written meanwhile
                     with self.noting_problems():
                         self.files.load(self.keys, stored)
                         missing = [path for path in paths if not stored.holds([path])]
@@ -103,7 +103,7 @@ class Extraction:
                     if self.agreed() and missing:
                         self.files.load({path: self.keys[path] for path in missing}, stored)  # of all ranks
         if self.agreed() and not stored.holds(paths):
-            self.problem = "its files were removed by another program"
+            self.problem = "another program has removed its files"
         if not self.agreed():
             if self.trainer.is_global_zero:
                 log.warning("the feature cache is not used: %s", self.problem or "another rank could not write")
@@ -111,7 +111,7 @@ class Extraction:
         return stored, self.report(stored, paths, len(missing))
 
     def fill(self, missing: list[str]) -> None:
-        """This rank's share of the missing images' features, in whole batches, into files of its own."""
+        """Compute this rank's share of the missing features, in whole batches, and write them into new files."""
         rank, world = self.trainer.global_rank, self.trainer.world_size
         batches = [missing[at : at + BATCH] for at in range(0, len(missing), BATCH)][rank::world]
         names: list[str] = []
@@ -143,7 +143,7 @@ class Extraction:
 def in_memory(
     trainer: L.Trainer, data: AnomalyDataModule, backbone: Backbone, paths: list[str], limit: float
 ) -> StoredFeatures:
-    """The features of these images in memory; an empty store if they need more than `limit` bytes."""
+    """Features of these images, held in memory; an empty store if they need more than `limit` bytes."""
     batches = [paths[at : at + BATCH] for at in range(0, len(paths), BATCH)]
     stored, table = StoredFeatures(data.eval_pipeline), torch.empty(0)
     with ProgressBar("features", len(paths), quiet=not trainer.is_global_zero) as bar:
@@ -169,7 +169,7 @@ def in_memory(
 def outputs(
     data: AnomalyDataModule, backbone: Backbone, batches: list[list[str]]
 ) -> Iterator[tuple[list[str], list[Tensor]]]:
-    """(paths, levels) of each batch of images. A short batch is filled up, so that every pass has BATCH images."""
+    """(paths, levels) of each batch. A short batch is padded, so that every forward pass has BATCH images."""
     full = [batch + batch[-1:] * (BATCH - len(batch)) for batch in batches]
     loader = data.plain_dataloader([path for batch in full for path in batch], BATCH)
     device = next(backbone.parameters()).device
@@ -192,6 +192,6 @@ def as_rows(levels: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def smallest_type(levels: Sequence[Tensor]) -> torch.dtype:
-    """The smallest type that holds these numbers exactly: bfloat16 where the backbone has computed in it."""
+    """The smallest dtype that holds these numbers exactly: bfloat16 if the backbone has computed in it."""
     exact = all(torch.equal(level, level.bfloat16().float()) for level in levels)
     return torch.bfloat16 if exact else torch.float32

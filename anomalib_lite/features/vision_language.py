@@ -1,4 +1,4 @@
-"""Vision–language models from Hugging Face checkpoints: the image tower as a backbone, the text tower for prompts."""
+"""Vision–language models from Hugging Face checkpoints: image encoders as backbones, text encoders for prompts."""
 
 import contextlib
 from collections.abc import Sequence
@@ -17,22 +17,22 @@ KINDS = ("align", "clip")
 
 
 class VisionLanguage(Backbone):
-    """ALIGN or CLIP from a Hugging Face checkpoint: the image tower is a backbone like timm's, `prompt` embeds text.
+    """ALIGN or CLIP from a Hugging Face checkpoint: the image encoder is a backbone like timm's, `prompt` embeds text.
 
-    Images [B, 3, H, W] come ImageNet-normalised and are converted to the checkpoint's own normalisation. All weights
-    stay frozen.
+    Input images [B, 3, H, W] are ImageNet-normalised; the model converts them to the checkpoint's normalisation. All
+    weights stay frozen.
 
     Args:
-        name: a checkpoint of the hub, or a local folder as `save_pretrained` writes it, with tokenizer and image
+        name: a checkpoint of the hub, or a local folder written by `save_pretrained`, with tokenizer and image
             processor.
-        layers: for ALIGN's EfficientNet the last map of each resolution, where 0 has half of the input's, as timm
-            counts; for CLIP's transformer the blocks' outputs.
+        layers: indices of outputs; for ALIGN's EfficientNet the last map of each resolution (as in timm, 0 has half of
+            the input's), for CLIP's transformer the blocks.
         weights: "auto" (the checkpoint's) or "none" (random).
-        precision: of the image tower, as Backbone's.
+        precision: of the image encoder, as for Backbone.
 
     Raises:
         UserError: transformers is not installed; the checkpoint is unavailable, damaged, incomplete, or of another
-            kind; a layer does not exist.
+            model; a layer does not exist.
     """
 
     scale: Tensor
@@ -41,7 +41,7 @@ class VisionLanguage(Backbone):
     def __init__(self, name: str, layers: Sequence[int], weights: str = "auto", precision: str = "auto"):
         nn.Module.__init__(self)
         if str(weights) not in ("auto", "none"):
-            raise UserError(f"backbone.weights={weights}: give auto or none; backbone.name takes a checkpoint's folder")
+            raise UserError(f"backbone.weights={weights}: give auto or none; backbone.name may be a folder")
         self.name, self.layers, self.weights, self.precision = name, list(layers), str(weights), str(precision)
         self.net, self.tokenizer, (scale, shift) = _load(name, self.weights)
         self.register_buffer("scale", scale, persistent=False)
@@ -58,19 +58,19 @@ class VisionLanguage(Backbone):
             sizes = [x.shape[-1] for x in hidden]
             outputs = [i for i, size in enumerate(sizes) if i + 1 == len(sizes) or sizes[i + 1] != size]
         if max(self.layers) >= len(outputs):
-            raise UserError(f"backbone.layers={self.layers}: {name} has the layers 0 to {len(outputs) - 1}")
+            raise UserError(f"backbone.layers={self.layers}: {name} has the layers 0 to {len(outputs) - 1}; give these")
         self.outputs = [outputs[i] for i in self.layers]
         self.channels = [hidden[i].shape[1] for i in self.outputs]
         self.reductions = [side // hidden[i].shape[-1] for i in self.outputs]
 
     def embedding(self) -> "VisionLanguage":
-        """Append the images' embeddings, [B, dim, 1, 1], to the outputs from now on."""
+        """From now on, `forward` appends the images' embeddings, [B, dim, 1, 1], to the outputs."""
         if not self.embeds:
             self.embeds, self.layers = True, [*self.layers, "image"]  # type: ignore[list-item]  # in the cache's key
         return self
 
     def unfreeze(self) -> Backbone:
-        raise UserError(f"backbone.name={self.name}: stays frozen; this method trains its encoder; choose a timm model")
+        raise UserError(f"backbone.name={self.name}: this method needs a trainable backbone; give a timm model")
 
     def _tower(self, images: Tensor) -> Any:
         options = {"interpolate_pos_encoding": True} if self.kind == "clip" else {}
@@ -78,14 +78,14 @@ class VisionLanguage(Backbone):
             return self.net.get_image_features(pixel_values=images, output_hidden_states=True, **options)
 
     def _map(self, hidden: Tensor, size: Sequence[int]) -> Tensor:
-        """[B, 1 + H·W, C] without the class token, or [B, C, H, W] -> [B, C, H, W]."""
+        """A map [B, C, H, W] from tokens [B, 1 + H·W, C] without the class token; a map is returned as it is."""
         if self.kind != "clip":
             return hidden
         patch = self.net.config.vision_config.patch_size
         return hidden[:, 1:].mT.unflatten(2, (size[0] // patch, size[1] // patch))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """-> list of [B, C_i, H_i, W_i], float32; after `embedding()` it ends with [B, dim, 1, 1]."""
+        """Return a list of float32 [B, C_i, H_i, W_i]; after `embedding()` the last one is [B, dim, 1, 1]."""
         low = self.low_precision(images.device)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
             out = self._tower(images * self.scale + self.shift)
@@ -102,10 +102,10 @@ class VisionLanguage(Backbone):
         return list(self.tokenizer(text)["input_ids"])
 
     def prompt(self, text: str, tokens: Tensor) -> Tensor:
-        """Text embeddings [K, dim] of `text`, in which {} stands for one token with embedding tokens[k], [K, width]."""
+        """Text embeddings [K, dim] of `text`, whose {} is replaced by a token with embedding tokens[k], [K, width]."""
         before, _, after = text.partition("{}")
         begin, *words, end = self.ids(before)
-        # the slot's own id has no effect, but CLIP finds the end token by its id
+        # the id in the slot is arbitrary, but not the end token's: CLIP finds the end token by its id
         ids = [begin, *words, begin, *self.ids(after)[1:-1], end]
 
         def insert(module: nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
@@ -121,13 +121,13 @@ class VisionLanguage(Backbone):
 
 
 def _load(name: str, weights: str) -> tuple[Any, Any, tuple[Tensor, Tensor]]:
-    """Model, tokenizer and the affine map of ImageNet-normalised pixels to the model's input."""
+    """Model, tokenizer, and (scale, shift) from ImageNet-normalised pixels to the model's input."""
     what = f"backbone.name={name}"
     try:
         import transformers
         from transformers.image_processing_utils import BaseImageProcessor
     except ImportError as error:
-        raise UserError(f"{what}: needs transformers: pip install 'anomalib-lite[ltad]'") from error
+        raise UserError(f"{what}: this backbone needs transformers: pip install 'anomalib-lite[ltad]'") from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -145,20 +145,20 @@ def _load(name: str, weights: str) -> tuple[Any, Any, tuple[Tensor, Tensor]]:
     except Exception as error:  # hub clients, tokenizers and damaged files raise exceptions of many classes
         if Path(name).is_dir():
             trouble = f"damaged or no checkpoint ({line_of(error)})"
-        elif name.startswith(("/", ".", "~")) or name.count("/") > 1:  # no name on the hub has these
+        elif name.startswith(("/", ".", "~")) or name.count("/") > 1:  # no name on the hub looks like this
             trouble = "no such folder"
         else:
-            trouble = f"can't be had from the hub or its cache ({line_of(error)})"
-        raise UserError(f"{what}: {trouble}; give a local folder that save_pretrained has written") from error
+            trouble = f"not found in the hub or its cache ({line_of(error)})"
+        raise UserError(f"{what}: {trouble}; give a local folder written by save_pretrained") from error
     if lacking := [*report["missing_keys"], *report["mismatched_keys"]]:
         raise UserError(
-            f"{what}: the checkpoint lacks {len(lacking)} tensors of its model, {sorted(map(str, lacking))[0]}"
+            f"{what}: the checkpoint lacks {len(lacking)} tensors of its model, {min(map(str, lacking))}; give another"
         )
     return net, tokenizer, _affine(processor)
 
 
 def _affine(processor: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """(scale, shift), [3, 1, 1]: images · scale + shift equals the image processor's output for the same picture."""
+    """(scale, shift), [3, 1, 1]: images · scale + shift equals the image processor's output for the same image."""
     mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
     factor = 255 * processor.get("rescale_factor", 1 / 255)
     scale, shift = std * factor, mean * factor - float(bool(processor.get("rescale_offset")))

@@ -1,4 +1,4 @@
-"""The contract of a method: what it must define, and what the base does for all of them."""
+"""The base class of all methods: what a method must define, and what every method inherits."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,35 +19,35 @@ class AnomalyModule(L.LightningModule):
     """A method: its networks, its loss and its anomaly map, in one file.
 
     A subclass defines `training_step(batch, batch_idx) -> loss` and `anomaly_map(batch) -> Tensor[B, h, w]`
-    (float32, higher is more anomalous, at any resolution), and may define
+    (float32, higher is more anomalous, at any resolution). It may also define
 
-    - `on_fit_start()` for what is computed in closed form: `for batch in self.fit_batches(): ...`;
-    - `configure_optimizers()`, where `optimizer` and `scheduler` from the configuration are not enough;
-    - `visualize(batch)` -> {title: [B, 1 or 3, H, W] in [0, 1]} for the figures, such as reconstructions;
-    - `held_out_loss(batch)` -> [B], logged over held-out images (data.val_fraction) after every epoch;
-    - `phases`, set in the constructor, where the budget holds for each of several parts of training;
-    - `stopped_early`, a property that ends training with the current batch when it is True;
-    - `uses_backbone = False`: a configured backbone is left out, as in a sweep over methods;
-    - `frozen_features = True`: training and test see a frozen backbone's outputs, which `self.features(batch)` gives.
-      They are computed once and shared by runs wherever training leaves its images unchanged;
-    - `uses_images = False` beside it: training looks at no `image`; where features are stored, none is decoded;
-    - `own_image_score = True`: `anomaly_map` gives (maps, image scores [B]), which scoring.image_score=own takes.
+    - `on_fit_start()`, which computes a closed form before training: `for batch in self.fit_batches(): ...`;
+    - `configure_optimizers()`, if `optimizer` and `scheduler` from the configuration are not enough;
+    - `visualize(batch)` -> {title: [B, 1 or 3, H, W] in [0, 1]}: images for the figures, such as reconstructions;
+    - `held_out_loss(batch)` -> [B]: the loss that is logged over held-out images (data.val_fraction) after every epoch;
+    - `phases`, set in the constructor: the number of training phases, each of which has the whole budget;
+    - `stopped_early`: a property that ends training after the current batch if it is True;
+    - `uses_backbone = False`: the method needs no backbone and ignores a configured one, as in a sweep over methods;
+    - `frozen_features = True`: training and test see a frozen backbone's outputs, which `self.features(batch)` returns.
+      These features are computed once and shared by runs, unless training crops, augments or corrupts its images;
+    - `uses_images = False` with frozen_features: training uses no `image`; if features are stored, none is decoded;
+    - `own_image_score = True`: `anomaly_map` returns (maps, image scores [B]) for scoring.image_score=own.
 
     A batch is a dict: `image` float32 [B, 3, H, W], `mask` bool [B, H, W], `label` int64 [B], `category` int64 [B],
-    `path` list of str, `index` int64 [B], the positions in the data set.
-    With `data.corrupt` training batches have `clean`, of which `image` is a corrupted version, and `corruption_mask`.
-    Evaluated batches have `is_train_image`, whether these are the training images, scored for the sake of thresholds.
-    With scoring.map_size=original, evaluated batches have `size` int64 [B, 2], the images' own (H, W).
+    `path` list of str, `index` int64 [B] (positions in the data set).
+    With `data.corrupt`, `image` in training batches is a corrupted version of `clean`; `corruption_mask` marks where.
+    Evaluation batches have `is_train_image`: True for training images, which are scored to find the thresholds.
+    With scoring.map_size=original, evaluation batches have `size` int64 [B, 2], each image's own (H, W).
 
     Args:
         backbone: feature extractor, or None.
-        optimizer: parameters -> optimizer. scheduler: optimizer -> scheduler, stepped once a batch.
+        optimizer: parameters -> optimizer. scheduler: optimizer -> scheduler, stepped after every batch.
         scoring: the `scoring` group of the configuration.
-        image_size: (H, W) of the input, to which maps are brought unless scoring.map_size is another size.
-        test_size: (H, W) of images in test where it is another, or "original": each has its own; None: as image_size.
-        categories: names of the classes; more than one is the unified setting.
+        image_size: (H, W) of the input; maps are resized to it unless scoring.map_size is another size.
+        test_size: (H, W) of test images, or "original" (each image's own size); None: image_size.
+        categories: names of the classes; more than one name is the unified setting.
         precision: hardware.precision, for `autocast`.
-        steps: the budget in batches, of each phase of training.
+        steps: the budget of each training phase, in batches.
     """
 
     uses_backbone = True
@@ -70,9 +70,9 @@ class AnomalyModule(L.LightningModule):
         steps: int = 0,
     ):
         super().__init__()
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer batches to evaluate than devices
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # test may have fewer batches than devices
         if self.frozen_features and backbone is None:
-            raise UserError(f"backbone=none: {type(self).__name__} needs one; choose another, as in backbone=resnet18")
+            raise UserError(f"backbone=none: {type(self).__name__} needs a backbone; give one, as backbone=resnet18")
         self.backbone = backbone
         self.optimizer, self.scheduler = optimizer, scheduler
         defaults = {"pixel_smooth": None, "image_smooth": "same", "image_score": "max", "map_size": None}
@@ -90,42 +90,42 @@ class AnomalyModule(L.LightningModule):
         raise NotImplementedError(f"{type(self).__name__} defines no training_step(batch, batch_idx)")
 
     def anomaly_map(self, batch: Batch) -> Tensor | tuple[Tensor, Tensor]:
-        """Anomaly maps [B, h, w], float32, higher is more anomalous, of a batch of images."""
+        """Anomaly maps of a batch, float32 [B, h, w]; higher is more anomalous."""
         raise NotImplementedError(f"{type(self).__name__} defines no anomaly_map(batch)")
 
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
-        """What the figures show of a batch beside its maps: {title: [B, 1 or 3, H, W] in [0, 1]}."""
+        """Further images of a batch for the figures: {title: [B, 1 or 3, H, W] in [0, 1]}."""
         return {}
 
     def held_out_loss(self, batch: Batch) -> Tensor | None:
-        """The loss of every image of a batch without training's noise, [B]; None where the method has none."""
+        """The loss of every image of a batch without random noise, [B]; None if the method defines no such loss."""
         return None
 
     @property
     def total_steps(self) -> int:
-        """The budget in batches, over all phases."""
+        """The budget of all training phases together, in batches."""
         return self.phases * self.steps
 
     def features(self, batch: Batch) -> list[Tensor]:
-        """The backbone's outputs for a batch, list of float32 [B, C_i, H_i, W_i]: stored ones, or computed here."""
+        """The backbone's outputs for a batch, list of float32 [B, C_i, H_i, W_i]: read from the batch, or computed."""
         if "features" in batch:
             return [level.float().contiguous().movedim(-1, 1) for level in batch["features"]]
         assert self.backbone is not None
         return self.backbone(batch["image"])
 
     def autocast(self) -> torch.autocast:
-        """bf16 where hardware.precision allows it and the device has it natively, for what is safe in it."""
+        """A context for operations that tolerate bf16: bf16 if hardware.precision and the device allow it."""
         low = self.precision == "bf16" or (self.precision == "auto" and has_bf16(self.device))
         self.autocasted = True
         return torch.autocast(self.device.type, torch.bfloat16, enabled=low)
 
     def fit_batches(self) -> Iterator[Batch]:
-        """The training images once, in order, as training sees them, on this device: for closed forms."""
+        """All training images once, in order, prepared as in training, on this device; for closed forms."""
         for batch in self.trainer.datamodule.fit_dataloader():  # type: ignore[attr-defined]
             yield self.transfer_batch_to_device(batch, self.device, 0)
 
     def train_eval_batches(self) -> Iterator[Batch]:
-        """The training images once, in order, as test sees them, on this device."""
+        """All training images once, in order, prepared as in test, on this device."""
         for batch in self.trainer.datamodule.train_eval_dataloader():  # type: ignore[attr-defined]
             yield self.transfer_batch_to_device(batch, self.device, 0)
 
@@ -137,7 +137,7 @@ class AnomalyModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
 
     def make_optimizer(self, parameters: list[Any], **options: Any) -> torch.optim.Optimizer | None:
-        """The configured optimizer of parameters or groups of them, with options that override the configured ones."""
+        """The configured optimizer for parameters or parameter groups; `options` override the configured options."""
         if self.optimizer is None:
             return None
         try:
@@ -148,12 +148,12 @@ class AnomalyModule(L.LightningModule):
 
     @property
     def map_size(self) -> tuple[int, ...] | str:
-        """(H, W) of the maps, or "original": of each image its own."""
+        """(H, W) of the maps, or "original": each map has its image's size."""
         size = self.scoring["map_size"] or self.test_size
         return size if isinstance(size, str) else (size, size) if isinstance(size, int) else tuple(size)
 
     def score(self, batch: Batch) -> dict[str, Any]:
-        """`map`, smoothed, [B, H, W] or a list of B maps [H_i, W_i], by `map_size`; `score` [B]; all float32."""
+        """The smoothed `map`, [B, H, W] or (map_size "original") B maps [H_i, W_i], and `score` [B]; float32."""
         raw, own = self.anomaly_map(batch), None
         if isinstance(raw, tuple):
             raw, own = raw
@@ -174,10 +174,10 @@ class AnomalyModule(L.LightningModule):
         return {"map": maps, "score": image_scores(for_score, self.scoring["image_score"])}
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        return self.score(batch | {"is_train_image": dataloader_idx == 1})  # the training images, for thresholds
+        return self.score(batch | {"is_train_image": dataloader_idx == 1})  # loader 1 has the training images
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         return self.score(batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Plain Python and tensors only: it is read back with weights_only."""
+        """Subclasses add plain Python values and tensors only: checkpoints are loaded with weights_only."""

@@ -1,4 +1,4 @@
-"""Batch norm over the batches of all devices together, and one that does not amplify constant channels."""
+"""Batch norm that is synchronised over all devices, and batch norm that does not amplify constant channels."""
 
 from typing import Any
 
@@ -28,13 +28,13 @@ def world_size() -> int:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum of all ranks' tensors, with its gradient."""
+    """The sum of all ranks' tensors, with gradient."""
     return x if world_size() == 1 else _SumOverRanks.apply(x)
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """x [B, C, …] minus its mean, the mean [C], the biased variance [C] and the number of values per channel, over the
-    batches of all ranks, which have one size; at least in float32, with gradient."""
+    """(x [B, C, …] minus its mean, mean [C], biased variance [C], number of values per channel) over the batches of all
+    ranks, which have the same size. Computed in at least float32, with gradient."""
     axes, shape = [i for i in range(x.dim()) if i != 1], [1, -1] + [1] * (x.dim() - 2)
     values, ranks = x.to(torch.promote_types(x.dtype, torch.float32)), world_size()
     mean = sum_over_ranks(values.mean(axes)) / ranks
@@ -44,7 +44,7 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
 
 
 class CPUSyncBatchNorm(nn.BatchNorm2d):
-    """nn.SyncBatchNorm for CPU ranks; the original needs GPUs. Each rank has the same number of samples [B, C, …]."""
+    """nn.SyncBatchNorm for CPU ranks; the original needs GPUs. All ranks have the same batch size B of [B, C, …]."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -65,16 +65,16 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
 
 
 class CPUSyncBatchNormAct(CPUSyncBatchNorm):
-    """timm's batch norm with an activation."""
+    """CPUSyncBatchNorm for timm's batch norm with an activation."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.drop(super().forward(x)))  # type: ignore[operator]
 
 
 class StableNorm(nn.Module):
-    """Batch norm that, while training, divides by the batch's deviation only where its variance exceeds a floor,
-    min(min_var, pretrained variance), and otherwise by the floor's root: channels that are constant in normal images
-    are not amplified. In evaluation mode it equals the batch norm `norm` that it is made from."""
+    """Batch norm with a lower limit (floor) of the variance, min(min_var, pretrained variance), while training: where
+    the batch's variance is below the floor, the floor replaces it. So channels that are constant in normal images are
+    not amplified. In evaluation mode it equals the batch norm `norm` that it replaces."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -115,7 +115,7 @@ def stabilise(module: nn.Module, min_var: float, eps: float) -> None:
 
 
 def synchronise(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` with every batch norm synchronised over all devices; the names in its state dict stay the same."""
+    """Synchronise every batch norm of `model` over all devices; the names in its state dict stay the same."""
     if device.type != "cpu":
         return convert_sync_batchnorm(model)
     for module in model.modules():

@@ -1,33 +1,33 @@
-"""Greedy k-centre selection (Sener and Savarese, ICLR 2018; the coreset of PatchCore, Roth et al., CVPR 2022), exact.
+"""Exact greedy k-centre selection (Sener and Savarese, ICLR 2018): the coreset of PatchCore (Roth et al., CVPR 2022).
 
 The next pick is the point with the largest distance to its nearest pick. Updating every point's distance after every
 pick costs picks × points × dimensions, mostly for points that can't be the next pick. Here a distance is updated only
-when it could be the largest: distances only shrink, so an outdated one is an upper bound.
+if it could be the largest: distances only decrease, so an outdated distance is an upper bound.
 """
 
 import torch
 from torch import Tensor
 
-BLOCK = 4096  # points updated together
-SLACK = 1e-5  # relative error of squared distances in float32; closer ones are compared in float64
+BLOCK = 4096  # number of points updated together
+SLACK = 1e-5  # relative error of squared distances in float32; closer distances are compared in float64
 
 
 def greedy_coreset(points: Tensor, count: int, first: int = 0) -> Tensor:
-    """Indices [count] of the picks among `points` [N, D], float32, in order, beginning with `first`.
+    """Indices int64 [count] of the picks among `points` float32 [N, D] in the order of selection, starting at `first`.
 
-    They equal those of the plain greedy rule in float64, with the first point where distances are equal. Needs memory
-    for a copy of `points` and of the picks.
+    The picks equal those of the plain greedy rule in float64; among equal distances the first point is picked. The
+    function needs memory for a copy of `points` and of the picks.
     """
     points = points - points.mean(0)
     size = points.square().sum(1)
     picks = torch.empty(count, dtype=torch.long)
     centres, centre_size = points.new_empty(count, points.shape[1]), points.new_empty(count)
     bound = torch.full((len(points),), torch.inf, dtype=torch.float64)  # of the squared distance to the nearest pick
-    seen = torch.zeros(len(points), dtype=torch.long)  # how many picks each bound accounts for
+    seen = torch.zeros(len(points), dtype=torch.long)  # number of picks that each bound accounts for
 
     def pick(number: int, index: int) -> None:
         picks[number], centres[number], centre_size[number] = index, points[index], size[index]
-        bound[index] = -1  # never again
+        bound[index] = -1  # a pick is not picked again
 
     pick(0, first)
     done = 1
@@ -35,7 +35,7 @@ def greedy_coreset(points: Tensor, count: int, first: int = 0) -> Tensor:
         largest = bound.topk(min(BLOCK + 1, len(points)))
         block, rest = largest.indices[:BLOCK], largest.values[BLOCK] if len(points) > BLOCK else -torch.inf
         _refresh(points, size, centres[:done], centre_size[:done], bound, seen, block)
-        block = block[bound[block] >= rest].sort().values  # only these can be next while they stay above the rest
+        block = block[bound[block] >= rest].sort().values  # candidates for the next pick while above the rest
         near, members = bound[block], points[block].double()
         while done < count and len(block):
             best = int(near.argmax())
@@ -52,10 +52,10 @@ def greedy_coreset(points: Tensor, count: int, first: int = 0) -> Tensor:
 def _refresh(
     points: Tensor, size: Tensor, centres: Tensor, centre_size: Tensor, bound: Tensor, seen: Tensor, block: Tensor
 ) -> None:
-    """Update `bound` and `seen` of a block of points for the centres that they have not seen.
+    """Update `bound` and `seen` of a block of points with the centres that their bounds do not account for yet.
 
-    Matrix products in float32 find the nearest centre. Its distance is computed in float64, and so are the distances of
-    all centres that could be nearer within the rounding error.
+    Matrix products in float32 find the nearest centre. The distances of this centre, and of all centres that could be
+    nearer within the rounding error, are then computed in float64.
     """
     block = block[seen[block].sort().indices]
     for part in block.split(512):

@@ -10,20 +10,20 @@ from anomalib_lite.features.backbones import Backbone
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    """Convolution that keeps or halves the size, and batch norm."""
+    """Convolution that keeps or halves the size, then batch norm."""
     return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs))
 
 
 def double(inputs: int, outputs: int) -> nn.Sequential:
-    """Transposed convolution to twice the size, and batch norm."""
+    """Transposed convolution that doubles the size, then batch norm."""
     return nn.Sequential(nn.ConvTranspose2d(inputs, outputs, 2, 2, bias=False), nn.BatchNorm2d(outputs))
 
 
 class Residual(nn.Module):
-    """A ResNet's block. `width` is that of a bottleneck block (1×1, 3×3, 1×1), None a basic block (3×3, 3×3).
+    """A ResNet block: a bottleneck block (1×1, 3×3, 1×1) of inner `width`, or with None a basic block (3×3, 3×3).
 
-    `change`: "down" halves the size by the first 3×3 convolution's stride, "up" doubles it by a transposed
-    convolution in that place; the shortcut then is a strided 1×1 or a transposed convolution, with batch norm.
+    `change` "down" halves the size with a stride in the first 3×3 convolution, "up" doubles it with a transposed
+    convolution in its place. The shortcut is then a strided 1×1 or a transposed convolution, with batch norm.
     """
 
     def __init__(self, inputs: int, outputs: int, width: int | None, change: str = "", activation: type = nn.ReLU):
@@ -51,7 +51,7 @@ class Residual(nn.Module):
 def stage(
     count: int, inputs: int, outputs: int, ratio: float | None, change: str, activation: type = nn.ReLU
 ) -> nn.Sequential:
-    """`count` blocks, the first of which changes size and channels."""
+    """A stage of `count` blocks; the first block changes size and channels."""
     width = None if ratio is None else int(outputs * ratio)
     blocks = [Residual(inputs, outputs, width, change, activation)]
     blocks += [Residual(outputs, outputs, width, "", activation) for _ in range(count - 1)]
@@ -59,9 +59,9 @@ def stage(
 
 
 def blocks_of(backbone: Backbone) -> tuple[float | None, list[int]]:
-    """(inner width / outputs of its bottleneck blocks, or None for basic blocks; number of blocks of each level).
+    """(inner width / outputs of bottleneck blocks, or None for basic blocks; number of blocks of each level).
 
-    A ResNet has these itself; any other backbone gets two basic blocks per level.
+    The values are those of the backbone if it is a ResNet; other backbones get two basic blocks per level.
     """
     modules = dict(backbone.net.named_modules())
     stages = [modules.get(name) for name in backbone.net.feature_info.module_name()]
@@ -77,8 +77,8 @@ def blocks_of(backbone: Backbone) -> tuple[float | None, list[int]]:
 class Bottleneck(nn.Module):
     """Three levels [B, C_k, H_k, W_k], each half as large as the one before -> [B, 2·C_3, H_3/2, W_3/2].
 
-    Level 1 goes through two strided convolutions and level 2 through one, both to level 3's size; the three are
-    concatenated and go through residual blocks, of which the first is strided.
+    Two strided convolutions bring level 1 to level 3's size, one brings level 2 to it. The concatenated levels pass
+    through residual blocks; the first block has a stride.
     """
 
     def __init__(self, channels: Sequence[int], count: int, ratio: float | None):
@@ -115,21 +115,21 @@ class Decoder(nn.Module):
 
 
 def initialise(module: nn.Module) -> None:
-    """Convolutions kaiming-normal (fan_out); transposed ones keep torch's default."""
+    """Initialise convolutions with kaiming-normal (fan_out); transposed convolutions keep torch's default."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
 
 
 def check_levels(backbone: Backbone | None, image_size: Sequence[int]) -> Backbone:
-    """Raise UserError unless there are three levels, each half as large as the one before, that halve once more."""
+    """Raise UserError unless there are three levels, each half the size of the one before, the last of even size."""
     if backbone is None:
-        raise UserError("backbone=none: this method needs one; choose another, as in backbone=wide_resnet50_2")
+        raise UserError("backbone=none: this method needs a backbone; give one, such as backbone=wide_resnet50_2")
     steps = [b / a for a, b in zip(backbone.reductions, backbone.reductions[1:], strict=False)]
     if steps != [2, 2]:
         raise UserError(
-            f"backbone.layers={backbone.layers}: give three levels, each half as large as the one before; those of "
-            f"{backbone.name} are 1/{', 1/'.join(map(str, backbone.reductions))} of the image"
+            f"backbone.layers={backbone.layers}: give three levels, each half as large as the one before; these levels "
+            f"of {backbone.name} are 1/{', 1/'.join(map(str, backbone.reductions))} of the image"
         )
     multiple = 2 * backbone.reductions[-1]
     if any(side % multiple for side in image_size):

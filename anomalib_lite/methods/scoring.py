@@ -1,4 +1,4 @@
-"""From a method's raw maps to smoothed maps and image scores, by configuration."""
+"""Smoothing of a method's raw maps, and image scores from the smoothed maps."""
 
 import math
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def smooth(maps: Tensor, how) -> Tensor:
-    """Smooth maps [B, H, W]. `how` is None, the sigma of a Gaussian, or a dict of its kind:
-    {"sigma": 4, "size": 5} (a Gaussian cut to 5 taps), {"box": 11, "times": 3} (a box filter, applied repeatedly), or
-    {"pool": 16} (means of all 16×16 windows within the map, which shrinks to [B, H - 15, W - 15]: for image scores).
+    """Smooth maps [B, H, W]. `how` is None (no smoothing), the sigma of a Gaussian, or one of the dicts
+    {"sigma": 4, "size": 5} (a Gaussian cut to 5 taps), {"box": 11, "times": 3} (a box filter, applied three times) and
+    {"pool": 16} (means of all 16×16 windows within the map, for image scores: the map becomes [B, H - 15, W - 15]).
 
-    Borders are mirrored with the edge repeated and the Gaussian reaches four sigma, as scipy.ndimage.gaussian_filter
-    has them by default.
+    The maps are mirrored at borders, with the edge pixel repeated, and the Gaussian is cut at four sigma: both are the
+    defaults of scipy.ndimage.gaussian_filter.
     """
     if how is None:
         return maps
@@ -34,18 +34,18 @@ def smooth(maps: Tensor, how) -> Tensor:
 
 
 def _filter(maps: Tensor, taps: Tensor) -> Tensor:
-    """Correlate the last axis with an odd number of taps; edges are mirrored (…b a | a b c | c b…)."""
+    """Correlate the last axis with an odd number of taps; the maps are mirrored at edges (…b a | a b c | c b…)."""
     n, radius = maps.shape[-1], len(taps) // 2
-    at = torch.arange(-radius, n + radius, device=maps.device) % (2 * n)  # mirrored with period 2n, however far
+    at = torch.arange(-radius, n + radius, device=maps.device) % (2 * n)  # mirroring has period 2n
     padded = maps[..., torch.where(at < n, at, 2 * n - 1 - at)]
     rows = padded.reshape(-1, 1, n + 2 * radius)
     return F.conv1d(rows, taps.to(maps)[None, None]).reshape(maps.shape)
 
 
 def image_scores(maps: Tensor, how) -> Tensor:
-    """One score per map [B, H, W] -> [B]: its maximum ("max"), its mean ("mean"), or the mean of its top share."""
+    """Image scores [B] of maps [B, H, W]: a map's maximum ("max"), mean ("mean"), or the mean of its top share."""
     flat = maps.flatten(1)
-    if how in ("max", "own"):  # a method that has scores of its own replaces these
+    if how in ("max", "own"):  # "own": the method's own scores replace these
         return flat.amax(1)
     if how == "mean":
         return _row_means(flat)
@@ -53,7 +53,7 @@ def image_scores(maps: Tensor, how) -> Tensor:
 
 
 def _row_means(rows: Tensor) -> Tensor:
-    """Means of [B, N], summed in blocks: torch adds up a long single row in another order than several, or than with
-    another number of threads."""
+    """Means [B] of rows [B, N], summed in blocks: torch's order of summation for a long row depends on the number of
+    rows and threads."""
     count = rows.shape[1]
     return F.pad(rows, (0, -count % 1024)).unflatten(1, (-1, 1024)).sum(2).sum(1) / count

@@ -1,4 +1,4 @@
-"""Parts of token transformers that methods share: positions, neighbour masks, attention, UniAD's transformer."""
+"""Building blocks of token transformers: position encodings, neighbour masks, attention, UniAD's transformer."""
 
 import math
 
@@ -9,21 +9,21 @@ from torch import Tensor, nn
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule
 
-Grid = tuple[int, int]  # (H, W); tokens are its cells row by row, L = H·W
+Grid = tuple[int, int]  # (H, W); the tokens are its cells, row by row, L = H·W
 
 
 def token_grids(method: AnomalyModule) -> list[Grid]:
-    """The grid of tokens of every level of the method's backbone.
+    """The grid of tokens for every level of the method's backbone.
 
-    Raises UserError where images in test differ in size from those in training: the transformers' grids are fixed.
+    Raises UserError if test images and training images differ in size: the transformers' grids are fixed.
     """
     assert method.backbone is not None
     if method.test_size != method.image_size:
         size, side = method.test_size, "×".join(map(str, method.image_size))
         shown = size if isinstance(size, str) else "×".join(map(str, size))
         raise UserError(
-            f"data.texture_size={shown}: {type(method).__name__} has a fixed grid of tokens, so test images need the "
-            f"size of training images: give data.texture_size as data.image_size={side}, or data.treatment=object"
+            f"data.texture_size={shown}: {type(method).__name__} has a fixed grid of tokens, so training and test need "
+            f"one size: give data.texture_size the value of data.image_size={side}, or data.treatment=object"
         )
     h, w = method.image_size
     return [(-(-h // reduction), -(-w // reduction)) for reduction in method.backbone.reductions]
@@ -46,7 +46,7 @@ def sine_positions(grid: Grid, dim: int) -> Tensor:
 
 
 class LearnedPositions(nn.Module):
-    """A learned encoding [L, dim]: one vector a column and one a row, half of the channels each, from U(0, 1)."""
+    """A learned encoding [L, dim], initially from U(0, 1): half of the channels encode the column, half the row."""
 
     def __init__(self, grid: Grid, dim: int):
         super().__init__()
@@ -59,23 +59,23 @@ class LearnedPositions(nn.Module):
 
 
 def near(grid: Grid, window: int) -> Tensor:
-    """Bool [L, L]: whether the key lies in the window × window cells around the query, clipped at the border."""
+    """Bool [L, L]: True if the key is in the window × window cells around the query (clipped at the border)."""
     rows, columns = (torch.arange(n) for n in grid)
     y, x = rows.repeat_interleave(grid[1]), columns.repeat(grid[0])
     return ((y[:, None] - y).abs() <= window // 2) & ((x[:, None] - x).abs() <= window // 2)
 
 
 def largest_window(grid: Grid) -> int:
-    """The largest odd window that, masked out, leaves every cell others to attend to; -1 if there is none."""
+    """The largest odd window that can be masked so that every query still sees a key; -1 if no window can."""
     return 2 * (max(grid) // 2) - 1
 
 
 class LocalWindow(nn.Module):
     """Exact attention of every query to the window × window keys around it; all images share keys and values.
 
-    The grid is cut into tiles. The queries of a tile, from all images together, attend to the keys of the tile and of
-    its border in one dense attention. tests/benchmarks/bench_rlr.py compares this with a masked attention over all L
-    keys and with gathered keys.
+    The grid is cut into tiles. One dense attention computes a tile: its queries are those of all images, its keys
+    those of the tile and its border. tests/benchmarks/bench_rlr.py compares this with masked attention over all L keys
+    and with gathered keys.
     """
 
     allowed: Tensor
@@ -89,7 +89,7 @@ class LocalWindow(nn.Module):
         self.register_buffer("allowed", allowed.flatten(4).flatten(2, 3).flatten(0, 1)[:, None], persistent=False)
 
     def _axis(self, size: int, count: int) -> Tensor:
-        """Bool [tiles, t, n]: which of a tile's n = t + 2·reach keys a query may see, along one axis.
+        """Bool [tiles, t, n]: which of a tile's n = t + 2·reach keys each query sees along one axis.
 
         Queries beyond the grid, which pad the last tile, see every key: a softmax over no keys is NaN.
         """
@@ -112,7 +112,7 @@ class LocalWindow(nn.Module):
         cells = cells.view(batch, heads, a, t, b, t, e).permute(2, 4, 1, 0, 3, 5, 6)
         cells = cells.reshape(a * b, heads, batch * t * t, e)
         parts, allowed = [cells, bordered(key), bordered(value)], self.allowed.repeat(1, 1, batch, 1)
-        if query.device.type == "cpu":  # on CPUs bf16 is slower in tiles this small
+        if query.device.type == "cpu":  # on CPUs, bf16 is slower for small tiles
             parts = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in parts]
         with torch.autocast(query.device.type, enabled=False):
             out = F.scaled_dot_product_attention(parts[0], parts[1], parts[2], allowed).to(query.dtype)
@@ -121,8 +121,8 @@ class LocalWindow(nn.Module):
 
 
 def drop(x: Tensor, p: float) -> Tensor:
-    """Dropout. On a CPU torch draws 32 random bits per element, which takes a third of UniAD's training time. Here 16
-    bits are drawn, so p is rounded to a multiple of 1/65536."""
+    """Dropout. On CPUs it draws 16 random bits per element, so p is rounded to a multiple of 1/65536. torch draws
+    32 bits, which takes a third of UniAD's training time."""
     if x.device.type != "cpu":
         return F.dropout(x, p)
     dropped = round(65536 * p)
@@ -132,17 +132,17 @@ def drop(x: Tensor, p: float) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout by `drop`."""
+    """nn.Dropout, computed by `drop`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return drop(x, self.p) if self.training and self.p else x
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, dropout: float) -> Tensor:
-    """Scaled dot product attention of [B, heads, L, e]; `seen` is a bool mask [L, L'] or None."""
+    """Scaled dot product attention of [B, heads, L, e]; `seen` is a bool mask [L, L'] (True: seen) or None."""
     if not dropout or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, seen, dropout)
-    with torch.autocast("cpu", enabled=False):  # PyTorch has no fused CPU kernel with dropout
+    with torch.autocast("cpu", enabled=False):  # PyTorch has no fused CPU kernel for dropout
         bias = q.new_zeros(()) if seen is None else torch.where(seen, 0, -torch.inf).to(q.dtype)
         scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.shape[-1] ** -0.5)
         return (drop(scores.softmax(-1), dropout) @ v.flatten(0, 1)).unflatten(0, q.shape[:2])
@@ -151,7 +151,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, dropout: float)
 class Attention(nn.Module):
     """Multi-head attention equal to nn.MultiheadAttention, batch first.
 
-    Keys and values may have a batch of 1, which all images share; then they are projected once.
+    Keys and values may have batch size 1; then all images share them, and they are projected once.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0):
@@ -164,7 +164,7 @@ class Attention(nn.Module):
             nn.init.zeros_(part.bias)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, where: Tensor | LocalWindow | None = None) -> Tensor:
-        """query [B, L, d], key and value [B or 1, L', d] -> [B, L, d]; `where` is a bool mask [L, L'], True is seen."""
+        """query [B, L, d], key and value [B or 1, L', d] -> [B, L, d]; `where` is a bool mask [L, L'] (True: seen)."""
         q, k, v = (
             part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part, x in ((self.query, query), (self.key, key), (self.value, value))
@@ -178,7 +178,7 @@ class Attention(nn.Module):
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer, Xavier uniform, bias zero."""
+    """A linear layer with Xavier uniform weights and zero bias."""
     layer = nn.Linear(inputs, outputs)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -190,7 +190,7 @@ def feed_forward(dim: int, hidden: int, activation: nn.Module, dropout: float = 
 
 
 class EncoderLayer(nn.Module):
-    """DETR's post-norm encoder layer: positions are added to queries and keys of every layer, not to values."""
+    """DETR's post-norm encoder layer: it adds positions to queries and keys, not to values."""
 
     def __init__(self, dim: int, heads: int, hidden: int, dropout: float):
         super().__init__()
@@ -205,8 +205,8 @@ class EncoderLayer(nn.Module):
 
 
 class QueryDecoderLayer(nn.Module):
-    """UniAD's layer-wise query decoder: learned queries, one per position, attend to the encoder's output, and the
-    result attends to the previous layer's output. No residual connection carries the input past the attention."""
+    """UniAD's layer-wise query decoder. One learned query per position attends to the encoder's output; the result
+    attends to the previous layer's output. No residual connection bypasses the attention with the input."""
 
     def __init__(self, length: int, dim: int, heads: int, hidden: int, dropout: float):
         super().__init__()
@@ -227,7 +227,7 @@ class ReconstructionTransformer(nn.Module):
     """UniAD's transformer (You et al., NeurIPS 2022): tokens [B, L, C] -> their reconstruction [B, L, C].
 
     Args:
-        neighbours: no attention sees the neighbours × neighbours cells around the query, including the query's own;
+        neighbours: the attention masks the neighbours × neighbours cells around the query, including its own cell;
             None: no mask.
     """
 
@@ -256,7 +256,7 @@ class ReconstructionTransformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         positions = self.positions()
-        memory = self.inputs(tokens).to(tokens.dtype)  # float32, like the sums of all layers
+        memory = self.inputs(tokens).to(tokens.dtype)  # the residual sums of all layers stay in float32
         for layer in self.encoder:
             memory = layer(memory, positions, self.mask)
         x = memory

@@ -1,4 +1,4 @@
-"""From the `hardware` group of the configuration to the arguments of Lightning's Trainer."""
+"""Turns the `hardware` group of the configuration into arguments of Lightning's Trainer."""
 
 import os
 import platform
@@ -18,8 +18,8 @@ from anomalib_lite.runs import ranks
 class DDP(DDPStrategy):
     """Lightning's strategy with batch norm synchronised over all devices.
 
-    A method without trainable weights is not wrapped: there are no gradients to exchange. In a method with several
-    phases, a step may leave weights unused.
+    A method without trainable weights is not wrapped, because it has no gradients to exchange. If a method has several
+    phases, a step may leave some weights unused.
     """
 
     def configure_ddp(self) -> None:
@@ -31,10 +31,10 @@ class DDP(DDPStrategy):
 
 
 def lightning_options(hardware: dict[str, Any], multirun: bool) -> dict[str, Any]:
-    """`accelerator`, `devices`, `num_nodes`, `strategy` and `precision` of a Trainer; sets the CPU threads.
+    """Return a Trainer's options (accelerator, devices, num_nodes, strategy, precision, ...) and set the CPU threads.
 
     Raises:
-        UserError: no GPU, fewer GPUs than requested, or a sweep in one process over several devices.
+        UserError: there is no GPU, there are fewer GPUs than requested, or jobs with several devices share a process.
     """
     gpus = torch.cuda.device_count()
     accelerator = hardware["accelerator"]
@@ -43,27 +43,27 @@ def lightning_options(hardware: dict[str, Any], multirun: bool) -> dict[str, Any
     if accelerator == "auto":
         accelerator = "gpu" if gpus else "cpu"
     devices = hardware["devices"]
-    slurm = ranks.under_slurm(hardware)  # without SLURM, as in evaluate, this process works alone
+    slurm = ranks.under_slurm(hardware)  # False without SLURM, as in evaluate: this process is then the only one
     if slurm:
         devices = ranks.slurm_tasks(hardware)
     elif devices == "auto":
         devices = gpus if accelerator == "gpu" else 1
     if accelerator == "gpu" and devices > gpus:
-        raise UserError(f"hardware.devices={devices}: only {gpus} GPUs are visible here")
+        raise UserError(f"hardware.devices={devices}: only {gpus} GPUs are visible here; give a smaller number")
     several = devices * hardware["nodes"] > 1
     if several and multirun:
         raise UserError(ranks.several_in_one_process(devices, "basic"))
-    # not divided by the ranks: with another number of threads a network's output may differ in its last bit
+    # ranks do not share the cores: with another number of threads a network's output may differ in its last bit
     threads = hardware["threads"] or os.cpu_count() or 1
     torch.set_num_threads(threads)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # otherwise Lightning sets another number
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # otherwise Lightning sets a different number
     precision = "bf16-mixed" if hardware["precision"] == "bf16" else "32-true"
     strategy: Any = DDP(process_group_backend="gloo" if accelerator == "cpu" else None) if several else "auto"
     environment: dict[str, Any] = {}
     if slurm:
         environment["plugins"] = [SLURMEnvironment(auto_requeue=False)]  # submitit queues a job again
     elif "SLURM_NTASKS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
-        environment["plugins"] = [LightningEnvironment()]  # otherwise Lightning takes the allocation for ranks
+        environment["plugins"] = [LightningEnvironment()]  # otherwise Lightning treats SLURM's tasks as ranks
     return {
         "accelerator": accelerator,
         "devices": devices,
@@ -79,7 +79,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory_mb() -> dict[str, float]:
-    """Peak memory of this process, and of its GPU where there is one."""
+    """Peak memory of this process in MiB, and of its GPU if it has one."""
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, else in KiB
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20}
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Which rank of a run this process is, and whether the ranks can find each other. Imports nothing heavy."""
+"""Finds this process's rank in a run, and checks that the ranks can find each other. Imports no slow library."""
 
 import os
 from typing import Any
@@ -7,7 +7,7 @@ from anomalib_lite.errors import UserError
 
 
 def is_first_on_node() -> bool:
-    """Whether this process is its machine's first rank, or will start the other ranks."""
+    """Whether this process is the first rank of its machine, or will start the other ranks."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
@@ -22,7 +22,7 @@ def under_slurm(hardware: dict[str, Any]) -> bool:
 
 
 def _number(*names: str) -> int:
-    """The first of these environment variables that is set, else 1."""
+    """The value of the first environment variable in `names` that is set, or 1."""
     return int(next((os.environ[name] for name in names if os.environ.get(name)), 1))
 
 
@@ -30,7 +30,7 @@ def slurm_tasks(hardware: dict[str, Any]) -> int:
     """The number of tasks that SLURM has started on each node.
 
     Raises:
-        UserError: SLURM's numbers of nodes or tasks differ from the run's, which would wait for ranks for ever.
+        UserError: SLURM's number of nodes or tasks differs from the run's, which would wait forever for ranks.
     """
     tasks, nodes = _number("SLURM_NTASKS"), _number("SLURM_NNODES", "SLURM_JOB_NUM_NODES")
     if hardware["nodes"] != nodes:
@@ -38,17 +38,17 @@ def slurm_tasks(hardware: dict[str, Any]) -> int:
     wanted = tasks // nodes if hardware["devices"] == "auto" else hardware["devices"]
     if wanted * nodes != tasks:
         raise UserError(
-            f"hardware.devices={hardware['devices']}: SLURM has started {tasks} tasks on {nodes} nodes, and a task is "
-            f"a device's rank; give sbatch --ntasks-per-node={wanted}, or the same hardware.devices"
+            f"hardware.devices={hardware['devices']}: SLURM has started {tasks} tasks on {nodes} nodes, not one "
+            f"per device; give sbatch --ntasks-per-node={wanted}, or change hardware.devices"
         )
     return wanted
 
 
 def check(hardware: dict[str, Any], launcher: str | None) -> None:
-    """Raise UserError where ranks would disturb each other or wait for ever.
+    """Raise UserError if ranks would disturb each other or wait forever.
 
     Args:
-        launcher: the launcher of a sweep whose jobs run in this process; None without one.
+        launcher: the launcher of a sweep whose jobs run in this process, or None.
     """
     devices, nodes = hardware["devices"], hardware["nodes"]
     several = nodes > 1 or devices not in ("auto", 1)
@@ -70,13 +70,13 @@ def check(hardware: dict[str, Any], launcher: str | None) -> None:
     elif nodes > 1 and not os.environ.keys() & {"MASTER_ADDR", "TORCHELASTIC_RUN_ID"}:
         raise UserError(
             f"hardware.nodes={nodes}: nothing says where the other machines are; use torchrun, or start the same "
-            "command on each with MASTER_ADDR, MASTER_PORT and NODE_RANK set, or hardware=slurm"
+            "command on every machine with MASTER_ADDR, MASTER_PORT and NODE_RANK set, or hardware=slurm"
         )
 
 
 def several_in_one_process(devices: Any, launcher: str) -> str:
     """The error message for a sweep over several devices in one process."""
     return (
-        f"hardware.devices={devices} in a sweep with hydra/launcher={launcher}: the ranks of one job run into the "
-        "next; leave it out, hydra/launcher=processes gives every job a process of its own"
+        f"hardware.devices={devices} in a sweep with hydra/launcher={launcher}: all jobs would share one set of ranks; "
+        "use hydra/launcher=processes, the default, which starts every job in a process of its own"
     )

@@ -458,11 +458,11 @@ def test_prompts_need_a_place_for_the_class(checkpoints):
 @pytest.mark.parametrize(
     ("given", "trouble"),
     [
-        (["backbone=align"], "can't be had from the hub or its cache"),
+        (["backbone=align"], "not found in the hub or its cache"),
         (["backbone=clip", "backbone.name=./nowhere/clip"], "no such folder; give"),
     ],
 )
-def test_what_can_not_be_had_is_one_line(arguments, tmp_path, monkeypatch, given, trouble):
+def test_unavailable_checkpoint_is_one_line(arguments, tmp_path, monkeypatch, given, trouble):
     """Offline with an empty cache, and a folder that is not there; before training, and leaving no run."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

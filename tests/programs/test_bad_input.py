@@ -80,7 +80,7 @@ OPTIONS = {
     "backbone.layers=3": "backbone.layers=3: give",
     "backbone.layers=[3,2]": "backbone.layers=.*ascending",
     "backbone.weights=null": "backbone.weights=null: give auto, none, or a file",
-    "backbone=none": "backbone=none: NormOCC needs one",
+    "backbone=none": "backbone=none: NormOCC needs a backbone",
     "data.foo=1": r"data.foo: no such option; data has .*batch_size.*\+data.foo=VALUE",
     "trainer.max_step=3": "trainer.max_step: no such option; did you mean trainer.max_steps",
     "method.nrm=1": "method.nrm: no such option; did you mean method.norm",
@@ -372,7 +372,7 @@ WEIGHTS = {
     "text.pth": "text.pth: damaged, or not a weights file",
     "resnet34.safetensors": r"resnet34.safetensors: these are not the weights of resnet18.tv_in1k \(layer1.2",
     "resnet50.safetensors": r"resnet50.safetensors: these are not the weights of resnet18.tv_in1k \(size mismatch",
-    "without_layer3.safetensors": r"lacks \d+ tensors that layers \[2, 3\] of resnet18.tv_in1k need, layer3",
+    "without_layer3.safetensors": r"lacks \d+ tensors that layers \[2, 3\] of resnet18.tv_in1k need, such as layer3",
     "without_layer3.pth": r"lacks \d+ tensors .*other layers or another file",
 }
 
@@ -492,7 +492,7 @@ def test_no_weights_without_a_network(data, tmp_path):
     outcome = python(
         "-m", "anomalib_lite.train", *arguments, HF_HOME=str(tmp_path / "empty"), HF_HUB_OFFLINE="1", timeout=60
     )
-    assert_one_line(outcome, "backbone.weights=auto: the weights of resnet18.tv_in1k could not be had.*local file")
+    assert_one_line(outcome, "backbone.weights=auto: the weights of resnet18.tv_in1k were not found.*local file")
 
 
 def test_traceback_on_request(data, tmp_path):

@@ -332,7 +332,7 @@ def test_a_damaged_file_is_one_line(tmp_path, workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_sizes_differ(tmp_path, workers):
     save_image(make_mvtec(tmp_path) / "train" / "good" / "000.png", size=48)
-    with pytest.raises(UserError, match=r"^/.*\.png: another size .* add a Resize to data.transform$"):
+    with pytest.raises(UserError, match=r"^/.*\.png: its size differs .* add a Resize to data.transform$"):
         list(module(tmp_path, transform=[], workers=workers).train_eval_dataloader())
 
 
