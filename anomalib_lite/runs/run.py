@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.sampler import check_batch_size
@@ -64,12 +66,8 @@ def execute(
     training, evaluation = Training(cfg, checkpoint, model.total_steps), Evaluation()
     loggers = build.make_loggers(cfg["logger"], run) if fit else []
     trainer = build.make_trainer(hardware, run, [training, evaluation], loggers, model.total_steps)
-    run_loggers = [logger for logger in loggers if isinstance(logger, RunLogger)]
     if trainer.is_global_zero:
-        for line in data.kept.summary_lines(names["split"]):
-            log.info(line)
-        for logger in run_loggers:
-            logger.start(cfg, names, data)
+        announce(cfg, names, data, loggers)
 
     with build.all_ranks(trainer):
         fit = fit and not stored.get("finished", False)  # a run that was interrupted in its test is trained already
@@ -93,32 +91,48 @@ def execute(
     if not trainer.is_global_zero:
         return None
 
-    test_s = time.perf_counter() - started
-    measured, reasons = summary.measure(cfg["scoring"], data, outputs)
-    cost, speed = efficiency(model, data, cfg["data"]["eval_batch_size"])
-    timing = {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "fit_s": training.fit_s,
-        "steps": training.steps,
-        "test_s": test_s,
-        **speed,
-        "peak_memory_mb": peak_memory_mb(),
-    }
-    result = {
-        **summary.describe(cfg, names, data, model),
-        **measured,
-        "timing": timing,
-        "efficiency": cost,
-        "cache": cache,
-        "environment": summary.environment(cfg, model, trainer.strategy.root_device),
-        "notes": [*notes_of(cfg, data, model), *reasons, *remarks],
-        "overrides": list(overrides),
-    }
+    timing = {"fit_s": training.fit_s, "steps": training.steps, "test_s": time.perf_counter() - started}
+    result = result_of(cfg, names, data, model, outputs, timing, trainer.strategy.root_device)
+    result |= {"cache": cache, "overrides": list(overrides)}
+    result["notes"] = [*notes_of(cfg, data, model), *result["notes"], *remarks]
     curves = make_curves(outputs[TEST], data.has_masks)
     write(run, data, outputs, curves, result, model)
-    for logger in run_loggers:
-        logger.log_test(result, data, outputs[TEST], curves)
+    for logger in loggers:
+        if isinstance(logger, RunLogger):
+            logger.log_test(result, data, outputs[TEST], curves)
     return result
+
+
+def announce(cfg: dict[str, Any], names: dict[str, str], data: AnomalyDataModule, loggers: Sequence[Logger]) -> None:
+    """The split's counts in the log, and the start of the run in its loggers."""
+    for line in data.kept.summary_lines(names["split"]):
+        log.info(line)
+    for logger in loggers:
+        if isinstance(logger, RunLogger):
+            logger.start(cfg, names, data)
+
+
+def result_of(
+    cfg: dict[str, Any],
+    names: dict[str, str],
+    data: AnomalyDataModule,
+    model: AnomalyModule,
+    outputs: dict[int, dict[str, Any]],
+    timing: dict[str, Any],
+    device: torch.device,
+) -> dict[str, Any]:
+    """The content of result.json that follows from the run's objects; `notes` are those of metrics."""
+    measured, reasons = summary.measure(cfg["scoring"], data, outputs)
+    cost, speed = efficiency(model, data, cfg["data"]["eval_batch_size"])
+    date = {"date": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    return {
+        **summary.describe(cfg, names, data, model),
+        **measured,
+        "timing": date | timing | speed | {"peak_memory_mb": peak_memory_mb()},
+        "efficiency": cost,
+        "environment": summary.environment(cfg, model, device),
+        "notes": reasons,
+    }
 
 
 def check_fingerprint(cfg: dict[str, Any], data: AnomalyDataModule, stored: dict[str, Any], checkpoint: Path) -> None:
