@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import Logger
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.sampler import check_batch_size
+from anomalib_lite.data.samples import Sample
 from anomalib_lite.errors import UserError, enough_memory
 from anomalib_lite.features.precompute import precompute
 from anomalib_lite.methods.base import AnomalyModule
@@ -81,13 +82,9 @@ def execute(
             training.save(trainer)
         started = time.perf_counter()
         with enough_memory(lambda: "data.eval_batch_size", cfg):
-            # in the order of test_outputs
-            loaders = [data.test_dataloader(), data.train_eval_dataloader(sharded=True), data.val_dataloader()]
-            loaders = loaders if data.val_samples else loaders[:2]
             weights = None if fit else checkpoint
-            trainer.test(model, loaders, ckpt_path=weights, weights_only=True, verbose=False)
-        samples = {TEST: data.test_samples, NORMAL: data.train_samples, HELD_OUT: data.val_samples}
-        outputs = evaluation.gather(samples, Path(data.root or "/"))
+            trainer.test(model, test_loaders(data), ckpt_path=weights, weights_only=True, verbose=False)
+        outputs = evaluation.gather(samples_of(data), Path(data.root or "/"))
     if not trainer.is_global_zero:
         return None
 
@@ -133,6 +130,16 @@ def result_of(
         "environment": summary.environment(cfg, model, device),
         "notes": reasons,
     }
+
+
+def test_loaders(data: AnomalyDataModule) -> list[Any]:
+    """The loaders of a test run, in the order of `test_outputs`; the held-out images last, where there are some."""
+    loaders = [data.test_dataloader(), data.train_eval_dataloader(sharded=True), data.val_dataloader()]
+    return loaders if data.val_samples else loaders[:2]
+
+
+def samples_of(data: AnomalyDataModule) -> dict[int, list[Sample]]:
+    return {TEST: data.test_samples, NORMAL: data.train_samples, HELD_OUT: data.val_samples}
 
 
 def check_fingerprint(cfg: dict[str, Any], data: AnomalyDataModule, stored: dict[str, Any], checkpoint: Path) -> None:
