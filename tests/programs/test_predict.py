@@ -209,6 +209,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_images(trained, tmp_path):
     """In processes of their own, started in another folder than the run was."""
     first = save_image(tmp_path / "in" / "0000.png", 64)
@@ -423,7 +424,7 @@ RUNS = {
     ),
     "checkpoint without a tensor": (
         change_checkpoint(lambda content: content["state_dict"].pop("project.weight")),
-        "last.ckpt: damaged, or not of the method",
+        "last.ckpt: damaged, or not a checkpoint of NormOCC",
     ),
     "damaged configuration": (halve("checkpoints/config.json"), "config.json: damaged"),
     "damaged maps": (halve("maps.npz"), "maps.npz: not readable, so quantile= can't be changed"),
