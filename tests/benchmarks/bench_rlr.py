@@ -37,7 +37,7 @@ class PlainLayer(nn.Module):
 class PlainLevel(nn.Module):
     """As the paper has it, with PyTorch's own parts, every image with its copy of the reference.
 
-    `fused`: nn.MultiheadAttention is told that nobody needs its weights, and computes in one kernel.
+    `fused`: nn.MultiheadAttention knows that its weights are not needed, and computes in one kernel.
     """
 
     inside: torch.Tensor

@@ -105,17 +105,17 @@ def test_bench_recontrast_step(capsys, monkeypatch, name, batch, block):
             rounds = [{kind: seconds(step) for kind, step in steps.items()} for _ in range(ROUNDS)]  # turn about
             for i, clock in enumerate(("wall", "processor")):
                 best = {kind: min(row[kind][i] for row in rounds) for kind in steps}
-                print(f"  {threads} threads, {clock:9} time at best: {told(best)}")
+                print(f"  {threads} threads, {clock:9} time at best: {listed(best)}")
                 for kind in steps if clock == "wall" else ():
                     walls[kind].append(best[kind])
         fastest = {kind: min(times) for kind, times in walls.items()}
-        print(f"  each with its better number of threads, wall time: {told(fastest)}")
+        print(f"  each with its better number of threads, wall time: {listed(fastest)}")
     torch.set_num_threads(every)
     assert first["ours"] == pytest.approx(first["plain"], rel=0.02)
     assert fastest["plain"] >= 2 * fastest["ours"]
 
 
-def told(times: dict[str, float]) -> str:
+def listed(times: dict[str, float]) -> str:
     ratio = times["plain"] / times["ours"]
     return f"ours {times['ours']:6.2f} s, plain {times['plain']:6.2f} s a step, {ratio:.2f} times faster"
 

@@ -71,20 +71,20 @@ def stored_checkpoint(run: Path) -> dict[str, Any]:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-@pytest.mark.parametrize(("how", "log_every", "checkpoint", "noticed", "told"), [
+@pytest.mark.parametrize(("how", "log_every", "checkpoint", "noticed", "message"), [
     ("undefined", 2, 4, 6, "the loss is nan"), ("infinite", 1, 4, 5, "the loss is inf"),
     ("explode", 2, 4, 6, "the loss is "), ("gradient", 2, 4, 6, "the loss is nan"),
     ("gradient", 1, 4, 5, "weights are NaN or infinite"), ("undefined", 3, 3, 6, "the loss is nan"),
     ("undefined", 4, 4, 8, "the loss is nan"),
 ])  # fmt: skip
-def test_the_last_good_checkpoint_remains(base, tmp_path, how, log_every, checkpoint, noticed, told):
+def test_the_last_good_checkpoint_remains(base, tmp_path, how, log_every, checkpoint, noticed, message):
     """Ill in batch 5; the loss is looked at, and a checkpoint written, every `log_every` batches."""
     often = (f"trainer.log_every={log_every}", "trainer.checkpoint_minutes=0")
     outcome = train(base, tmp_path, f"method.how={how}", "method.at=5", *often)
     assert outcome.code == 2
     (line,) = outcome.err.splitlines()
     first, _, rest = line.partition(f" after batch {noticed}: training diverged; ")
-    assert first.startswith(f"error: {told}")
+    assert first.startswith(f"error: {message}")
     assert (
         rest
         == f"lower method.optimizer.lr, or set hardware.precision=32 (the checkpoint of batch {checkpoint} remains)"

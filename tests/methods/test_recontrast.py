@@ -334,13 +334,13 @@ def test_variant_by_categories():
     assert chosen.scoring["pixel_smooth"] == {"sigma": 4, "size": 5}
 
 
-@pytest.mark.parametrize(("options", "told"), [
+@pytest.mark.parametrize(("options", "message"), [
     ({"variant": "two"}, "method.variant=two: choose auto, one_class, unified, stable"),
     ({"encoder_bn": "on"}, "method.encoder_bn=on: choose eval or train"),
     ({"size": 48}, "data.image_size=48×48: with this backbone's levels, give multiples of 32"),
 ])  # fmt: skip
-def test_mistakes(options, told):
-    with pytest.raises(UserError, match=told):
+def test_mistakes(options, message):
+    with pytest.raises(UserError, match=message):
         make(**{"name": TINY, "size": 32} | options)
 
 
