@@ -1,13 +1,17 @@
-"""Two hooks into Hydra: a failed start leaves no empty folder, and --help lists no choice that begins with `_`."""
+"""Hooks into Hydra: no empty folder after a failed start, no `_base` in --help, no needless composing."""
 
 import contextlib
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
 from hydra.core.object_type import ObjectType
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 
 #: Hydra's record of a sweep, written before its jobs are checked
 SWEEP_RECORD = "multirun.yaml"
@@ -70,3 +74,24 @@ def no_private_choices() -> Iterator[None]:
         yield
     finally:
         ConfigLoaderImpl.get_group_options = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def mode_from_flags() -> Iterator[None]:
+    """Hydra composes the whole configuration only to learn hydra.mode, and then once more: spare the first time.
+
+    The flags alone decide where nothing on the command line can set hydra.mode: no study of experiments/, no
+    configuration of the user's own.
+    """
+    original = Hydra.get_mode
+
+    def get_mode(self: Any, config_name: Any, overrides: list[str]) -> Any:
+        if re.search(r"(^|\n)\+*(experiments|hydra\.mode)\b|--?config|-c[dnp]\b", "\n".join(sys.argv[1:])):
+            return original(self, config_name, overrides)
+        return RunMode.MULTIRUN if {"-m", "--multirun"} & set(sys.argv[1:]) else RunMode.RUN
+
+    Hydra.get_mode = get_mode  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Hydra.get_mode = original  # type: ignore[method-assign]

@@ -1,5 +1,6 @@
 """The content of result.json: what was run on which data, what was measured, and where."""
 
+import functools
 import platform
 import subprocess
 from importlib.metadata import version
@@ -114,18 +115,20 @@ def normal_columns(outputs: dict[int, dict[str, Any]]) -> dict[str, np.ndarray]:
 
 def environment(cfg: dict[str, Any], model: AnomalyModule, device: torch.device) -> dict[str, Any]:
     """Versions, device, git revision and precision."""
+    where = {"device": device_name(device), "precision": precision(cfg["hardware"]["precision"], model, device)}
+    return software() | where
+
+
+@functools.cache
+def software() -> dict[str, str | None]:
+    """Versions of the packages and the git revision, read once: they are those of the code that this process runs."""
     revision = None
     if (HOME / ".git").exists():  # the package's own checkout, not whatever repository a wheel was installed below
         revision = _git("rev-parse", "HEAD")
         revision += "+changes" if revision and _git("status", "--porcelain") else ""
-    return {
-        "python": platform.python_version(),
-        "anomalib_lite": version("anomalib-lite"),
-        **{package: version(package) for package in PACKAGES},
-        "device": device_name(device),
-        "git": revision or None,
-        "precision": precision(cfg["hardware"]["precision"], model, device),
-    }
+    packages = {package: version(package) for package in PACKAGES}
+    python = {"python": platform.python_version(), "anomalib_lite": version("anomalib-lite")}
+    return {**python, **packages, "git": revision or None}
 
 
 def _git(*arguments: str) -> str:
