@@ -115,9 +115,12 @@ class AnomalyModule(L.LightningModule):
 
     def autocast(self) -> torch.autocast:
         """A context for operations that tolerate bf16: bf16 if hardware.precision and the device allow it."""
-        low = self.precision == "bf16" or (self.precision == "auto" and has_bf16(self.device))
         self.autocasted = True
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=low)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision(self.device))
+
+    def low_precision(self, device: torch.device) -> bool:
+        """Whether `autocast` computes in bf16 on this device."""
+        return self.precision == "bf16" or (self.precision == "auto" and has_bf16(device))
 
     def fit_batches(self) -> Iterator[Batch]:
         """All training images once, in order, prepared as in training, on this device; for closed forms."""
