@@ -157,6 +157,7 @@ class Smoothing(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
 class Gauss(Smoothing):
     sigma: Positive
     size: Odd | None = None
+    pad: Literal["mirror", "zeros"] | None = None
 
 
 class Box(Smoothing):

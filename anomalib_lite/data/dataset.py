@@ -5,7 +5,7 @@ Random numbers depend on the seed, the epoch and a sample's position only, never
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,6 +26,26 @@ class LoadError(UserError):
 
     def __init__(self, message: str):
         super().__init__(message.rstrip().rsplit("\n", 1)[-1].rsplit(f"{type(self).__name__}: ", 1)[-1])
+
+
+class Batch(dict[str, Any]):
+    """A batch: a dict whose error for a missing key names the switch that adds the key."""
+
+    SWITCHES: ClassVar = {
+        **dict.fromkeys(("image", "mask"), "the method has uses_images = False; set uses_images = True in its class"),
+        **dict.fromkeys(
+            ("clean", "corruption_mask"), "only training batches with data.corrupt have it; give data.corrupt"
+        ),
+        "features": "only stored features come with a batch; call self.features(batch), which reads or computes them, "
+        "and set frozen_features = True in the method's class to store them",
+    }
+
+    def __missing__(self, key: str) -> Any:
+        why = self.SWITCHES.get(key, f"no such key; this batch has {', '.join(sorted(self))}")
+        raise UserError(f"batch['{key}']: {why}")
+
+    def __or__(self, other: dict[str, Any]) -> "Batch":  # type: ignore[override]
+        return Batch({**self, **other})
 
 
 class AnomalyDataset(Dataset):
@@ -104,14 +124,14 @@ class AnomalyDataset(Dataset):
         return item
 
 
-def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+def collate(items: list[dict[str, Any]]) -> Batch:
     """Join items to a batch: image float32 [B, 3, H, W], mask bool [B, H, W], label, category, index int64 [B], path.
 
     If items have them, the batch also holds `size` int64 [B, 2], `gt_mask` (list of bool [H_i, W_i]), `clean` float32
     [B, 3, H, W] and `corruption_mask` bool [B, H, W]. `path` is a list. Raises LoadError if image sizes differ.
     """
     numbers = [key for key in ("label", "category", "index", "size") if key in items[0]]
-    batch: dict[str, Any] = {key: torch.tensor([item[key] for item in items]) for key in numbers}
+    batch = Batch({key: torch.tensor([item[key] for item in items]) for key in numbers})
     batch["path"] = [item["path"] for item in items]
     if "image" in items[0]:
         for item in items:
@@ -147,8 +167,8 @@ class NewImages(Dataset):
         return item | {"image": tensor, "mask": mask}
 
 
-def collate_readable(items: list[dict[str, Any] | str]) -> dict[str, Any]:
+def collate_readable(items: list[dict[str, Any] | str]) -> Batch:
     """`collate` for the readable images; `damaged` holds the error messages of the other images."""
     readable = [item for item in items if not isinstance(item, str)]
-    batch = collate(readable) if readable else {"path": []}
+    batch = collate(readable) if readable else Batch(path=[])
     return batch | {"damaged": [item for item in items if isinstance(item, str)]}

@@ -30,11 +30,12 @@ class AnomalyModule(L.LightningModule):
     - `uses_backbone = False`: the method needs no backbone and ignores a configured one, as in a sweep over methods;
     - `frozen_features = True`: training and test see a frozen backbone's outputs, which `self.features(batch)` returns.
       These features are computed once and shared by runs, unless training crops, augments or corrupts its images;
-    - `uses_images = False` with frozen_features: training uses no `image`; if features are stored, none is decoded;
+    - `uses_images = False` with frozen_features: training uses neither `image` nor `mask`. If features are stored, no
+      training image is decoded, and training batches come without these keys;
     - `own_image_score = True`: `anomaly_map` returns (maps, image scores [B]) for scoring.image_score=own.
 
     A batch is a dict: `image` float32 [B, 3, H, W], `mask` bool [B, H, W], `label` int64 [B], `category` int64 [B],
-    `path` list of str, `index` int64 [B] (positions in the data set).
+    `path` list of str, `index` int64 [B] (positions in the data set). The error for a missing key names its switch.
     With `data.corrupt`, `image` in training batches is a corrupted version of `clean`; `corruption_mask` marks where.
     Evaluation batches have `is_train_image`: True for training images, which are scored to find the thresholds.
     With scoring.map_size=original, evaluation batches have `size` int64 [B, 2], each image's own (H, W).
@@ -115,9 +116,12 @@ class AnomalyModule(L.LightningModule):
 
     def autocast(self) -> torch.autocast:
         """A context for operations that tolerate bf16: bf16 if hardware.precision and the device allow it."""
-        low = self.precision == "bf16" or (self.precision == "auto" and has_bf16(self.device))
         self.autocasted = True
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=low)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision(self.device))
+
+    def low_precision(self, device: torch.device) -> bool:
+        """Whether `autocast` computes in bf16 on this device."""
+        return self.precision == "bf16" or (self.precision == "auto" and has_bf16(device))
 
     def fit_batches(self) -> Iterator[Batch]:
         """All training images once, in order, prepared as in training, on this device; for closed forms."""

@@ -3,6 +3,10 @@
 A memory bank holds a coreset of the normal training images' patch features. The score of a patch is its distance to the
 nearest neighbour in the bank. There is no training. Thresholds come from the scores of the training images, so a
 training image is scored without its own patches in the bank.
+
+With equal features, the coreset's picks and the neighbours equal those of the authors' code. Three things differ. Their
+distances are squared. They pool each layer's patches to 1,024 numbers, where we keep all channels. Their code has no
+re-weighting of the image score, which is in the paper.
 """
 
 from typing import Any

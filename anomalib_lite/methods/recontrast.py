@@ -77,8 +77,21 @@ class ReContrast(AnomalyModule):
         self.decoder = Decoder(frozen.channels, counts, ratio, activation)
         self.heads = nn.ModuleList(nn.ModuleList(nn.Conv2d(c, c, 1) for c in frozen.channels) for _ in range(2))
         initialise(self.heads)
-        self.to(memory_format=torch.channels_last)
+        self.lay_out(self.device)
         self.train()
+
+    def setup(self, stage: str) -> None:
+        self.lay_out(self.trainer.strategy.root_device)
+
+    def lay_out(self, device: torch.device) -> None:
+        """Choose the memory format for a device: channels-last on GPUs and in bf16, where it is faster.
+
+        In float32 on CPUs it saves no time, and PyTorch's batch norm in training is less exact with it: outputs differ
+        from those in float64 by 1e-6 and gradients by 7e-6, with contiguous tensors by 5e-8 and 3e-7.
+        """
+        fast = device.type != "cpu" or self.low_precision(device)
+        self.layout = torch.channels_last if fast else torch.contiguous_format
+        self.to(memory_format=self.layout)
 
     def train(self, mode: bool = True) -> "ReContrast":
         super().train(mode)
@@ -87,7 +100,7 @@ class ReContrast(AnomalyModule):
 
     def pairs(self, batch: Batch) -> list[Pair]:
         """For each level E_f's features and their reconstruction, then E_t's features and their reconstruction."""
-        images, frozen = batch["image"].contiguous(memory_format=torch.channels_last), self.features(batch)
+        images, frozen = batch["image"].contiguous(memory_format=self.layout), self.features(batch)
         with self.autocast():
             trained = self.encoder.net(images)
             both = [torch.cat([t, f.to(t.dtype)]) for t, f in zip(trained, frozen, strict=True)]  # one pass over 2B

@@ -2,7 +2,8 @@
 
 A transformer reconstructs the frozen features of a level. Its layers see the image only through attention to a
 learnable reference, one vector per position, which all images and classes share. Features without a match in the
-reference are not reconstructed. Levels are independent models.
+reference are not reconstructed. Levels are independent models. Initial weights are drawn as in the authors' code:
+PyTorch's own for linear layers and nn.MultiheadAttention, kaiming-normal for the two embeddings.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,13 +22,27 @@ from anomalib_lite.methods.transformer import (
     feed_forward,
     jitter,
     largest_window,
-    linear,
     near,
     sine_positions,
     token_grids,
 )
 
 WINDOWS = {(16, 16): 5, (32, 32): 7, (64, 64): 11}  # published
+
+
+def attention(dim: int, heads: int) -> Attention:
+    """Attention with nn.MultiheadAttention's initial weights: its output projection is nn.Linear's with zero bias."""
+    made = Attention(dim, heads)
+    made.out.reset_parameters()
+    nn.init.zeros_(made.out.bias)
+    return made
+
+
+def embedding(channels: int, dim: int) -> nn.Linear:
+    """A linear layer with weights from N(0, 2 / channels) and nn.Linear's bias."""
+    layer = nn.Linear(channels, dim)
+    nn.init.kaiming_normal_(layer.weight)  # fan_in, gain √2
+    return layer
 
 
 class Layer(nn.Module):
@@ -40,8 +55,8 @@ class Layer(nn.Module):
     def __init__(self, dim: int, heads: int, mix: Sequence[float], learnable_key: bool):
         super().__init__()
         self.mix, self.learnable_key = mix, learnable_key
-        self.local, self.masked = (Attention(dim, heads) if weight else None for weight in mix)
-        self.ffn = feed_forward(dim, 4 * dim, nn.GELU())
+        self.local, self.masked = (attention(dim, heads) if weight else None for weight in mix)
+        self.ffn = feed_forward(dim, 4 * dim, nn.GELU(), layer=nn.Linear)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, r: Tensor, window: LocalWindow | None, outside: Tensor | None) -> Tensor:
@@ -77,9 +92,9 @@ class Level(nn.Module):
     ):
         super().__init__()
         self.reference = nn.Parameter(torch.randn(grid[0] * grid[1], channels))
-        self.embed, self.embed_reference = linear(channels, dim), linear(channels, dim)
+        self.embed, self.embed_reference = embedding(channels, dim), embedding(channels, dim)
         self.layers = nn.ModuleList(Layer(dim, heads, mix, learnable_key) for _ in range(layers))
-        self.norm, self.head = nn.LayerNorm(dim), linear(dim, channels)
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, channels)
         self.window = LocalWindow(grid, window) if locality else None
         self.register_buffer("positions", sine_positions(grid, dim), persistent=False)
         self.register_buffer("outside", ~near(grid, window) if masked else None, persistent=False)
@@ -109,8 +124,8 @@ class RLR(AnomalyModule):
         mix: weights (a, b) of the two attention blocks; a block of weight 0 is left out.
         locality: whether A sees only the local window. masked: whether B sees everything except the local window.
         learnable_key: whether B's keys come from the reference instead of the image.
-        zero_fill: one optimiser step per level, in which the other levels have gradients of zero, as the authors' code
-            does under torch 1.12. Otherwise the levels' losses are summed, and there is one step.
+        zero_fill: one optimiser step per level, in which the levels that were stepped before have gradients of zero,
+            as the authors' code does under torch 1.12. Otherwise the levels' losses are summed, and there is one step.
     """
 
     frozen_features = True
@@ -163,10 +178,12 @@ class RLR(AnomalyModule):
         for errors in self.errors(batch, self.jitter):
             losses.append(errors.mean())
             if not self.automatic_optimization:
-                for parameter in self.levels.parameters():
-                    parameter.grad = torch.zeros_like(parameter)
+                optimizer: Any = self.optimizers()
+                for parameter in self.levels.parameters():  # without a state, a level had no gradient yet: no step
+                    stepped = parameter in optimizer.state
+                    parameter.grad = torch.zeros_like(parameter) if stepped else None
                 self.manual_backward(losses[-1])
-                self.optimizers().step()  # type: ignore[union-attr]
+                optimizer.step()
         return torch.stack(losses).sum()
 
     def held_out_loss(self, batch: Batch) -> Tensor:

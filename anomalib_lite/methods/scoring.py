@@ -13,7 +13,8 @@ def smooth(maps: Tensor, how) -> Tensor:
     {"pool": 16} (means of all 16×16 windows within the map, for image scores: the map becomes [B, H - 15, W - 15]).
 
     The maps are mirrored at borders, with the edge pixel repeated, and the Gaussian is cut at four sigma: both are the
-    defaults of scipy.ndimage.gaussian_filter.
+    defaults of scipy.ndimage.gaussian_filter. A Gaussian with "pad": "zeros" sees zeros beyond the borders instead, as
+    some published code does: this lowers the scores of border pixels.
     """
     if how is None:
         return maps
@@ -28,14 +29,18 @@ def smooth(maps: Tensor, how) -> Tensor:
         offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
         taps = torch.exp(-0.5 * (offsets / how["sigma"]) ** 2)
         taps /= taps.sum()
-    for _ in range(how.get("times", 1)):
-        maps = _filter(_filter(maps, taps).mT, taps).mT
+    zeros = how.get("pad") == "zeros"
+    for _ in range(how.get("times") or 1):
+        maps = _filter(_filter(maps, taps, zeros).mT, taps, zeros).mT
     return maps.contiguous()
 
 
-def _filter(maps: Tensor, taps: Tensor) -> Tensor:
-    """Correlate the last axis with an odd number of taps; the maps are mirrored at edges (…b a | a b c | c b…)."""
+def _filter(maps: Tensor, taps: Tensor, zeros: bool) -> Tensor:
+    """Correlate the last axis with an odd number of taps; beyond the edges are zeros, or the maps are mirrored
+    (…b a | a b c | c b…)."""
     n, radius = maps.shape[-1], len(taps) // 2
+    if zeros:
+        return F.conv1d(maps.reshape(-1, 1, n), taps.to(maps)[None, None], padding=radius).reshape(maps.shape)
     at = torch.arange(-radius, n + radius, device=maps.device) % (2 * n)  # mirroring has period 2n
     padded = maps[..., torch.where(at < n, at, 2 * n - 1 - at)]
     rows = padded.reshape(-1, 1, n + 2 * radius)

@@ -1,6 +1,7 @@
 """Building blocks of token transformers: position encodings, neighbour masks, attention, UniAD's transformer."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -185,8 +186,10 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
     return layer
 
 
-def feed_forward(dim: int, hidden: int, activation: nn.Module, dropout: float = 0.0) -> nn.Sequential:
-    return nn.Sequential(linear(dim, hidden), activation, Dropout(dropout), linear(hidden, dim))
+def feed_forward(
+    dim: int, hidden: int, activation: nn.Module, dropout: float = 0.0, layer: Callable[[int, int], nn.Module] = linear
+) -> nn.Sequential:
+    return nn.Sequential(layer(dim, hidden), activation, Dropout(dropout), layer(hidden, dim))
 
 
 class EncoderLayer(nn.Module):

@@ -2,6 +2,10 @@
 
 All levels of a frozen backbone, resized to the coarsest grid, are reconstructed by a transformer that can't copy: no
 token sees its neighbours, the decoder starts from learned queries, and training features are jittered.
+
+With equal weights, networks, loss and gradients equal the authors'. Two things differ. Their backbone has a static
+padding that was made for images of 380²: it samples levels 2 and 3 one cell further up and to the left than timm does.
+Their learning rate drops one epoch later than ours.
 """
 
 from typing import Any

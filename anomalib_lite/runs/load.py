@@ -9,6 +9,7 @@ import torch
 from hydra.utils import instantiate
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.data.dataset import Batch
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.runs import build
@@ -49,15 +50,15 @@ class LoadedRun:
             raise UserError(f"images[{index}]: {kind} is no uint8 array [H, W, 3]; convert it to 8-bit RGB")
         tensor, mask = self._pipeline(image, np.zeros(image.shape[:2], bool), (0, 0, 0, 0))
         device = self.model.device
-        batch = {
-            "image": tensor[None].to(device),
-            "mask": mask[None].to(device),
-            "label": torch.zeros(1, dtype=torch.int64, device=device),
-            "category": torch.tensor([self.model.categories.index(self.thresholds["category"])], device=device),
-            "size": torch.tensor([image.shape[:2]], device=device),
-            "index": torch.zeros(1, dtype=torch.int64, device=device),
-            "path": [f"images[{index}]"],
-        }
+        batch = Batch(
+            image=tensor[None].to(device),
+            mask=mask[None].to(device),
+            label=torch.zeros(1, dtype=torch.int64, device=device),
+            category=torch.tensor([self.model.categories.index(self.thresholds["category"])], device=device),
+            size=torch.tensor([image.shape[:2]], device=device),
+            index=torch.zeros(1, dtype=torch.int64, device=device),
+            path=[f"images[{index}]"],
+        )
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
             return self.model.predict_step(batch, 0)
 

@@ -14,7 +14,7 @@ from scipy import ndimage
 from torch import nn
 
 from anomalib_lite.errors import UserError
-from anomalib_lite.features.backbones import Backbone
+from anomalib_lite.features.backbones import Backbone, has_bf16
 from anomalib_lite.methods.batch_norm import StableNorm, synchronise
 from anomalib_lite.methods.recontrast import ReContrast, cosine_loss
 from anomalib_lite.methods.reverse_distillation import Bottleneck, Decoder, blocks_of
@@ -360,6 +360,21 @@ def test_modes_of_batch_norm():
 # --- the stable variant ---
 
 
+@pytest.mark.parametrize(
+    ("precision", "device", "fast"),
+    [("32", "cpu", False), ("bf16", "cpu", True), ("32", "cuda", True), ("auto", "cpu", has_bf16(torch.device("cpu")))],
+)
+def test_channels_last_only_where_it_is_faster(precision, device, fast):
+    """What a batch norm and a transposed convolution inside the trained networks see: it must be one format."""
+    model, seen = make(TINY, 32, precision=precision), []
+    model.lay_out(torch.device(device))
+    for part in (model.encoder.net.blocks[1][0].bn1, model.bottleneck.blocks[0].body[0], model.decoder.stages[0][0]):
+        part.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.pairs({"image": images_of(2, 32).float(), "path": []})
+    assert len(seen) == 3
+    assert all(x.is_contiguous(memory_format=torch.channels_last) == fast for x in seen if min(x.shape[1:]) > 1)
+
+
 def test_stable_norm():
     """Of three channels the first two are alive, the last has a batch variance below its floor."""
     torch.manual_seed(0)
@@ -393,11 +408,15 @@ def test_stable_norm():
     torch.testing.assert_close(layer(x), apart * layer.weight[:, None, None] + layer.bias[:, None, None])
 
 
-def test_stable_resets_and_rests():
+@pytest.mark.parametrize(
+    ("pause", "rests"),
+    [(2, [False] * 5 + [True, True, False, False, False, True, True]), (0, [False] * 12)],
+)
+def test_stable_resets_and_rests(pause, rests):
     model = make(TINY, 32, variant="stable")
     stable = model.own["stable"]
     assert (stable["min_var"], stable["eps"], stable["reset_every"], stable["pause"]) == (5e-4, 1e-6, 500, 100)
-    stable |= {"reset_every": 5, "pause": 2}
+    stable |= {"reset_every": 5, "pause": pause}
     optimizer = model.configure_optimizers()
     decoder, encoder = (group["params"][0] for group in optimizer.param_groups)
     images, age, rested = images_of(2, 32).float(), [], []
@@ -411,7 +430,7 @@ def test_stable_resets_and_rests():
         age.append(int(optimizer.state[decoder]["step"]))
         rested.append(torch.equal(before, encoder))
     assert age == [1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1, 2]
-    assert rested == [False] * 5 + [True, True, False, False, False, True, True]
+    assert rested == rests
 
 
 # --- whole runs ---

@@ -247,6 +247,28 @@ def test_the_error_literally():
     np.testing.assert_allclose(error(found, tokens).numpy(), literal_error(found.numpy(), tokens.numpy()), atol=1e-12)
 
 
+def test_initial_weights():
+    """As the authors' code draws them: standard deviations by the formulas, at 200 channels and 512 inside."""
+    torch.manual_seed(0)
+    level: Any = Level(200, (4, 4), 3, 512, 1, 8, (2, 1), True, True, True)
+    normal = [level.embed.weight, level.embed_reference.weight, level.reference]
+    deviations = [math.sqrt(2 / 200), math.sqrt(2 / 200), 1]  # kaiming-normal: gain √2, fan_in
+    for weight, deviation in zip(normal, deviations, strict=True):
+        assert float(weight.detach().std()) == pytest.approx(deviation, rel=0.03)
+        assert float(weight.detach().abs().max()) > 3 * deviation  # no uniform distribution
+    block = level.layers[0]
+    linear = [block.local.out, block.masked.out, block.ffn[0], block.ffn[-1], level.head]
+    limits = [(part.weight, 1 / math.sqrt(part.in_features)) for part in linear]  # nn.Linear: U(±1/√fan_in)
+    limits += [(part.bias, 1 / math.sqrt(part.in_features)) for part in [*linear[2:], level.embed]]
+    for part in (block.local, block.masked):  # nn.MultiheadAttention: Xavier of one matrix [3·512, 512]
+        limits += [(each.weight, math.sqrt(6 / (4 * 512))) for each in (part.query, part.key, part.value)]
+        assert not any(each.bias.any() for each in (part.query, part.key, part.value, part.out))
+    for values, limit in limits:
+        values = values.detach()
+        assert float(values.std()) == pytest.approx(limit / math.sqrt(3), rel=0.1)
+        assert 0.95 * limit < float(values.abs().max()) <= limit
+
+
 # --- the whole ---
 
 
@@ -366,7 +388,10 @@ def test_ablated_blocks_literally():
 
 
 def test_zero_fill_makes_a_step_a_level():
-    """As by hand: the other level's gradients are zero, and its moments move it on all the same."""
+    """As under torch 1.12, whose zero_grad left zeros: a level's moments move it in the other levels' steps, too.
+
+    Before its own first step a level has no gradient, so Adam counts no step for it.
+    """
     found, expected, given = model(zero_fill=True, jitter=0.0), model(jitter=0.0), batch()
     optimizers = [torch.optim.Adam(m.parameters(), 1e-3) for m in (found, expected)]
     found.optimizers = lambda: optimizers[0]
@@ -374,11 +399,11 @@ def test_zero_fill_makes_a_step_a_level():
     for _ in range(3):
         found.training_step(given, 0)
         for i in range(2):
-            loss = list(expected.errors(given, 0.0))[i].mean()
-            gradients = torch.autograd.grad(loss, list(expected.parameters()), materialize_grads=True)
-            for p, gradient in zip(expected.parameters(), gradients, strict=True):
-                p.grad = gradient
+            optimizers[1].zero_grad(set_to_none=False)
+            list(expected.errors(given, 0.0))[i].mean().backward()
             optimizers[1].step()
+    counts = [float(optimizers[0].state[level.head.weight]["step"]) for level in found.levels]
+    assert counts == [6, 5]
     for one, other in zip(found.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(one, other)
     alone = model(jitter=0.0)

@@ -39,6 +39,14 @@ def test_gaussian_cut_to_five_taps(maps):
     np.testing.assert_allclose(smoothed(maps, {"sigma": 4, "size": 5}), expected, rtol=1e-12)
 
 
+def test_gaussian_with_zeros_beyond_the_borders(maps):
+    """By scipy, and on a constant map: five nearly equal taps of which three lie inside at an edge."""
+    expected = on_each(maps, lambda x: ndimage.gaussian_filter(x, 4, radius=2, mode="constant"))
+    np.testing.assert_allclose(smoothed(maps, {"sigma": 4, "size": 5, "pad": "zeros"}), expected, rtol=1e-12)
+    ones = smoothed(np.ones((1, 30, 30)), {"sigma": 4, "size": 5, "pad": "zeros"})[0]
+    assert (ones[0, 0], ones[0, 15], ones[15, 15]) == pytest.approx((0.36, 0.6, 1), abs=0.02)
+
+
 @pytest.mark.parametrize("times", [1, 3])
 def test_box_is_scipys_uniform_filter(maps, times):
     expected = maps
