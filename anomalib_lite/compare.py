@@ -18,6 +18,7 @@ Exit codes: 0; 2 for a user error.
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,11 @@ from rich.console import Console
 
 from anomalib_lite.cli import program
 from anomalib_lite.comparison import export, find_runs, grouping, terminal
+from anomalib_lite.comparison.find_runs import Run
+from anomalib_lite.comparison.tables import Table
 from anomalib_lite.errors import UserError
+
+FILES = ("csv", "latex", "markdown", "html", "plots")  # options with a file or folder to write
 
 
 def main() -> None:
@@ -42,15 +47,14 @@ def compare(arguments: Sequence[str]) -> None:
     parser = program.Parser()
     parser.add_argument("DIR", nargs="+", type=Path)
     parser.add_argument("--metric", default="image_auroc")
-    for name in ("html", "csv", "latex", "markdown", "plots"):
+    for name in FILES:
         parser.add_argument(f"--{name}", type=Path)
     options = parser.parse_intermixed_args(arguments)
 
     problems: list[str] = []
     runs, left_out = find_runs.read((path.expanduser() for path in options.DIR), problems)
-    for line in left_out:
-        print(f"left out: {line}", file=sys.stderr)
     if not runs:
+        warn("left out", left_out)
         raise UserError(
             f"{find_runs.shorten(map(str, options.DIR))}: no readable result.json below; give other folders"
         )
@@ -58,37 +62,54 @@ def compare(arguments: Sequence[str]) -> None:
     metric, metrics = options.metric, list(dict.fromkeys(metric for table in tables for metric in table.metrics))
     if metric not in metrics:
         raise UserError(f"--metric {metric}: the runs have {', '.join(metrics)}; choose one of them")
+    write_files(options, tables, runs)  # before anything is printed: the reader of the output may go away
+    warn("left out", left_out)
     console = Console(width=None if Console().is_terminal else 120)
-    for number, table in enumerate(tables, 1):
-        terminal.show(console, table, metric, f"table {number}: " * (len(tables) > 1))
+    try:
+        for number, table in enumerate(tables, 1):
+            terminal.show(console, table, metric, f"table {number}: " * (len(tables) > 1))
+    finally:
+        warn("warning", problems)
 
-    if options.csv:
-        save(options.csv, export.to_csv(tables, runs))
-    for file, template in ((options.latex, "table.tex"), (options.markdown, "table.md")):
-        if file:
-            save(file, export.render(template, tables, metric))
-    if options.html:
+
+def warn(kind: str, lines: Sequence[str]) -> None:
+    for line in dict.fromkeys(lines):
+        print(f"{kind}: {line}", file=sys.stderr)
+
+
+def write_files(options: Namespace, tables: Sequence[Table], runs: Sequence[Run]) -> None:
+    """Write what the options ask for. A file that can't be written does not keep the others from being written.
+
+    Raise UserError for all files that can't be written.
+    """
+
+    def page() -> str:
         from anomalib_lite.comparison.page import to_html
 
-        save(options.html, to_html(tables, metric))
-    if options.plots:
-        from anomalib_lite.comparison.plots import write_plots
+        return to_html(tables, options.metric)
 
+    texts = {
+        "csv": lambda: export.to_csv(tables, runs),
+        "latex": lambda: export.render("table.tex", tables, options.metric),
+        "markdown": lambda: export.render("table.md", tables, options.metric),
+        "html": page,
+    }
+    failures = []
+    for name in FILES:
+        if (file := getattr(options, name)) is None:
+            continue
         try:
-            write_plots(options.plots.expanduser(), tables)
+            file.expanduser().parent.mkdir(parents=True, exist_ok=True)
+            if name == "plots":
+                from anomalib_lite.comparison.plots import write_plots
+
+                write_plots(file.expanduser(), tables)
+            else:
+                file.expanduser().write_text(texts[name](), encoding="utf-8", errors="replace")
         except OSError as error:
-            raise UserError(f"--plots {options.plots}: {error.strerror or error}; choose another folder") from error
-    for line in dict.fromkeys(problems):
-        print(f"warning: {line}", file=sys.stderr)
-
-
-def save(file: Path, text: str) -> None:
-    """Write a file and make its folder. Raise UserError where that is not possible."""
-    try:
-        file.expanduser().parent.mkdir(parents=True, exist_ok=True)
-        file.expanduser().write_text(text, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror or error}; choose another file") from error
+            failures.append(f"--{name} {file}: {error.strerror or error}; choose another path")
+    if failures:
+        raise UserError("; ".join(failures))
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def _missing(table: Table, metric: str) -> Iterator[str]:
     for row in table.rows:
         absent = [category for category in table.categories if category not in table.cells(row, metric)]
         if absent:
-            labels.setdefault(shorten(absent), []).append(row.label)
+            labels.setdefault(shorten(absent), []).append(row.full_label)
     no_mean = ", so no mean" if len(table.categories) > 1 else ""
     for absent_text, of in labels.items():
         yield f"without {metric} of {absent_text}{no_mean}: {shorten(of)}"
@@ -107,15 +107,15 @@ def to_csv(tables: Sequence[Table], runs: Sequence[Run]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     head = ["table", "run", "dataset", "split", "setting", "method", "label", "variant", "backbone", "weights", "seed"]
     writer.writerow([*head, "category", "group", *metrics, *COSTS, "fingerprint"])
-    rows: dict[Run, tuple[int, Row]] = {}
+    rows: dict[Run, tuple[int, Table, Row]] = {}
     for number, table in enumerate(tables, 1):
-        rows |= {run: (number, row) for row in table.rows for run in row.all_runs()}
+        rows |= {run: (number, table, row) for row in table.rows for run in row.all_runs()}
     for run in runs:
         if run not in rows:
             continue  # a newer run has the same seed
-        number, row = rows[run]
+        number, table, row = rows[run]
         r, split = run.result, run.result.get("split") or {}
-        first = [number, run.folder, r["dataset"], split.get("name"), r["setting"], r["method"], row.label]
+        first = [number, run.folder, table.dataset, split.get("name"), r["setting"], r["method"], row.label]
         first += [r.get("variant"), (r.get("backbone") or {}).get("name"), r.get("weights"), r["seed"]]
         costs = [run.cost(*where) for where in COSTS.values()]
         for category in r["categories"]:

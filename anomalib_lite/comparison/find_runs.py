@@ -79,31 +79,44 @@ class Run:
         return {key: json.dumps(value, ensure_ascii=False, sort_keys=True) for key, value in sorted(found.items())}
 
 
-def find(folders: Iterable[Path]) -> tuple[list[Path], list[Path]]:
-    """The folders of finished runs, each once, in order, and those of runs without a result.
+def find(folders: Iterable[Path]) -> tuple[list[Path], list[Path], list[str]]:
+    """The folders of finished runs, each once, in order; those of runs without a result; and one line for each folder
+    that can't be read. Links are followed.
 
     Raise UserError if one of `folders` does not exist.
     """
-    finished: dict[Path, Path] = {}
-    unfinished: dict[Path, Path] = {}
+    finished, unfinished, unreadable, seen = list[Path](), list[Path](), list[str](), set[Path]()
+
+    def is_new(place: Path) -> bool:
+        real = place.resolve()
+        return not (real in seen or seen.add(real))
+
+    def note(error: OSError) -> None:
+        unreadable.append(f"{error.filename}: {error.strerror}")
+
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; give folders with runs below them")
-        for place, below, files in os.walk(folder):
-            kind = finished if RESULT in files else unfinished if HYDRA in below else None
+        for place, below, files in os.walk(folder, followlinks=True, onerror=note):
+            if not is_new(Path(place)):
+                below.clear()
+                continue
+            if RESULT in files:
+                finished.append(Path(place))
+            elif HYDRA in below:
+                unfinished.append(Path(place))
             below[:] = sorted(name for name in below if name not in NOT_SEARCHED)
-            if kind is not None:
-                kind.setdefault(Path(place).resolve(), Path(place))
-    return list(finished.values()), list(unfinished.values())
+    return finished, unfinished, unreadable
 
 
 def read(folders: Iterable[Path], problems: list[str]) -> tuple[list[Run], list[str]]:
-    """All runs below `folders`, and one line for each result.json that is damaged or foreign and for unfinished runs.
+    """All runs below `folders`, and one line for each result.json that is damaged or foreign, for unfinished runs, and
+    for what can't be read.
 
     The runs add warnings on files that can't be read to `problems`, whenever they read one.
     """
-    runs, left_out = [], []
-    finished, unfinished = find(folders)
+    runs = []
+    finished, unfinished, left_out = find(folders)
     for folder in finished:
         try:
             result = read_result(folder)
@@ -121,12 +134,22 @@ def read(folders: Iterable[Path], problems: list[str]) -> tuple[list[Run], list[
 
 def config_of(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     """The run's configuration, or the one of the run that it evaluates again; empty where there is none."""
-    notes = result.get("notes")
-    again = [re.fullmatch(r"evaluated again from (.+)", str(n)) for n in (notes if isinstance(notes, list) else [])]
-    for place in [folder, *(Path(match[1]) for match in again if match)]:
-        with contextlib.suppress(UserError):
-            return dict_at(read_config(place)[0])
+    with contextlib.suppress(UserError):
+        return dict_at(read_config(folder)[0])
+    for note in _texts(result, "notes"):
+        if again := re.fullmatch(r"evaluated again from (.+)", note):
+            with contextlib.suppress(UserError):
+                config = dict_at(read_config(Path(again[1]))[0])
+                for override in _texts(result, "overrides"):
+                    if override.startswith("data.root="):
+                        dict_at(config, "data")["root"] = override.partition("=")[2]
+                return config
     return {}
+
+
+def _texts(result: dict[str, Any], key: str) -> list[str]:
+    value = result.get(key)
+    return [str(each) for each in value] if isinstance(value, list) else []
 
 
 def fault(result: dict[str, Any]) -> str | None:

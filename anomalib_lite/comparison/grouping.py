@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anomalib_lite.cli.keys import flat
+from anomalib_lite.comparison.datasets import places, titles
 from anomalib_lite.comparison.find_runs import Run, dict_at, shorten
 from anomalib_lite.comparison.tables import Row, Table
 
@@ -18,9 +19,13 @@ def tables(runs: Sequence[Run]) -> list[Table]:
     """One table per data set, split and protocol, in the order of the runs."""
     parts: dict[str, tuple[Conditions, list[Run]]] = {}
     fingerprints: dict[str, list[str]] = {}
+    place_of = places(runs)
+    title_of = titles(list(dict.fromkeys(place_of.values())))
     for run in runs:
         result = run.result
-        conditions = flat({"split": _split(result), "protocol": {"data": result["protocol"]["data"]}})
+        conditions = {"data.root": place_of[run][1]} | flat(
+            {"split": _split(result), "protocol": {"data": result["protocol"]["data"]}}
+        )
         # a fingerprint depends on the categories: only those of runs with the same categories are compared
         known = fingerprints.setdefault(_json(result["dataset"], conditions, sorted(result["categories"])), [])
         if result["data"]["fingerprint"] not in known:
@@ -40,7 +45,8 @@ def tables(runs: Sequence[Run]) -> list[Table]:
         rows, repeated = _rows(members)
         categories = sorted({category for row in rows for category in row.runs}, key=_natural)
         notes += [*repeated, *_notes(rows, members, categories)]
-        made.append(Table(_title(members[0].result), rows, categories, notes))
+        name = title_of[place_of[members[0]]]
+        made.append(Table(name + _split_title(members[0].result), name, rows, categories, notes))
     return made
 
 
@@ -52,11 +58,11 @@ def _split(result: dict[str, Any]) -> dict[str, Any]:
     return {"profile": profile} | {k: v for k, v in split.items() if k not in ignored and profile != "full"}
 
 
-def _title(result: dict[str, Any]) -> str:
-    """mvtec, or mvtec, split exp20 (order reverse; split.seed 1)."""
+def _split_title(result: dict[str, Any]) -> str:
+    """What follows the data set's name in a title: nothing, or ", split exp20 (order reverse; split.seed 1)"."""
     split, details = result.get("split") or {}, []
     if _split(result)["profile"] == "full":
-        return str(result["dataset"])
+        return ""
     if "imbalance" in split:
         name, order, seed = f"{split.get('profile')}{split['imbalance']}", split.get("order"), split.get("seed", 0)
         details += [f"order {', '.join(order) if isinstance(order, list) else order}"] * (order != "size")
@@ -64,7 +70,7 @@ def _title(result: dict[str, Any]) -> str:
     else:
         name, path = f"{split.get('name')}", split.get("path")
         name += f" {'/'.join(Path(path).parts[-3:])}" if isinstance(path, str) else ""
-    return f"{result['dataset']}, split {name}" + f" ({'; '.join(details)})" * bool(details)
+    return f", split {name}" + f" ({'; '.join(details)})" * bool(details)
 
 
 def _differences(here: Conditions, there: Conditions) -> Iterator[str]:
@@ -103,7 +109,7 @@ def _notes(rows: list[Row], runs: list[Run], categories: list[str]) -> Iterator[
     for row in rows:
         for key, value in row.hyperparameters.items():
             if key.startswith("scoring"):
-                scoring.setdefault(key, {}).setdefault(value, []).append(row.label)
+                scoring.setdefault(key, {}).setdefault(value, []).append(row.full_label)
     for key, values in scoring.items():
         if len(values) > 1:
             rows_by_value = "; ".join(f"{value}: {shorten(labels)}" for value, labels in values.items())
@@ -115,9 +121,10 @@ def _notes(rows: list[Row], runs: list[Run], categories: list[str]) -> Iterator[
 
 def label(rows: list[Row]) -> list[Row]:
     """Label the rows and sort them. A label is the method, its backbone where the table has several, and every
-    hyperparameter that differs among rows of the same method, setting and backbone.
+    hyperparameter that differs among rows of the same method, setting and backbone. A full label names the setting too.
     """
     several = len({row.hyperparameters["backbone"] for row in rows}) > 1
+    settings = {row.setting for row in rows}
     alike: dict[tuple[str, str, str, bool], list[Row]] = {}
     for row in rows:
         alike.setdefault((row.method, row.setting, row.hyperparameters["backbone"], row.configured), []).append(row)
@@ -125,12 +132,14 @@ def label(rows: list[Row]) -> list[Row]:
         keys = sorted({key for row in part for key in row.hyperparameters})
         differ = [key for key in keys if len({row.hyperparameters.get(key) for row in part}) > 1]
         named = sorted((short_key(key, differ), key) for key in differ)
-        name = f"{method} {_shown(backbone)}" if several and backbone != "null" else method
+        shown = {key: _shown({row.hyperparameters.get(key) for row in part}) for key in differ}
+        name = f"{method} {_text(backbone)}" if several and backbone != "null" else method
         for row in part:
-            details = [f"{short}={_shown(row.hyperparameters.get(key))}" for short, key in named]
+            details = [f"{short}={shown[key][row.hyperparameters.get(key)]}" for short, key in named]
             if not configured and (method, setting, backbone, True) in alike:
                 details.append("configuration unknown")
             row.label = f"{name} ({', '.join(details)})" if details else name
+            row.full_label = f"{row.label} [{setting}]" if len(settings) > 1 else row.label
     return sorted(rows, key=lambda row: (row.setting, _natural(row.label)))
 
 
@@ -140,7 +149,13 @@ def short_key(key: str, among: Sequence[str]) -> str:
     return last[0] if last[1:].count(last[0]) == 1 else key.removesuffix("._target_")
 
 
-def _shown(value: str | None) -> str:
+def _shown(values: set[str | None]) -> dict[str | None, str]:
+    """Values of a key, stored as JSON, as a label shows them: texts without quotes unless two would look alike."""
+    texts = {value: _text(value) for value in values}
+    return texts if len({*texts.values()}) == len(texts) else {value: value or "–" for value in values}
+
+
+def _text(value: str | None) -> str:
     text = None if value is None else json.loads(value)
     return "–" if value is None else text if isinstance(text, str) else value
 

@@ -55,7 +55,7 @@ def plot_metric(file: Path, table: Table, metric: str) -> None:
         axis.set_axisbelow(True)
     for axis in axes[len(columns) :]:
         axis.set_visible(False)
-    axes[0].set_yticks(range(len(rows)), [row.label for row in rows])
+    axes[0].set_yticks(range(len(rows)), [row.full_label for row in rows])
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
     intervals = any(cell.interval for row in rows for cell in table.cells(row, metric).values())
     meaning = "95 % bootstrap interval over test images" if intervals else "± standard deviation over seeds"
@@ -66,7 +66,7 @@ def plot_metric(file: Path, table: Table, metric: str) -> None:
 def plot_curves(file: Path, table: Table, category: str) -> None:
     """One panel per curve and one line per row; nothing is written where no run has curves."""
     rows = best_rows(table, "image_auroc")
-    found = [(row.label, curves(run, category)) for row in rows if (run := row.first_run(category))]
+    found = [(row.full_label, curves(run, category)) for row in rows if (run := row.first_run(category))]
     names = [name for name in CURVES if any(name in points for _, points in found)]
     if not names:
         return

@@ -68,7 +68,8 @@ class Row:
     setting: str
     hyperparameters: dict[str, str]
     configured: bool  # whether their configuration is still on disk
-    label: str = ""
+    label: str = ""  # within its setting
+    full_label: str = ""  # within the table
     runs: dict[str, dict[int, Run]] = field(default_factory=dict)  # category, seed
 
     def all_runs(self) -> list[Run]:
@@ -92,6 +93,7 @@ class Table:
     """Rows that compare: the same data, split and protocol. A computed body and its tests are kept with the table."""
 
     title: str
+    dataset: str
     rows: list[Row]
     categories: list[str]
     notes: list[str]
@@ -193,7 +195,7 @@ class Table:
                 if len(both) >= FEWEST_CATEGORIES:
                     x, y = [of_a[c] for c in both], [of_b[c] for c in both]
                     difference, p = float(np.mean(np.subtract(x, y))), statistics.wilcoxon(x, y)
-                    found.append(PairedTest(a.label, b.label, difference, p, len(both)))
+                    found.append(PairedTest(a.full_label, b.full_label, difference, p, len(both)))
         corrected = statistics.holm([test.p for test in found])
         tests = [test._replace(p=float(p)) for test, p in zip(found, corrected, strict=True)]
         return sorted(tests, key=lambda test: test.p)

@@ -34,9 +34,10 @@ def show(console: Console, table: Table, metric: str, number: str = "") -> None:
             more = f"and {len(tests) - MOST_TESTS} more pairs, which --markdown and --html show"
             console.print(Text(more, style="dim"), soft_wrap=True)
         console.print()
+    label_width = min(max(len(row.full_label) for row in table.rows), 44)
     grid = _grid(["method", *(name.replace(" (", "\n(") for name in COSTS)], label_width=label_width)
     for row, costs in table.costs().items():
-        grid.add_row(Text(row.label), *map(texts.amount, costs.values()))
+        grid.add_row(Text(row.full_label), *map(texts.amount, costs.values()))
     console.print(grid)
     console.print()
 

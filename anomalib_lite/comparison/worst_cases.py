@@ -1,22 +1,28 @@
 """Heat maps of the same images under every method, worst cases first, and curves: what a comparison shows of maps."""
 
 import base64
+import contextlib
 import io
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from anomalib_lite.comparison.datasets import masks_of, root_of
 from anomalib_lite.comparison.find_runs import Run, dict_at
 from anomalib_lite.comparison.tables import Row, Table
-from anomalib_lite.data.samples import load_rgb
+from anomalib_lite.data.samples import load_mask, load_rgb
+from anomalib_lite.errors import UserError
 from anomalib_lite.metrics.curves import CURVES
-from anomalib_lite.runs.heat_maps import colours, disagreement
+from anomalib_lite.runs.heat_maps import colours, disagreement, outlined
 
 MOST_METHODS = 8  # in curves and heat maps: the best
 TILE = 128  # pixels of an image's thumbnail
+RESAMPLE = Image.Resampling.BILINEAR
 COLOURS = 64  # of a heat map, for small files
 
 
@@ -74,9 +80,10 @@ def worst_cases(category: str, rows: list[Row], most: int, budget: int) -> list[
     if not same:
         return []
     rank = np.mean([disagreement(labels, scores) for _, labels, scores in same], axis=0)
-    roots = [root for run in runs if (root := root_of(run))]
+    run_of = {root: run for run in reversed(runs) if (root := root_of(run))}
+    masks = cache(lambda root: masks_of(run_of[root], root, category))
     cases = [
-        Case(paths[i], int(same[0].labels[i]), float(rank[i]), thumbnail(roots, paths[i]))
+        Case(paths[i], int(same[0].labels[i]), float(rank[i]), thumbnail(run_of, paths[i], masks))
         for i in np.argsort(-rank, kind="stable")[:most]
     ]
     for run, scores in zip(runs, scored, strict=True):  # the maps of one run at a time are in memory
@@ -104,29 +111,21 @@ def maps_by_path(run: Run) -> tuple[dict[str, np.ndarray], float]:
     return dict(zip(map(str, stored["paths"]), stored["maps"], strict=True)), float(stored["scale"])
 
 
-def root_of(run: Run) -> Path | None:
-    """The folder that the run's images are in, or were in."""
-    data, reader = dict_at(run.config, "data"), dict_at(run.config, "data", "reader")
-    if data.get("root"):
-        return Path(str(data["root"])).expanduser()
-    if str(reader.get("_target_", "")).endswith(".read_synthetic"):
-        from anomalib_lite.data.synthetic import cached_root
+def thumbnail(roots: Iterable[Path], path: str, masks: Callable[[Path], dict[str, Path]]) -> str:
+    """The image with its defects outlined as a JPEG data URI; empty if the image is gone.
 
-        options = ("seed", "size", "train", "good", "defective")
-        return cached_root(**{key: reader[key] for key in options if key in reader})
-    return None
-
-
-def thumbnail(roots: list[Path], path: str) -> str:
-    """The image as a JPEG data URI; empty if the image is gone."""
-    for root in dict.fromkeys(roots):
+    Args:
+        masks: gives the masks below a root by the paths of their images.
+    """
+    for root in roots:
         if ".." in Path(path).parts or not (root / path).is_file():
             continue
-        try:
-            image = Image.fromarray(load_rgb(root / path))
-        except Exception:  # a damaged image does not stop the page
-            continue
-        return _uri(image.resize((TILE, TILE), Image.Resampling.BILINEAR, reducing_gap=2), "JPEG", quality=80)
+        with contextlib.suppress(Exception):  # a damaged image or mask does not stop the page
+            picture = np.array(Image.fromarray(load_rgb(root / path)).resize((TILE, TILE), RESAMPLE, reducing_gap=2))
+            if mask := masks(root).get(path):
+                with contextlib.suppress(UserError):
+                    picture = outlined(picture, load_mask(mask))
+            return _uri(Image.fromarray(picture), "JPEG", quality=85, subsampling=0)
     return ""
 
 

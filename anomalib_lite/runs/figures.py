@@ -15,11 +15,11 @@ from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.samples import Sample, load_rgb
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.runs.folder import TRAINING_FIGURE
-from anomalib_lite.runs.heat_maps import chosen_cases, overlay
+from anomalib_lite.runs.heat_maps import chosen_cases, outlined, overlay
 
 Rows = dict[str, np.ndarray]  # {title: uint8 [N, h, w, 3]}
 TILE, GAP = 192, 6  # pixels: the side of an image in a figure, and the space between two
-BLACK, RED, GREEN = (0, 0, 0), (200, 0, 0), (0, 220, 0)
+BLACK, RED = (0, 0, 0), (200, 0, 0)
 
 
 def write_figures(
@@ -69,11 +69,8 @@ def contact_sheet(
         x = GAP + column * (TILE + GAP)
         image = _tile(load_rgb(samples[i].path))
         amap = cv2.resize(outputs["maps"][i], (TILE, TILE), interpolation=cv2.INTER_LINEAR)
-        mask = cv2.resize(outputs["masks"][i].astype(np.uint8), (TILE, TILE), interpolation=cv2.INTER_NEAREST)
-        outlined = image.copy()
-        outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(outlined, outlines, -1, GREEN, 1)
-        tiles = [outlined, *(_tile(row[column]) for row in shown.values()), overlay(image, amap, threshold)]
+        rows = (_tile(row[column]) for row in shown.values())
+        tiles = [outlined(image, outputs["masks"][i]), *rows, overlay(image, amap, threshold)]
         for number, tile in enumerate(tiles):
             y = head + number * (TILE + GAP)
             sheet[y : y + TILE, x : x + TILE] = tile

@@ -6,6 +6,8 @@ Imports nothing heavy.
 import cv2
 import numpy as np
 
+GREEN = (0, 220, 0)
+
 
 def disagreement(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """How far each image's rank contradicts its label: [N] in 0..1, 1 for the lowest defect and the highest good image.
@@ -35,6 +37,17 @@ def chosen_cases(rows: list[int], outputs: dict[str, np.ndarray], count: int = 3
 def colours(amap: np.ndarray, threshold: dict[str, float]) -> np.ndarray:
     """A map [H, W] as RGB [H, W, 3]: dark at the background of normal images, the threshold half way up."""
     return cv2.applyColorMap((255 * _level(amap, threshold)).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
+
+
+def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """An RGB image [H, W, 3] with the defects of its mask [h, w] outlined. The line lies around a defect, however small
+    it is, and not on it.
+    """
+    height, width = image.shape[:2]
+    inside = cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA) > 0
+    around = cv2.dilate(inside.astype(np.uint8), np.ones((5, 5), np.uint8))
+    outlines, _ = cv2.findContours(around, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    return cv2.drawContours(image.copy(), outlines, -1, GREEN, 2)
 
 
 def overlay(image: np.ndarray, amap: np.ndarray, threshold: dict[str, float]) -> np.ndarray:

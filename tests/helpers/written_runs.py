@@ -43,9 +43,17 @@ class Writer:
             self.rows = list(csv.reader(file))
 
     def __call__(
-        self, method="a", categories=("bottle",), seed=0, quality=1.0, config=None, maps=False, **changes: Any
+        self,
+        method="a",
+        categories=("bottle",),
+        seed=0,
+        quality=1.0,
+        config=None,
+        maps=False,
+        root=None,
+        **changes: Any,
     ) -> Path:
-        """A run; `changes` replace what result.json holds, `a__b` its key b in a."""
+        """A run with images in the folder `root`; `changes` replace what result.json holds, `a__b` its key b in a."""
         folder = self.root / f"run{self.count:04}"
         (folder / "checkpoints").mkdir(parents=True)
         self.count += 1
@@ -77,6 +85,7 @@ class Writer:
         stored = copy.deepcopy(self.config)
         stored["config"]["seed"] = seed
         stored["config"]["method"] |= config or {}
+        stored["config"]["data"]["root"] = str(root or self.config["config"]["data"]["root"])
         (folder / "checkpoints" / "config.json").write_text(json.dumps(stored))
         with (folder / "scores.csv").open("w", newline="") as file:
             csv.writer(file).writerows(rows)

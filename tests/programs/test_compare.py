@@ -2,9 +2,11 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -31,6 +33,42 @@ def test_runs_without_a_result_are_named(write, tmp_path):
     outcome = compare(tmp_path / "runs")
     assert outcome.code == 0
     assert f"{tmp_path / 'runs' / 'failed'}: without a result" in outcome.out + outcome.err
+
+
+def test_links_are_followed_once(write, tmp_path):
+    write("a")
+    (tmp_path / "linked").symlink_to(write.root)
+    (write.root / "circle").symlink_to(write.root)
+    outcome = compare(tmp_path / "linked", write.root, tmp_path, "--csv", tmp_path / "all.csv")
+    assert outcome.code == 0, outcome.err
+    assert len((tmp_path / "all.csv").read_text().splitlines()) == 2
+
+
+def test_files_are_written_before_anything_is_printed(write, tmp_path):
+    """Standard output and error belong to a reader that has gone away, as in `2>&1 | true`."""
+    write("a")
+    (write.root / "foreign").mkdir()
+    (write.root / "foreign" / "result.json").write_text("{}")
+    reading, writing = os.pipe()
+    os.close(reading)
+    files = {name: tmp_path / "new" / "folder" / name for name in ("csv", "latex", "markdown", "html", "plots")}
+    options = [part for name, file in files.items() for part in (f"--{name}", str(file))]
+    command = [sys.executable, "-m", "anomalib_lite.compare", str(write.root), *options]
+    subprocess.run(command, stdout=writing, stderr=writing, check=False, timeout=120)
+    os.close(writing)
+    assert "</html>" in files["html"].read_text()
+    assert all(file.read_text() for name, file in files.items() if name != "plots")
+    assert (files["plots"] / "image_auroc.png").is_file()
+
+
+def test_a_file_that_cant_be_written_keeps_no_other_back(write, tmp_path):
+    write("a")
+    (tmp_path / "taken").write_text("a file")
+    wrong = ("--csv", tmp_path / "taken" / "all.csv", "--markdown", tmp_path)
+    outcome = compare(write.root, *wrong, "--html", tmp_path / "page.html")
+    assert outcome.code == 2
+    assert re.fullmatch(r"error: --csv [^\n]+/all.csv: [^\n]+; --markdown [^\n]+; choose another path\n", outcome.err)
+    assert "</html>" in (tmp_path / "page.html").read_text()
 
 
 def test_damaged_and_foreign_files_are_named_and_left_out(write, tmp_path):

@@ -1,19 +1,28 @@
 """Statistics against SciPy, scikit-learn and plain loops; tables of runs whose numbers are known."""
 
+import base64
 import csv
+import io
 import json
 import re
 import shutil
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+from PIL import Image
+from rich.console import Console
 from scipy.stats import wilcoxon
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from anomalib_lite.comparison import statistics
-from anomalib_lite.comparison.export import notes
+from anomalib_lite.comparison import statistics, terminal
+from anomalib_lite.comparison.export import notes, render, to_csv
+from anomalib_lite.comparison.page import to_html
 from anomalib_lite.comparison.tables import Column, Over
+from anomalib_lite.comparison.worst_cases import worst_cases
 from anomalib_lite.runs.heat_maps import chosen_cases, disagreement
+from tests.helpers.image_trees import make_mvtec
 from tests.helpers.written_runs import compare, tables
 
 # statistics
@@ -104,6 +113,16 @@ def test_seeds_are_averaged_and_other_keys_are_not(write):
         for column, of in zip(columns, [*values, np.mean(values, 0)], strict=True):
             assert (cells[column].mean, cells[column].sd) == pytest.approx((np.mean(of), np.std(of, ddof=1)))
             assert cells[column].seeds == 3
+
+
+def terminal_text(table) -> str:
+    console = Console(width=120, file=io.StringIO())
+    terminal.show(console, table, "image_auroc")
+    return console.file.getvalue()
+
+
+def markdown_of(table) -> str:
+    return render("table.md", [table], "image_auroc").partition("| fit")[2]
 
 
 def test_labels(write):
@@ -202,6 +221,86 @@ def test_unified_and_single_are_row_groups(write):
     write("a", ("cable",))
     (table,) = tables(write)
     assert list(table.body("image_auroc")) == ["single", "unified"]
+    names = [row.full_label for row in table.rows]
+    assert names == ["a [single]", "a [unified]"]
+    shown, page = terminal_text(table), to_html([table], "image_auroc")
+    costs = shown.partition("latency")[2], page.partition("Time, memory, parameters")[2], markdown_of(table)
+    assert all(name.replace("[", r"\[").replace("]", r"\]") in costs[2] for name in names)
+    assert all(name in text for name in names for text in costs[:2])
+    assert [line for line in notes(table, "image_auroc") if "without" in line] == []
+
+
+def test_values_that_look_alike_keep_their_quotes(write):
+    for value in (1, "1", None):
+        write("a", config={"norm": value})
+    (table,) = tables(write)
+    assert [row.label for row in table.rows] == ["a (norm=1)", 'a (norm="1")', "a (norm=null)"]
+
+
+X, Y = "/x/parts", "/y/parts"
+
+
+@pytest.mark.parametrize(
+    ("runs", "titles"),
+    [  # of the runs: root, category, fingerprint
+        ([(X, "a", "1"), ("/x/screws", "b", "2")], ["folder parts", "folder screws"]),
+        ([(X, "a", "1"), (Y, "b", "2")], ["folder x/parts", "folder y/parts"]),
+        ([(X, "a", "1"), (Y, "a", "2")], ["folder x/parts", "folder y/parts"]),
+        ([("/parts", "a", "1"), (X, "b", "2")], ["folder /parts", "folder x/parts"]),
+        ([(X, "a", "1"), ("/x/parts/", "b", "2"), ("/x/./q/../parts", "c", "3")], ["folder parts"]),
+        ([(X, "a", "1"), ("/moved/here", "b", "2"), ("/moved/here", "a", "1")], ["folder parts"]),
+        ([(X, "a", "1"), (None, "a", "1"), (Y, "b", "2")], ["folder x/parts", "folder y/parts"]),
+        ([(X, "a", "1"), (None, "b", "2"), (None, "c", "3"), ("/c", "c", "3")], ["folder parts", "folder", "folder c"]),
+    ],
+)
+def test_the_root_belongs_to_the_data_set(runs, titles, write):
+    """None: the configuration is gone. Only equal files make two roots one data set."""
+    for root, category, fingerprint in runs:
+        folder = write("a", (category,), root=root, data__fingerprint=fingerprint)
+        if root is None:
+            shutil.rmtree(folder / "checkpoints")
+    found = tables(write)
+    assert [table.title for table in found] == titles
+    first = [table.notes for table in found[1:]]
+    assert all(notes[0].startswith("does not compare with table 1: data.root differs") for notes in first)
+    csv_lines = list(csv.DictReader(to_csv(found, [run for table in found for run in table.runs]).splitlines()))
+    assert {line["dataset"] for line in csv_lines} == set(titles)
+
+
+def test_roots_of_one_data_set(write, tmp_path):
+    """A known data set lies anywhere; a link is the folder; an evaluation of other images has their root."""
+    for root in (X, Y):
+        write("a", (root[1],), root=root, dataset="mvtec")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    trained, _ = (write("a", (name,), root=tmp_path / name) for name in ("real", "link"))
+    other = [f"data.root={tmp_path / 'other'}"]
+    again = write("a", ("other",), notes=[f"evaluated again from {trained}"], overrides=["run=x", *other])
+    shutil.rmtree(again / "checkpoints")
+    assert [(table.title, table.categories) for table in tables(write)] == [
+        ("mvtec", ["x", "y"]), ("folder real", ["link", "real"]), ("folder other", ["other"]),
+    ]  # fmt: skip
+
+
+def test_thumbnails_outline_the_true_defects(write, tmp_path):
+    """The green line surrounds the mask that lies on disk, and a good image has none."""
+    bottle = make_mvtec(tmp_path / "data", good=4, defects={"broken": 5})
+    for file in (bottle / "test").rglob("*.png"):
+        Image.new("RGB", (32, 32), (120, 120, 120)).save(file)
+    write("a", maps=True, root=tmp_path / "data")
+    (table,) = tables(write)
+    cases = worst_cases("bottle", table.rows, 99, 10**9)
+    assert sorted(case.label for case in cases) == [0] * 4 + [1] * 5
+    for case in cases:
+        picture = np.array(Image.open(io.BytesIO(base64.b64decode(case.picture.partition(",")[2])))).astype(int)
+        green = picture[..., 1] - picture[..., [0, 2]].max(-1) > 90
+        assert green.any() == bool(case.label)
+        if case.label:
+            mask = Image.open(bottle / "ground_truth" / "broken" / f"{Path(case.path).stem}_mask.png")
+            inside = np.array(mask.resize((128, 128), Image.Resampling.NEAREST)) > 0
+            near = cv2.dilate(inside.astype(np.uint8), np.ones((13, 13))) > 0
+            assert not (green & (inside | ~near)).any()
+            assert cv2.connectedComponents((~green).astype(np.uint8), connectivity=4)[0] == 3  # a closed line
 
 
 def test_head_and_tail_means_with_intervals(write):
@@ -214,7 +313,7 @@ def test_head_and_tail_means_with_intervals(write):
     write("c", names, split=long_tail | {"name": "exp"})  # the same split, written split=exp split.imbalance=100
     write("a", names, split=long_tail | {"imbalance": 20})
     first, second = tables(write)
-    assert (first.title, second.title) == ("folder, split exp100", "folder, split exp20")
+    assert (first.title, second.title) == ("folder data, split exp100", "folder data, split exp20")
     assert [row.label for row in first.rows] == ["a", "b", "c"]
     assert list(first.columns) == [*names, Over.HEAD, Over.TAIL, Over.MEAN]
     for row in first.rows:

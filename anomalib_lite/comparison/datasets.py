@@ -1,0 +1,83 @@
+"""The data set of a run: what it is called, and where its images and masks lie."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from anomalib_lite.comparison.find_runs import Run, dict_at
+from anomalib_lite.paths import relative_path
+
+OFFICIAL = ("mvtec", "visa", "synthetic")  # each is one data set wherever its root lies
+Place = tuple[str, str]  # a data set's name in result.json, and its root: "" if it is unknown or does not matter
+
+
+def places(runs: Sequence[Run]) -> dict[Run, Place]:
+    """The data set of each run.
+
+    Two roots hold the same data set where two runs with the same categories have the same fingerprint: the data was
+    moved or copied. The first of such roots stands for all.
+    """
+    first: dict[str, Place] = {}  # by what a fingerprint says
+    joined: dict[Place, Place] = {}
+
+    def first_of(place: Place) -> Place:
+        while joined.get(place, place) != place:
+            place = joined[place]
+        return place
+
+    own: dict[Run, Place] = {}
+    for run in sorted(runs, key=lambda run: root_of(run) is None):  # an unknown root joins no two others
+        name, root = str(run.result["dataset"]), root_of(run)
+        content = json.dumps([name, sorted(run.result["categories"]), run.result["data"]["fingerprint"]])
+        if name in OFFICIAL:
+            own[run] = name, ""
+        elif root is None:
+            own[run] = first.get(content, (name, ""))
+        else:
+            own[run] = name, os.path.realpath(root)
+            joined[first_of(own[run])] = first_of(first.setdefault(content, own[run]))
+    return {run: first_of(place) for run, place in own.items()}
+
+
+def titles(found: Sequence[Place]) -> dict[Place, str]:
+    """A title for each data set: mvtec; with a root that matters also the end of its path, as long as is necessary."""
+    texts = {}
+    for name, root in found:
+        others = {other for of, other in found if of == name and other not in ("", root)}
+        parts = Path(root).parts
+        ends = ("/".join(parts[-length:]) for length in range(1, len(parts)))
+        end = next((end for end in ends if not any(f"/{other}".endswith(f"/{end}") for other in others)), root)
+        texts[name, root] = name if end in ("", name) else f"{name} {end}"
+    return texts
+
+
+def root_of(run: Run) -> Path | None:
+    """The folder that the run's images are in, or were in."""
+    data = dict_at(run.config, "data")
+    if data.get("root"):
+        return Path(str(data["root"])).expanduser().absolute()
+    reader = dict_at(data, "reader")
+    if str(reader.get("_target_", "")).endswith(".read_synthetic"):
+        from anomalib_lite.data.synthetic import cached_root
+
+        options = ("seed", "size", "train", "good", "defective")
+        return cached_root(**{key: reader[key] for key in options if key in reader})
+    return None
+
+
+def masks_of(run: Run, root: Path, category: str) -> dict[str, Path]:
+    """The masks of a category by their images' paths below the root, as the run's reader finds them.
+
+    A reader that fails gives a warning and no masks: it may be a user's, and its data may have changed.
+    """
+    try:
+        from hydra.utils import instantiate
+
+        data: Any = instantiate(dict_at(run.config, "data", "reader"))(root, category)
+        return {relative_path(each.path, data.root): each.mask for each in data.test if each.mask}
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        run.problems.append(f"no outlines of the defects of {category}: {reason}")
+        return {}
