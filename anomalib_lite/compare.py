@@ -23,14 +23,14 @@ from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: the matrices are small, and threads only wait
 
-from rich.console import Console
-
 from anomalib_lite.cli import program
 from anomalib_lite.comparison import export, find_runs, grouping, terminal
+from anomalib_lite.console import make_console
 from anomalib_lite.errors import UserError
 
 
 def main() -> None:
+    program.prepare()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print((__doc__ or "").strip())
         return
@@ -58,7 +58,7 @@ def compare(arguments: Sequence[str]) -> None:
     metric, metrics = options.metric, list(dict.fromkeys(metric for table in tables for metric in table.metrics))
     if metric not in metrics:
         raise UserError(f"--metric {metric}: the runs have {', '.join(metrics)}; choose one of them")
-    console = Console(width=None if Console().is_terminal else 120)
+    console = make_console(width=120)
     for number, table in enumerate(tables, 1):
         terminal.show(console, table, metric, f"table {number}: " * (len(tables) > 1))
 
