@@ -24,18 +24,18 @@ from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: the matrices are small, and threads only wait
 
-from rich.console import Console
-
 from anomalib_lite.cli import program
 from anomalib_lite.comparison import export, find_runs, grouping, terminal
 from anomalib_lite.comparison.find_runs import Run
 from anomalib_lite.comparison.tables import Table
+from anomalib_lite.console import make_console
 from anomalib_lite.errors import UserError
 
 FILES = ("csv", "latex", "markdown", "html", "plots")  # options with a file or folder to write
 
 
 def main() -> None:
+    program.prepare()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print((__doc__ or "").strip())
         return
@@ -64,7 +64,7 @@ def compare(arguments: Sequence[str]) -> None:
         raise UserError(f"--metric {metric}: the runs have {', '.join(metrics)}; choose one of them")
     write_files(options, tables, runs)  # before anything is printed: the reader of the output may go away
     warn("left out", left_out)
-    console = Console(width=None if Console().is_terminal else 120)
+    console = make_console(width=120)
     try:
         for number, table in enumerate(tables, 1):
             terminal.show(console, table, metric, f"table {number}: " * (len(tables) > 1))

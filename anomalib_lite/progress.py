@@ -1,12 +1,12 @@
 """Progress of work that takes long: a bar in a terminal, elsewhere a line of the log at most every ten seconds."""
 
 import logging
-import sys
 import time
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from anomalib_lite.console import is_interactive, make_console
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +22,10 @@ class ProgressBar:
     def __init__(self, what: str, total: int | None, done: int = 0, quiet: bool = False):
         self.what, self.total, self.done, self.quiet = what, total, done, quiet
         self.last, self.bar = time.monotonic(), None
-        if sys.stderr.isatty() and not quiet:
-            note = TextColumn("{task.fields[note]}")
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
-            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        if not quiet and is_interactive(stderr=True):
+            name, note = (TextColumn(f"{{task.{text}}}", markup=False) for text in ("description", "fields[note]"))
+            columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
+            self.bar = Progress(*columns, console=make_console(stderr=True, is_live=True), transient=True)
             self.bar.start()
             self.task = self.bar.add_task(what, total=total, completed=done, note="")
 

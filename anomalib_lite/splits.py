@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anomalib_lite.cli import program as cli
+from anomalib_lite.console import make_console
 from anomalib_lite.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,10 +36,10 @@ FORMAT_OF_SUFFIX = {".jsonl": "jsonl", ".json": "meta", ".csv": "csv", ".txt": "
 
 
 def main() -> None:
+    cli.prepare()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print((__doc__ or "").strip())
         return
-    cli.prepare()
     with cli.reported(outside=True, folder="--write"):
         show(sys.argv[1:])
 
@@ -153,12 +154,11 @@ def title(cfg: dict[str, Any]) -> str:
 def print_table(title: str, split: Split) -> None:
     """One row per class: its images, and a bar of those in the split among all of them."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     counts, full = split.counts, split.full
     groups = {"head": split.head, "tail": split.tail} if split.head else {None: list(full)}
-    console = Console(width=None if Console().is_terminal else 100)
+    console = make_console()
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("class", overflow="fold")
     if split.head:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from anomalib_lite.console import protect_streams
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import HOME
 
@@ -69,8 +70,9 @@ def prepare() -> None:
     """Settings of the process, before torch is imported.
 
     OpenMP's threads wait without spinning: otherwise runs that share cores slow each other down a hundredfold. A
-    user's method file in the current folder is importable, also from the console scripts.
+    user's method file in the current folder is importable, also from the console scripts. Printing can't fail.
     """
+    protect_streams()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -99,9 +101,6 @@ def reported(outside: bool = False, folder: str = "hydra.run.dir") -> Iterator[N
     except Exception as error:
         if any(re.fullmatch(r"\+*debug=(true|1|yes|on)", argument, re.IGNORECASE) for argument in sys.argv):
             raise
-        if isinstance(error, BrokenPipeError):  # `… | head`: the reader of our output has ended
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
         from anomalib_lite.cli.messages import one_line
 
         line = one_line(error, outside, folder)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from anomalib_lite.console import make_console
 from anomalib_lite.runs import folder
 
 #: messages about what is intended here
@@ -89,9 +89,9 @@ def summary_lines(run: Path, result: dict[str, Any]) -> list[str]:
 
 def show(run: Path, result: dict[str, Any]) -> None:
     """Print the table, the notes, and the lines below them."""
-    console = Console(width=None if Console().is_terminal else 100)  # a pipe has no width of its own
+    console = make_console()
     console.print(metrics_table(result))
     for note in result["notes"]:
-        console.print(f"note: {note}", style="dim", highlight=False, soft_wrap=True)
+        console.print(f"note: {note}", style="dim", soft_wrap=True)
     for line in summary_lines(run, result):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from anomalib_lite.console import is_interactive, make_console
 from anomalib_lite.sweeps.job import Job, last_line
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,9 @@ class View:
 
     def __init__(self, folder: Path, jobs: list[Job], limit: int):
         self.folder, self.jobs, self.limit, self.names = folder, jobs, limit, differences(jobs)
-        self.live = Live(auto_refresh=False, transient=True) if sys.stdout.isatty() else None
+        self.live = None
+        if is_interactive():
+            self.live = Live(console=make_console(is_live=True), auto_refresh=False, transient=True)
 
     def __enter__(self) -> "View":
         before = sum(job.state == "done before" for job in self.jobs)
@@ -112,7 +115,7 @@ def print_table(folder: Path, jobs: list[Job]) -> None:
         percent = ["–" if value is None else f"{100 * value:.1f}" for value in measured]
         row = [str(job.folder.relative_to(folder)), *(given.get(name, "") for name in (*fixed, *names)), *percent]
         table.add_row(*map(Text, [*row, "" if job.seconds is None else f"{job.seconds:.1f}", job.state]))
-    Console(width=None if Console().is_terminal else 120).print(table)
+    make_console(width=120).print(table)
     failed = [job for job in jobs if job.state == "failed"]
     for job in failed:
         print(f"error: job {job.number} ({settings(job, names)}): {job.failure}; see {job.output}", file=sys.stderr)

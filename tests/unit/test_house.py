@@ -15,7 +15,7 @@ PACKAGE = ROOT / "anomalib_lite"
 #: Rooms from the bottom to the top. A module imports from its own room and from lower ones. Rooms in one row are
 #: independent of each other.
 ROOMS = [
-    {"errors", "paths", "progress"},
+    {"errors", "paths", "console", "progress"},
     {"cli"},
     {"data"},
     {"features"},
