@@ -21,7 +21,7 @@ from anomalib_lite.cli import keys
 from anomalib_lite.cli import program as cli
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import make_folder
-from anomalib_lite.runs import folder
+from anomalib_lite.runs import folder, ranks
 
 
 def main() -> None:
@@ -46,6 +46,7 @@ def evaluate(options: dict[str, Any]) -> None:
             raise UserError(f"{key}: the run's configuration has no such key")
         keys.assign(config, key, value)
     schema.check(config)
+    ranks.settle(config["hardware"])
     if folder.is_finished(output):
         raise UserError(f"{output} already holds results: choose another output=DIR")
     make_folder(output, "output")

@@ -40,7 +40,7 @@ def train(cfg: Any) -> float | None:
         config, names, overrides = folder.resumed(run, config, names, overrides)
     one_process = hydra.mode == RunMode.MULTIRUN  # our own launchers give every job a process and mode=RUN
     ranks.check(config["hardware"], str(hydra.runtime.choices.get("hydra/launcher")) if one_process else None)
-    first = ranks.is_first(config["hardware"])
+    first = ranks.settle(config["hardware"])
     if first and not folder.open_run(run, config, names, overrides, hydra):
         log.info("this run is finished: nothing to do")
         terminal.show(run, artifacts.read_result(run))

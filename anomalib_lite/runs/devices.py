@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.batch_norm import synchronise
@@ -62,8 +63,10 @@ def lightning_options(hardware: dict[str, Any], multirun: bool) -> dict[str, Any
     environment: dict[str, Any] = {}
     if slurm:
         environment["plugins"] = [SLURMEnvironment(auto_requeue=False)]  # submitit queues a job again
-    elif "SLURM_NTASKS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
-        environment["plugins"] = [LightningEnvironment()]  # otherwise Lightning treats SLURM's tasks as ranks
+    elif not several or ("SLURM_NTASKS" in os.environ and not ranks.started_by_torchrun()):
+        environment["plugins"] = [LightningEnvironment()]  # otherwise Lightning treats tasks of a cluster as ranks
+    if not several:
+        rank_zero_only.rank = 0  # type: ignore[attr-defined]  it was set at its import, from the environment
     return {
         "accelerator": accelerator,
         "devices": devices,

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule
-from anomalib_lite.runs import build
+from anomalib_lite.runs import build, ranks
 from anomalib_lite.runs.artifacts import thresholds_of
 from anomalib_lite.runs.devices import lightning_options
 from anomalib_lite.runs.folder import read_checkpoint, read_run
@@ -86,7 +86,9 @@ def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyMod
     stored = read_checkpoint(checkpoint)
     if device == "gpu" and not torch.cuda.is_available():
         raise UserError("device=gpu: no GPU is visible here; choose device=cpu or device=auto")
-    options = lightning_options(cfg["hardware"] | {"accelerator": device, "devices": 1, "nodes": 1}, multirun=False)
+    hardware = cfg["hardware"] | {"accelerator": device, "devices": 1, "nodes": 1, "ranks": None}
+    ranks.settle(hardware)
+    options = lightning_options(hardware, multirun=False)
     data = instantiate(cfg["data"], category=stored["categories"])
     model = build.make_method(cfg, build.make_backbone(cfg, stored=True), data, stored["categories"])
     build.load_weights(model, checkpoint)
