@@ -13,8 +13,9 @@ from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.runs import build, ranks
 from anomalib_lite.runs.artifacts import thresholds_of
+from anomalib_lite.runs.checkpoints import read_checkpoint
 from anomalib_lite.runs.devices import lightning_options
-from anomalib_lite.runs.folder import read_checkpoint, read_run
+from anomalib_lite.runs.folder import read_run
 
 
 class LoadedRun:
@@ -83,7 +84,7 @@ def load_run(
 
 def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyModule, AnomalyDataModule]:
     """A run's method with its trained weights, in evaluation mode, and its DataModule without its data."""
-    stored = read_checkpoint(checkpoint)
+    stored = read_checkpoint(checkpoint, cfg)
     if device == "gpu" and not torch.cuda.is_available():
         raise UserError("device=gpu: no GPU is visible here; choose device=cpu or device=auto")
     hardware = cfg["hardware"] | {"accelerator": device, "devices": 1, "nodes": 1, "ranks": None}
