@@ -3,8 +3,11 @@
     python -m anomalib_lite.evaluate run=DIR output=DIR [KEY=VALUE ...]
 
 KEY is a key of the run's configuration that training does not depend on: scoring.*, hardware.*, data.root,
-data.workers, data.eval_batch_size, data.check. All other values come from the run's folder.
+data.workers, data.eval_batch_size, data.check. All other values come from the run's folder. The list of a split and
+weights that were moved are given with split.path, backbone.weights or backbone.name; their contents must be the same.
 
+data.root=DIR                     where the data lie now; or another test set (CATEGORY/test/...) for the trained run,
+                                  whose thresholds remain; the result says so
 scoring.pixel_smooth=2            another smoothing of the maps (image_smooth: of the maps for the image score)
 scoring.image_score=0.01          max, mean, or the mean of the top share of a map
 scoring.fpr_limits=[0.3,0.1]      limits of the false positive rate for AUPRO
@@ -13,15 +16,17 @@ scoring.map_size=original         maps and masks are compared at each image's ow
 hardware.devices=2                on several devices
 """
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
 
-from anomalib_lite.cli import keys
+from anomalib_lite.cli import keys, signals
 from anomalib_lite.cli import program as cli
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import make_folder
-from anomalib_lite.runs import folder
+from anomalib_lite.runs import folder, inputs, ranks
+from anomalib_lite.runs.claim import claimed
 
 
 def main() -> None:
@@ -36,25 +41,35 @@ def evaluate(options: dict[str, Any]) -> None:
     from anomalib_lite.cli import schema
 
     checkpoint, config, names = folder.read_run(run)
-    changeable = ", ".join(schema.free("evaluate"))
+    changeable = ", ".join((*schema.free("evaluate"), *schema.free("moved")))
     for key, value in options.items():
         if key in keys.RENAMED:
             raise UserError(keys.new_name(key))
-        if not schema.is_free(key, "evaluate"):
+        if schema.is_free(key, "moved") and keys.lookup(config, key):
+            value = str(inputs.path_of(key, str(value)) or value)
+            if key != "split.path":  # the data's fingerprint tells whether a list is the same
+                inputs.check_moved(key, keys.lookup(config, key), value, folder.stored_digests(run))
+        elif not schema.is_free(key, "evaluate"):
             raise UserError(f"{key} can't be changed without training anew: change {changeable}")
         if keys.lookup(config, key, ...) is ...:
             raise UserError(f"{key}: the run's configuration has no such key")
-        keys.assign(config, key, value)
+        folder.assign_everywhere(config, key, value)
     schema.check(config)
-    if folder.is_finished(output):
-        raise UserError(f"{output} already holds results: choose another output=DIR")
+    first = ranks.settle(config["hardware"])
     make_folder(output, "output")
+    with claimed(output, "output") if first else contextlib.nullcontext():
+        if folder.is_run(output) or folder.is_finished(output):
+            raise UserError(f"{output} already holds results or a run: choose another output=DIR")
 
-    from anomalib_lite.runs import terminal
-    from anomalib_lite.runs.run import execute
+        from anomalib_lite.runs import terminal
+        from anomalib_lite.runs.run import execute
 
-    overrides = [argument for argument in sys.argv[1:] if "=" in argument]
-    result = execute(config, output, names, checkpoint, overrides, [f"evaluated again from {run}"], fit=False)
+        overrides = [argument for argument in sys.argv[1:] if "=" in argument]
+        try:
+            remark, other = f"evaluated again from {run}", "data.root" in options
+            result = execute(config, output, names, checkpoint, overrides, [remark], fit=False, may_differ=other)
+        except SystemExit as error:
+            raise signals.interruption(error) or error from None
     if result is not None:
         terminal.show(output, result)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +14,18 @@ HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
 
 
 def cache_folder() -> Path:
-    """The folder of everything that runs share: ANOMALIB_LITE_CACHE, or ~/.cache/anomalib_lite."""
-    return Path(os.environ.get("ANOMALIB_LITE_CACHE") or "~/.cache/anomalib_lite").expanduser()
+    """The folder of everything that runs share: ANOMALIB_LITE_CACHE, or ~/.cache/anomalib_lite.
+
+    Where a user has no home folder or may not write there (`docker --user`), it lies below the temporary files.
+    """
+    if given := os.environ.get("ANOMALIB_LITE_CACHE"):
+        return Path(given).expanduser()
+    with contextlib.suppress(RuntimeError):  # neither HOME nor an entry in passwd
+        folder = Path.home() / ".cache" / "anomalib_lite"
+        nearest = next(each for each in (folder, *folder.parents) if each.exists())
+        if os.access(nearest, os.W_OK):
+            return folder
+    return Path(tempfile.gettempdir()) / f"anomalib_lite-{os.getuid()}"
 
 
 def relative_path(path: Path, root: str | Path | None) -> str:
@@ -29,8 +40,11 @@ def replacing(file: Path) -> Iterator[Path]:
     So a reader, or a run after a crash, finds the old file or the new one, never a part. The path keeps the suffix.
     """
     part = file.with_name(f"{file.stem}.part{file.suffix}")
-    yield part
-    part.replace(file)
+    try:
+        yield part
+        part.replace(file)
+    finally:  # also of a program that was interrupted
+        part.unlink(missing_ok=True)
 
 
 def write_text(file: Path, text: str) -> None:

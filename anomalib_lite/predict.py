@@ -24,6 +24,7 @@ from typing import Any
 from anomalib_lite.cli import program as cli
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import make_folder, replacing
+from anomalib_lite.runs.claim import claimed
 from anomalib_lite.runs.folder import HEATMAPS, OVERLAYS, SCORES, read_run
 
 DEFAULTS = {"category": None, "quantile": None, "batch_size": 32, "workers": 0, "device": "auto", "debug": False}
@@ -43,8 +44,7 @@ def predict(options: dict[str, Any]) -> None:
             f"output={output} lies inside input={source}: choose a folder outside, or its pictures are read next time"
         )
     files = images_below(source)
-    if (output / SCORES).exists():
-        raise UserError(f"{output / SCORES} exists already: choose another output=DIR, or remove the file")
+    refuse_used(output)
 
     from anomalib_lite.runs.artifacts import thresholds_of
     from anomalib_lite.runs.load import load
@@ -58,7 +58,9 @@ def predict(options: dict[str, Any]) -> None:
         files, model.categories.index(limits["category"]), options["batch_size"], options["workers"]
     )
     bf16 = cfg["hardware"]["precision"] == "bf16"
-    left_out = write_predictions(output, scored(model, batches, bf16, len(files)), source, limits)
+    with claimed(output, "output"):
+        refuse_used(output)  # once more: another process may have been faster
+        left_out = write_predictions(output, scored(model, batches, bf16, len(files)), source, limits)
     print(
         f"{len(files) - len(left_out)} of {len(files)} images scored; {output}/ holds scores.csv, heatmaps/, overlays/"
     )
@@ -66,6 +68,11 @@ def predict(options: dict[str, Any]) -> None:
         for message in left_out:
             print(f"left out: {message}", file=sys.stderr)
         sys.exit(1)
+
+
+def refuse_used(output: Path) -> None:
+    if (output / SCORES).exists():
+        raise UserError(f"{output / SCORES} exists already: choose another output=DIR, or remove the file")
 
 
 def checked(options: dict[str, Any]) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 Nothing heavy is imported before the configuration has been accepted: --help and --cfg answer at once.
 """
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
 
 from anomalib_lite.cli import program as cli
+from anomalib_lite.cli import signals
 from anomalib_lite.cli.messages import one_line
 from anomalib_lite.runs import folder
+from anomalib_lite.runs.claim import claimed
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +43,27 @@ def train(cfg: Any) -> float | None:
         config, names, overrides = folder.resumed(run, config, names, overrides)
     one_process = hydra.mode == RunMode.MULTIRUN  # our own launchers give every job a process and mode=RUN
     ranks.check(config["hardware"], str(hydra.runtime.choices.get("hydra/launcher")) if one_process else None)
-    first = ranks.is_first(config["hardware"])
-    if first and not folder.open_run(run, config, names, overrides, hydra):
-        log.info("this run is finished: nothing to do")
-        terminal.show(run, artifacts.read_result(run))
+    first = ranks.settle(config["hardware"])
+    result: dict[str, Any] | None
+    with claimed(run, "hydra.run.dir") if first else contextlib.nullcontext():
+        if config["resume"] and first and not folder.is_run(run) and OmegaConf.is_missing(hydra.job, "num"):
+            # the jobs of a sweep have a number: it may say resume=true to jobs that have not started
+            log.warning("hydra.run.dir=%s: no run to resume in this folder, so this run starts from the beginning", run)
+        if first and not folder.open_run(run, config, names, overrides, hydra):
+            log.info("this run is finished: nothing to do")
+            result = artifacts.read_result(run)
+        else:
+            result = trained(run, config, names, overrides, first, one_process)
+    if result is None:
         return None
+    terminal.show(run, result)
+    return folder.objective(config["objective"], result)
 
+
+def trained(
+    run: Path, config: dict[str, Any], names: dict[str, str], overrides: list[str], first: bool, one_process: bool
+) -> dict[str, Any] | None:
+    """The run's result; None on other ranks than the first. A start that fails leaves the folder as it was."""
     from anomalib_lite.runs.run import execute
     from anomalib_lite.tracking.wandb_logger import finish
 
@@ -54,11 +72,10 @@ def train(cfg: Any) -> float | None:
         result = execute(config, run, names, checkpoint, overrides, multirun=one_process)
     except BaseException as error:
         finish(1)
-        if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+        if stop := signals.interruption(error):
             place = "its last checkpoint" if checkpoint.is_file() else "the beginning: there is no checkpoint yet"
-            raise KeyboardInterrupt(
-                f"interrupted; resume=true hydra.run.dir={run} continues this run from {place}"
-            ) from None  # Lightning exits with 1
+            text = f"{str(stop) or 'interrupted'}; resume=true hydra.run.dir={run} continues this run from {place}"
+            raise type(stop)(text) from None
         if isinstance(error, Exception) and first and not checkpoint.is_file():
             if one_line(error, outside=False, folder=""):  # a user error, also one that Hydra has wrapped
                 folder.withdraw(run)
@@ -66,10 +83,7 @@ def train(cfg: Any) -> float | None:
                 folder.stored_config(run).unlink(missing_ok=True)
         raise
     finish(0)
-    if result is None:
-        return None
-    terminal.show(run, result)
-    return folder.objective(config["objective"], result)
+    return result
 
 
 if __name__ == "__main__":

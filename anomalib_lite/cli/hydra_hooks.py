@@ -1,6 +1,10 @@
-"""Hooks into Hydra: no empty folder after a failed start, no `_base` in --help, no needless composing."""
+"""Hooks into Hydra: folders named after the time can't meet, a failed start leaves no empty folder, --help lists no
+choice that begins with `_`, and a start composes its configuration once.
+"""
 
 import contextlib
+import itertools
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -12,6 +16,7 @@ from hydra._internal.hydra import Hydra
 from hydra.core.object_type import ObjectType
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
+from omegaconf import OmegaConf, open_dict, read_write
 
 #: Hydra's record of a sweep, written before its jobs are checked
 SWEEP_RECORD = "multirun.yaml"
@@ -19,18 +24,44 @@ _new_folders: list[Path] = []
 
 
 class NoteNewFolders(Callback):
-    """Notes which folders this start will create. `hydra.callbacks` of conf/train.yaml names this class."""
+    """Notes which folders this start will create. `hydra.callbacks` of conf/train.yaml names this class.
+
+    A folder that is named after the time belongs to this start alone: if another one has it, a number is appended.
+    """
 
     def on_run_start(self, config: Any, **kwargs: Any) -> None:
-        _note(config.hydra.run.dir)
+        _note(config.hydra.run)
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
-        _note(config.hydra.sweep.dir)
+        if own := _note(config.hydra.sweep):
+            with read_write(config.hydra), open_dict(config.hydra):  # Hydra composes the jobs anew, from the overrides
+                config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{own}'")
 
 
-def _note(place: str) -> None:
-    folder = Path(place).absolute()
+def _note(place: Any) -> Path | None:
+    """Note the new folders of Hydra's node `run` or `sweep`; the folder that it gets if it is named after the time."""
+    folder = Path(place.dir).absolute()
     _new_folders[:] = [each for each in (folder, *folder.parents) if not each.exists()]
+    timed = "${now:" in str(OmegaConf.to_container(place, resolve=False)["dir"])  # type: ignore[index, call-overload]
+    first_rank = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    if not timed or not first_rank:
+        return None
+    own = _new_folder(Path(place.dir))
+    _new_folders[:] = dict.fromkeys([own.absolute(), *_new_folders])
+    with read_write(place), open_dict(place):
+        place.dir = str(own)
+    return own
+
+
+def _new_folder(folder: Path) -> Path:
+    """Create the folder, or the first of FOLDER-2, FOLDER-3, … that does not exist yet."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        own = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            own.mkdir()  # atomic: of two starts one creates it
+            break
+    return own
 
 
 @contextlib.contextmanager

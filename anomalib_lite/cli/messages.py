@@ -21,6 +21,8 @@ def one_line(error: BaseException, outside: bool, folder: str) -> str | None:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # of Path.expanduser
+        return "~: no home folder is known here; set HOME, or give paths without ~"
     if not isinstance(error, UserError | HydraException | OmegaConfBaseException | YAMLError | OSError):
         return None
     cause = next((each for each in _chain(error) if isinstance(each, UserError)), None)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from anomalib_lite.cli import signals
 from anomalib_lite.console import protect_streams
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import HOME
@@ -31,7 +32,10 @@ def run(task: Callable[[Any], Any], config_name: str) -> None:
         with reported():  # inside Hydra, which would add a line of its own
             return task(cfg)
 
-    with reported(outside=True), remove_empty_folders(), no_private_choices(), mode_from_flags():
+    hooks = (signals.as_interrupts, remove_empty_folders, no_private_choices, mode_from_flags)
+    with reported(outside=True), contextlib.ExitStack() as entered:
+        for hook in hooks:
+            entered.enter_context(hook())
         _parse_arguments()
         hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name=config_name)(job)()
 
@@ -46,7 +50,7 @@ def run_plain(task: Callable[[dict[str, Any]], None], usage: str | None, texts: 
     if {"-h", "--help"} & set(sys.argv[1:]):
         print((usage or "").strip())
         return
-    with reported(folder="output"):
+    with reported(folder="output"), signals.as_interrupts():
         options: dict[str, Any] = {}
         for argument in sys.argv[1:]:
             key, equals, text = argument.partition("=")
@@ -97,7 +101,7 @@ def reported(outside: bool = False, folder: str = "hydra.run.dir") -> Iterator[N
         yield
     except KeyboardInterrupt as error:
         print(error if error.args else "interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(signals.EXIT_CODE if isinstance(error, signals.Stopped) else 130)
     except Exception as error:
         if any(re.fullmatch(r"\+*debug=(true|1|yes|on)", argument, re.IGNORECASE) for argument in sys.argv):
             raise

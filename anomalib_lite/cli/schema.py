@@ -23,7 +23,8 @@ class Key:
     Attributes:
         give: the end of the error for an invalid value: "KEY=VALUE: give …".
         free: where the key may change: "resume" (between a run and its continuation), "evaluate" (when a stored run is
-            evaluated again), "compare" (between runs of the same experiment).
+            evaluated again), "compare" (between runs of the same experiment), "moved" (a path that may change on
+            resume and evaluation if it leads to the same content).
     """
 
     give: str = "its options by their names"
@@ -107,7 +108,7 @@ class Split(Group):
     imbalance: Annotated[float, Field(ge=1), BeforeValidator(_refuse(bool)), Key("a number from 1, such as 100")] = 1
     order: Annotated[Names, Key("size, name, reverse, reverse_name, or a list of all categories, head first")] = "size"
     seed: Annotated[WholeFrom0, Key("a whole number from 0")] = 0
-    path: Annotated[Text, Key("the file of the split, as in split=file split.path=FILE")] = "unused"
+    path: Annotated[Text, Key("the file of the split, as in split=file split.path=FILE", ("moved",))] = "unused"
     head: Annotated[Whole | None, Key("a number of classes from 1, or null for half of them")] = None
     anomalous: Annotated[bool, Key(FLAG)] = False
 
@@ -135,13 +136,13 @@ class Trainer(Group):
 
 
 class Backbone(Group):
-    name: Annotated[str | None, Key("the name of a timm model, or null", ("compare",))]
+    name: Annotated[str | None, Key("the name of a timm model, or null", ("compare", "moved"))]
     layers: Annotated[
         list[WholeFrom0],
         _require(lambda layers: layers == sorted(set(layers))),
         Key("timm's out_indices in ascending order, such as [2,3]", ("compare",)),
     ]
-    weights: Annotated[Text, Key("auto, none, or a file", ("compare",))]
+    weights: Annotated[Text, Key("auto, none, or a file", ("compare", "moved"))]
 
     @model_validator(mode="after")
     def _has_layers(self) -> "Backbone":

@@ -114,9 +114,20 @@ def _notes(rows: list[Row], runs: list[Run], categories: list[str]) -> Iterator[
         if len(values) > 1:
             rows_by_value = "; ".join(f"{value}: {shorten(labels)}" for value, labels in values.items())
             yield f"protocol.{key} differs ({rows_by_value})"
+    beside = [
+        f"{row.label} ({jobs} jobs)" for row in rows if (jobs := max(map(_jobs_beside, row.all_runs()), default=0))
+    ]
+    if beside:
+        yield f"latency and images/s do not compare where other jobs ran on the machine: {shorten(beside)}"
     developed = [category for category in categories if category in DEVELOPMENT]
     if developed:
         yield f"development data: {', '.join(developed)} (defaults were chosen on them)"
+
+
+def _jobs_beside(run: Run) -> int:
+    """The number of jobs that ran beside the measurement of the run's latency, as far as it is known."""
+    jobs = dict_at(run.result, "timing", "beside").get("jobs")
+    return jobs if isinstance(jobs, int) else 0
 
 
 def label(rows: list[Row]) -> list[Row]:

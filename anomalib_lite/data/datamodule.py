@@ -155,7 +155,7 @@ class AnomalyDataModule(L.LightningDataModule):
         if self._ready:
             return
         data = self.reader(self.root, self.category)
-        self.categories = list(dict.fromkeys(s.category for s in data.train))
+        self.categories = list(dict.fromkeys(s.category for s in data.train)) or list(self.category)
         self.kept = (self.split or splits.full)(data)
         if none := [name for name, number in self.kept.counts.items() if not number]:
             raise UserError(f"split: it left no training images of '{none[0]}'; choose another split")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from anomalib_lite.data.cores import threads
 from anomalib_lite.data.samples import DataSet, Sample, decoding, load_mask, load_rgb
 from anomalib_lite.errors import UserError
 
@@ -34,7 +35,7 @@ def check(dataset: DataSet, thorough: bool = False) -> list[str]:
     Only the thorough check reports empty masks, images that are in both train and test, and different image sizes.
     """
     read = _read_pixels if thorough else _read_ends
-    with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
+    with ThreadPoolExecutor(min(16, 4 * threads())) as pool:
         train = list(pool.map(read, dataset.train))
         test = list(pool.map(read, dataset.test))
     return [*_mask_and_size_notes([*train, *test]), *_duplicate_notes(train, test)] if thorough else []

@@ -1,6 +1,5 @@
 """From a dataset to batches on this process: stored features come with the batch, and training counts its batches."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from anomalib_lite.cli import signals
+from anomalib_lite.data.cores import threads
 from anomalib_lite.data.dataset import AnomalyDataset, collate
 from anomalib_lite.data.sampler import TrainBatchSampler
 from anomalib_lite.data.transforms import Pipeline
@@ -76,12 +77,12 @@ def worker_count(workers: int | str, world: int) -> int:
         return int(workers)
     if not torch.cuda.is_available():
         return 0
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     devices = max(1, torch.cuda.device_count()) if world > 1 else 1
-    return min(4, max(1, cpus // devices))
+    return min(4, max(1, threads() // devices))
 
 
 def one_thread(worker: int) -> None:
-    """Loader processes share the cores with training: one thread each."""
+    """Loader processes share the cores with training: one thread each. Signals are for the process that trains."""
+    signals.ignore()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)

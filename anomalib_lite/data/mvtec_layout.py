@@ -72,14 +72,14 @@ def _entries(folder: Path) -> list[Path]:
 # --- images and masks ------------------------------------------------------------------------------------------------
 
 
-def read_folders(base: Path, folders: Mapping[str, Path]) -> DataSet:
-    """The categories, each in its folder, with notes on what can't be measured.
+def read_folders(base: Path, folders: Mapping[str, Path], train: bool = True) -> DataSet:
+    """The categories, each in its folder, with notes on what can't be measured; without `train` test images alone.
 
     Raises UserError for an image in the wrong place, and for images and masks that are not one to one.
     """
     data = DataSet(base, [], [])
     for category, folder in folders.items():
-        data.train += _read_train(folder / "train", category)
+        data.train += _read_train(folder / "train", category) if train else []
         data.test += _read_test(folder, category)
     data.notes = missing_notes(data)
     return data

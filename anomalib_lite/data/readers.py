@@ -53,6 +53,23 @@ def read_folder(root: str | Path | None, category: str | Sequence[str]) -> DataS
     return layout.read_folders(base, {name: folders[name] for name in layout.choose(category, list(folders), base)})
 
 
+def read_test_set(root: str | Path | None, category: Sequence[str]) -> DataSet:
+    """The test images of those categories that are there, in the MVTec layout, for a run that is trained already.
+
+    The root may be the one category. Nothing below `train` is read.
+    """
+    base = layout.existing_root(root)
+    alone = len(category) == 1 and (base / "test").is_dir()
+    folders = {category[0]: base} if alone else layout.category_folders(base)
+    names = [name for name in category if name in folders]
+    if not names:
+        raise UserError(f"{base}: none of the run's categories, {', '.join(category)}; name its folder like one")
+    data = layout.read_folders(base, {name: folders[name] for name in names}, train=False)
+    if not data.test:
+        raise UserError(f"{base}: no test images; put them into CATEGORY/test/good and CATEGORY/test/DEFECT")
+    return data
+
+
 def _read_official(
     base: Path, below: Path, category: str | Sequence[str], official: layout.Counts, title: str
 ) -> DataSet:

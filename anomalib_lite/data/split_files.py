@@ -20,7 +20,7 @@ def read(file: Path, format: str = "auto") -> tuple[list[Entry], str]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"split.path={file}: no such file") from None
+        raise UserError(f"split.path={file}: no such file; give its place with split.path=FILE") from None
     except IsADirectoryError:
         raise UserError(f"split.path={file}: a folder; give the file of the split") from None
     except UnicodeDecodeError:

@@ -5,7 +5,6 @@ It has two textures (`fabric`, single-channel like MVTec's grid, and `wood`) and
 
 import json
 import logging
-import os
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from anomalib_lite.data.cores import threads
 from anomalib_lite.data.readers import read_folder
 from anomalib_lite.data.samples import DataSet
 from anomalib_lite.data.synthetic_drawings import CATEGORIES, picture
@@ -73,7 +73,7 @@ def generate(
             write(draft / name / f"ground_truth/{kind}/{index:03d}_mask.png", mask[..., None].astype(np.uint8) * 255)
 
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads suffice: NumPy and OpenCV release the GIL
+        with ThreadPoolExecutor(threads()) as pool:  # threads suffice: NumPy and OpenCV release the GIL
             list(pool.map(make, jobs))
         (draft / STAMP).write_text(json.dumps(stamp))
         draft.rename(root)  # replaces an empty folder and fails if the folder holds files

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 
 from anomalib_lite.cli.annotations import check_types
 from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.data.readers import read_test_set
 from anomalib_lite.errors import UserError
 from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.methods.base import AnomalyModule
@@ -24,6 +25,15 @@ log = logging.getLogger(__name__)
 def make_data(cfg: dict[str, Any], first_batch: int = 0) -> AnomalyDataModule:
     """The data, read, checked and split. `first_batch`: where a resumed run continues."""
     data = instantiate(cfg["data"], map_size=cfg["scoring"].get("map_size"), first_batch=first_batch)
+    data.setup()
+    return data
+
+
+def make_test_set(cfg: dict[str, Any], categories: list[str]) -> AnomalyDataModule:
+    """The test images below data.root alone, for a run that was trained on other data of these categories."""
+    plain = {"val_fraction": 0.0, "split": None, "balanced": False, "category": categories}
+    data = instantiate(cfg["data"] | plain, map_size=cfg["scoring"].get("map_size"))
+    data.reader = read_test_set
     data.setup()
     return data
 
@@ -113,7 +123,7 @@ def make_trainer(
     hardware: dict[str, Any], folder: Path, callbacks: list[L.Callback], loggers: list[Logger], steps: int
 ) -> L.Trainer:
     """Lightning's Trainer. `hardware` are its options by `runs.devices`; Training counts `steps` and ends the run."""
-    return L.Trainer(
+    trainer = L.Trainer(
         **hardware,
         max_epochs=-1 if steps else 0,
         logger=loggers or False,
@@ -126,6 +136,9 @@ def make_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    # cli.signals handles them. Lightning's handler of SIGTERM talks to the other ranks from within their own exchanges.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 @contextlib.contextmanager

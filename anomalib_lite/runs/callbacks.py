@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from anomalib_lite import __version__
+from anomalib_lite.cli import signals
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.methods.held_out import mean_loss
 from anomalib_lite.progress import ProgressBar
@@ -81,6 +82,7 @@ class Training(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.started = True
+        signals.defer()  # until the next batch's checkpoint
         self.checkpoints.start(module)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         has_loss = type(module).held_out_loss is not AnomalyModule.held_out_loss  # type: ignore[attr-defined]
@@ -102,30 +104,37 @@ class Training(L.Callback):
     ) -> None:
         self.steps += 1
         last, due = self.finished(module), False
+        stop = signals.received() and trainer.world_size == 1
         steps_per_epoch = int(trainer.num_training_batches)
         trainer.should_stop = trainer.should_stop or last
         if self.steps % self.log_every == 0 or last or self.steps == 1:
             loss = float(outputs["loss"]) if outputs else float("nan")
-            due = self._check(trainer, loss, bool(outputs), last)
+            due, stop = self._check(trainer, loss, bool(outputs), last)
             epoch = (self.steps - 1) // steps_per_epoch  # Lightning's count may lag after a resume
             self._log(trainer, {"loss": loss, "epoch": epoch})
             if self.bar:
                 self.bar.step(f"loss {loss:.4g}", count=self.steps - self.bar.done)
         if self.held_out is not None and (last or self.steps % steps_per_epoch == 0):
             self._log(trainer, {"held_out_loss": held_out_loss(module, self.held_out)})
-        if due:
+        if due or (stop and not last):  # after the last batch the run itself writes one
             self.checkpoints.save(trainer, self.steps)
+        if stop and not last:
+            signals.release()
+            raise signals.Stopped("interrupted by a signal to another rank")
 
-    def _check(self, trainer: L.Trainer, loss: float, has_loss: bool, last: bool) -> bool:
-        """Whether a checkpoint is due, the same on all ranks; UserError on all ranks if any rank's loss is bad."""
+    def _check(self, trainer: L.Trainer, loss: float, has_loss: bool, last: bool) -> tuple[bool, bool]:
+        """Whether a checkpoint is due, and whether a signal came; the same on all ranks.
+
+        Raises UserError on all ranks if any rank's loss is bad.
+        """
         self.first_loss = loss if self.first_loss is None else self.first_loss
         bad = has_loss and not abs(loss) < EXPLODED * max(1.0, abs(self.first_loss))
         due = trainer.is_global_zero and not last and self.checkpoints.due()
-        bad_anywhere, due = on_any_rank(trainer, [bad, due])
+        bad_anywhere, due, stop = on_any_rank(trainer, [bad, due, signals.received()])
         if bad_anywhere:
             what = f"the loss is {loss:.4g}" if bad else "the loss of another device is not finite"
             raise self.checkpoints.diverged(what, self.steps)
-        return due
+        return due, stop
 
     def _log(self, trainer: L.Trainer, row: dict[str, float]) -> None:
         for logger in trainer.loggers if trainer.is_global_zero else ():
@@ -136,6 +145,7 @@ class Training(L.Callback):
             self.bar.close()
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        signals.release(silently=True)
         if self.bar:
             self.bar.close()
 
@@ -144,7 +154,9 @@ class Training(L.Callback):
 
     def save(self, trainer: L.Trainer) -> None:
         """Write the checkpoint of the finished training; see `CheckpointWriter.save`."""
+        signals.defer()
         self.checkpoints.save(trainer, self.steps)
+        signals.release()
 
 
 def held_out_loss(module: Any, loader: Any) -> float:

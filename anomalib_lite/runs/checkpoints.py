@@ -9,7 +9,10 @@ from typing import Any
 import lightning as L
 import torch
 
+from anomalib_lite import __version__
+from anomalib_lite.cli.keys import translate
 from anomalib_lite.errors import UserError
+from anomalib_lite.runs.folder import differences
 
 
 class CheckpointWriter:
@@ -73,3 +76,26 @@ def on_any_rank(trainer: L.Trainer, flags: list[bool]) -> list[bool]:
         return flags
     counts = torch.tensor([float(flag) for flag in flags], device=trainer.strategy.root_device)
     return (trainer.strategy.reduce(counts, reduce_op="sum") > 0).tolist()
+
+
+def read_checkpoint(file: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds beside Lightning's part: version, config, fingerprint, categories, finished,
+    and of that part the number of batches trained on, `steps`.
+
+    Raises:
+        UserError: the file is damaged, was written by a version whose checkpoints can't be read, or was not trained
+            with the configuration of its run, `config`.
+    """
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        stored = content["anomalib_lite"] | {"steps": content["callbacks"]["Training"]["steps"]}
+    except Exception as error:
+        raise UserError(f"{file}: damaged, or not a checkpoint of ours; remove it and train again") from error
+    if stored["version"].split(".")[:2] not in (["0", "1"], __version__.split(".")[:2]):
+        raise UserError(f"{file}: written by anomalib_lite {stored['version']}, this is {__version__}; train again")
+    for key, trained, now in differences(translate(stored["config"]), config, "resume", "evaluate", "moved"):
+        raise UserError(
+            f"{file}: trained with {key}={trained}, but its run has {key}={now}; the files of two runs are mixed, "
+            "train again in another folder"
+        )
+    return stored

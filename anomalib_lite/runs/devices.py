@@ -6,13 +6,19 @@ import resource
 import sys
 from typing import Any
 
+import cv2
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
 
+from anomalib_lite.data import cores
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.batch_norm import synchronise
 from anomalib_lite.runs import ranks
+
+#: OMP_NUM_THREADS as it was given, and as a run of this process has set it
+_own: tuple[str | None, str] | None = None
 
 
 class DDP(DDPStrategy):
@@ -54,16 +60,17 @@ def lightning_options(hardware: dict[str, Any], multirun: bool) -> dict[str, Any
     if several and multirun:
         raise UserError(ranks.several_in_one_process(devices, "basic"))
     # ranks do not share the cores: with another number of threads a network's output may differ in its last bit
-    threads = hardware["threads"] or os.cpu_count() or 1
-    torch.set_num_threads(threads)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # otherwise Lightning sets a different number
+    set_threads(hardware["threads"])
     precision = "bf16-mixed" if hardware["precision"] == "bf16" else "32-true"
     strategy: Any = DDP(process_group_backend="gloo" if accelerator == "cpu" else None) if several else "auto"
     environment: dict[str, Any] = {}
     if slurm:
         environment["plugins"] = [SLURMEnvironment(auto_requeue=False)]  # submitit queues a job again
-    elif "SLURM_NTASKS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
-        environment["plugins"] = [LightningEnvironment()]  # otherwise Lightning treats SLURM's tasks as ranks
+    elif not several or ("SLURM_NTASKS" in os.environ and not ranks.started_by_torchrun()):
+        environment["plugins"] = [LightningEnvironment()]  # otherwise Lightning treats tasks of a cluster as ranks
+    if not several:
+        # it was set at the import, from the environment
+        rank_zero_only.rank = 0  # type: ignore[attr-defined]
     return {
         "accelerator": accelerator,
         "devices": devices,
@@ -72,6 +79,21 @@ def lightning_options(hardware: dict[str, Any], multirun: bool) -> dict[str, Any
         "precision": precision,
         **environment,
     }
+
+
+def set_threads(wanted: int | None) -> None:
+    """Set the CPU threads of this process, and OMP_NUM_THREADS for what it starts: `wanted`, else `cores.threads`."""
+    global _own
+    given = os.environ.get("OMP_NUM_THREADS")
+    if _own and given == _own[1]:  # the value that an earlier run of this process has set
+        os.environ.pop("OMP_NUM_THREADS")
+        given = _own[0]
+        os.environ |= {"OMP_NUM_THREADS": given} if given else {}
+    number = wanted or cores.threads()
+    torch.set_num_threads(number)
+    cv2.setNumThreads(number)
+    os.environ["OMP_NUM_THREADS"] = str(number)  # otherwise Lightning sets a different number
+    _own = given, str(number)
 
 
 def device_name(device: torch.device) -> str:

@@ -7,14 +7,14 @@ import contextlib
 import copy
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from anomalib_lite import __version__
 from anomalib_lite.cli.keys import assign, flat, lookup, translate
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import write_text
+from anomalib_lite.runs import inputs
 
 #: written by a finished run or by `evaluate`
 RESULT = "result.json"
@@ -28,6 +28,7 @@ CHECKPOINTS = "checkpoints"
 HYDRA = ".hydra"
 WANDB = "wandb"
 LOG = "train.log"  # by hydra.job.name
+CLAIM = ".running"  # names the process that works in the folder, see `claim`
 #: written by `predict`, beside SCORES
 HEATMAPS = "heatmaps"
 OVERLAYS = "overlays"
@@ -49,8 +50,13 @@ def is_run(folder: Path) -> bool:
 
 
 def is_finished(run: Path) -> bool:
-    """Whether the run has its results: result.json is written last."""
-    return (run / RESULT).is_file()
+    """Whether the run has all its results. A result.json that is not complete lacks costs and figures."""
+    try:
+        return json.loads((run / RESULT).read_text()).get("complete", True) is not False
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, AttributeError):  # damaged: reported where it is read
+        return True
 
 
 def make_absolute(config: dict[str, Any]) -> None:
@@ -89,13 +95,16 @@ def open_run(run: Path, config: dict[str, Any], names: dict[str, str], overrides
     """
     from omegaconf import OmegaConf
 
-    if is_run(run) and not config["resume"]:
+    if (is_run(run) or is_finished(run)) and not config["resume"]:
         raise UserError(f"{run} already holds a run: add resume=true to continue it, or choose another hydra.run.dir")
-    if config["resume"] and is_finished(run):
+    if is_run(run):  # once more: another process may have been here since `resumed`
+        check_unchanged(read_config(run)[0], config, run)
+    digests = inputs.digests(config, stored_digests(run))
+    if is_finished(run):
         return False
     (run / CHECKPOINTS).mkdir(exist_ok=True)
     (run / HYDRA).mkdir(exist_ok=True)
-    write_text(stored_config(run), json.dumps({"config": config, "names": names}, indent=1))
+    write_text(stored_config(run), json.dumps({"config": config, "names": names, "digests": digests}, indent=1))
     for name, content in (("config", config), ("hydra", {"hydra": hydra}), ("overrides", list(overrides))):
         write_text(run / HYDRA / f"{name}.yaml", OmegaConf.to_yaml(OmegaConf.create(content)))
     return True
@@ -130,23 +139,46 @@ def resumed(
     if not any(is_choice(key) for key in bound):
         given, config, names = config, copy.deepcopy(stored), stored_names
         for key in keys:
-            assign(config, key, lookup(given, key))
+            assign_everywhere(config, key, lookup(given, key))
         overrides = [each for each in _stored_overrides(run) if each.partition("=")[0] not in keys] + overrides
     check_unchanged(stored, config, run)
     return config, names, overrides
 
 
 def check_unchanged(stored: dict[str, Any], config: dict[str, Any], run: Path) -> None:
-    """Raise UserError for the first key whose value differs from the stored one and may not change on resume."""
+    """Raise UserError for the first key whose value differs from the stored one and may not change on resume.
+
+    A path that has moved must lead to the same content; the fingerprint in a checkpoint tells what a split left.
+    """
     from anomalib_lite.cli.schema import is_free
 
-    before, after = flat(stored), flat(config)
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key) and not is_free(key, "resume"):
-            raise UserError(
-                f"{key}={after.get(key)} but the run in {run} was started with {before.get(key)}: "
-                "resume with the same configuration, or start a new run in another folder"
-            )
+    digests = stored_digests(run)
+    for key, before, after in differences(stored, config, "resume"):
+        if is_free(key, "moved"):
+            if not (key == "split.path" and before and after and checkpoint(run).is_file()):
+                inputs.check_moved(key, before, after, digests)
+            continue
+        raise UserError(
+            f"{key}={after} but the run in {run} was started with {before}: "
+            "resume with the same configuration, or start a new run in another folder"
+        )
+
+
+def differences(before: dict[str, Any], after: dict[str, Any], *where: str) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value before, value after) of the keys that differ and may not change there (see schema.Key.free)."""
+    from anomalib_lite.cli.schema import is_free
+
+    one, two = flat(before), flat(after)
+    for key in sorted(key for key in one.keys() | two.keys() if not key.startswith("data.split.")):  # as `split`
+        if one.get(key) != two.get(key) and not any(is_free(key, place) for place in where):
+            yield key, one.get(key), two.get(key)
+
+
+def assign_everywhere(config: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key's value, also in the data's copy of the split."""
+    assign(config, key, value)
+    if key.startswith("split.") and isinstance(config["data"].get("split"), dict):
+        assign(config, f"data.{key}", value)
 
 
 def withdraw(run: Path) -> None:
@@ -157,7 +189,7 @@ def withdraw(run: Path) -> None:
     stored_config(run).unlink(missing_ok=True)
     log = run / METRICS_LOG
     trained = log.is_file() and len(log.read_text().splitlines()) > 1
-    if not trained and {each.name for each in run.iterdir()} <= {HYDRA, CHECKPOINTS, LOG, METRICS_LOG, WANDB}:
+    if not trained and {each.name for each in run.iterdir()} <= {HYDRA, CHECKPOINTS, LOG, METRICS_LOG, WANDB, CLAIM}:
         for file in (run / LOG, log):
             file.unlink(missing_ok=True)
         for part in (HYDRA, WANDB):
@@ -185,6 +217,14 @@ def read_config(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise UserError(f"{file}: damaged ({error}); train again") from error
 
 
+def stored_digests(run: Path) -> dict[str, str]:
+    """The hashes of the run's split list and weights, see `inputs`; empty for a run of an earlier version."""
+    try:
+        return dict(json.loads(stored_config(run).read_text()).get("digests", {}))
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
 def read_run(run: Path) -> tuple[Path, dict[str, Any], dict[str, str]]:
     """The checkpoint's file, configuration and names of a trained run; UserError where one is missing or damaged."""
     if not run.is_dir():
@@ -193,25 +233,6 @@ def read_run(run: Path) -> tuple[Path, dict[str, Any], dict[str, str]]:
     if not checkpoint(run).is_file():
         raise UserError(f"{checkpoint(run)}: no such file; is run={run} the folder of a finished run?")
     return checkpoint(run), config, names
-
-
-def read_checkpoint(file: Path) -> dict[str, Any]:
-    """What a checkpoint holds beside Lightning's part: version, config, fingerprint, categories, finished,
-    and of that part the number of batches trained on, `steps`.
-
-    Raises:
-        UserError: the file is damaged, or was written by a version whose checkpoints can't be read.
-    """
-    import torch
-
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        stored = content["anomalib_lite"] | {"steps": content["callbacks"]["Training"]["steps"]}
-    except Exception as error:
-        raise UserError(f"{file}: damaged, or not a checkpoint of ours; remove it and train again") from error
-    if stored["version"].split(".")[:2] not in (["0", "1"], __version__.split(".")[:2]):
-        raise UserError(f"{file}: written by anomalib_lite {stored['version']}, this is {__version__}; train again")
-    return stored
 
 
 def objective(name: str | None, result: dict[str, Any]) -> float | None:

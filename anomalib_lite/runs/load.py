@@ -12,10 +12,11 @@ from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.dataset import Batch
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule
-from anomalib_lite.runs import build
+from anomalib_lite.runs import build, ranks
 from anomalib_lite.runs.artifacts import thresholds_of
+from anomalib_lite.runs.checkpoints import read_checkpoint
 from anomalib_lite.runs.devices import lightning_options
-from anomalib_lite.runs.folder import read_checkpoint, read_run
+from anomalib_lite.runs.folder import read_run
 
 
 class LoadedRun:
@@ -84,10 +85,12 @@ def load_run(
 
 def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyModule, AnomalyDataModule]:
     """A run's method with its trained weights, in evaluation mode, and its DataModule without its data."""
-    stored = read_checkpoint(checkpoint)
+    stored = read_checkpoint(checkpoint, cfg)
     if device == "gpu" and not torch.cuda.is_available():
         raise UserError("device=gpu: no GPU is visible here; choose device=cpu or device=auto")
-    options = lightning_options(cfg["hardware"] | {"accelerator": device, "devices": 1, "nodes": 1}, multirun=False)
+    hardware = cfg["hardware"] | {"accelerator": device, "devices": 1, "nodes": 1, "ranks": None}
+    ranks.settle(hardware)
+    options = lightning_options(hardware, multirun=False)
     data = instantiate(cfg["data"], category=stored["categories"])
     model = build.make_method(cfg, build.make_backbone(cfg, stored=True), data, stored["categories"])
     build.load_weights(model, checkpoint)

@@ -5,20 +5,72 @@ from typing import Any
 
 from anomalib_lite.errors import UserError
 
+#: what torchrun, Lightning and users set for a rank; PLACES say which rank of which machine a process is
+PLACES = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
+INTERACTIVE_STEP = "4294967290"  # SLURM_STEP_ID of the shell that salloc opens on a node
+VARIABLES = (*PLACES, "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
 
-def is_first_on_node() -> bool:
-    """Whether this process is the first rank of its machine, or will start the other ranks."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+def settle(hardware: dict[str, Any]) -> bool:
+    """Whether this process is the run's rank 0, or will start the other ranks.
+
+    A shell, a container or a notebook may hold variables of another launcher: those that do not belong to this run are
+    removed from the environment. A run on one device is rank 0, whatever they say.
+
+    Raises:
+        UserError: a launcher has started another number of ranks than the run has devices.
+    """
+    if under_slurm(hardware):
+        _forget(*PLACES, "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
+        return os.environ["SLURM_PROCID"] == "0"
+    nodes, devices = hardware["nodes"], _devices(hardware)
+    if started_by_torchrun():
+        if os.environ["WORLD_SIZE"] != str(nodes * devices):
+            raise UserError(
+                f"hardware.devices={hardware['devices']}: torchrun has started WORLD_SIZE={os.environ['WORLD_SIZE']} "
+                f"ranks, but this run has {nodes * devices}; give hardware=ddp and one device per rank, or unset "
+                "TORCHELASTIC_RUN_ID"
+            )
+        return os.environ["RANK"] == "0"
+    _forget("TORCHELASTIC_RUN_ID")
+    if nodes == 1:
+        if devices == 1 or "LOCAL_RANK" not in os.environ:
+            _forget(*VARIABLES)
+            return True
+        _forget("RANK", "NODE_RANK", "GROUP_RANK")
+        local, world = os.environ["LOCAL_RANK"], os.environ.get("WORLD_SIZE", str(devices))
+        if "MASTER_PORT" not in os.environ or local not in map(str, range(devices)) or world != str(devices):
+            raise UserError(
+                f"hardware.devices={devices}: the environment has LOCAL_RANK={local} of another launch (WORLD_SIZE and "
+                "MASTER_PORT do not fit); unset LOCAL_RANK"
+            )
+    elif "NODE_RANK" in os.environ:
+        _forget("RANK")
+    return all(os.environ.get(name, "0") == "0" for name in PLACES)
 
 
-def is_first(hardware: dict[str, Any]) -> bool:
-    """Whether this process is the run's rank 0, or will start the other ranks."""
-    names = ("SLURM_PROCID",) if under_slurm(hardware) else ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK")
-    return all(os.environ.get(name, "0") == "0" for name in names)
+def started_by_torchrun() -> bool:
+    return all(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 
 def under_slurm(hardware: dict[str, Any]) -> bool:
-    return hardware.get("ranks") == "slurm" and "SLURM_NTASKS" in os.environ
+    return hardware.get("ranks") == "slurm" and {"SLURM_NTASKS", "SLURM_PROCID"} <= os.environ.keys()
+
+
+def _devices(hardware: dict[str, Any]) -> int:
+    """The number of devices on each machine."""
+    if hardware["devices"] != "auto":
+        return hardware["devices"]
+    if hardware["accelerator"] == "cpu":
+        return 1
+    import torch  # the configuration is accepted: a run imports it anyway
+
+    return max(1, torch.cuda.device_count())
+
+
+def _forget(*names: str) -> None:
+    for name in names:
+        os.environ.pop(name, None)
 
 
 def _number(*names: str) -> int:
@@ -55,7 +107,11 @@ def check(hardware: dict[str, Any], launcher: str | None) -> None:
     if launcher and (several or hardware.get("ranks") == "slurm"):
         raise UserError(several_in_one_process(devices, launcher))
     started = _number("SLURM_NTASKS")
-    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    interactive = (  # a shell: its variables speak of tasks that were never started
+        os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+        or "SLURM_PTY_PORT" in os.environ
+        or os.environ.get("SLURM_STEP_ID") == INTERACTIVE_STEP
+    )
     if hardware.get("ranks") == "slurm":
         if "SLURM_NTASKS" not in os.environ or "SLURM_PROCID" not in os.environ:
             raise UserError(
@@ -63,7 +119,7 @@ def check(hardware: dict[str, Any], launcher: str | None) -> None:
                 "-m hydra/launcher=submitit_slurm, or choose another hardware"
             )
         slurm_tasks(hardware)
-    elif started > 1 and "SLURM_STEP_ID" in os.environ and not interactive and "RANK" not in os.environ:
+    elif started > 1 and "SLURM_STEP_ID" in os.environ and not interactive and not started_by_torchrun():
         raise UserError(
             f"hardware: srun has started {started} of these processes, which would all do the same; add hardware=slurm"
         )

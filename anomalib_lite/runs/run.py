@@ -14,20 +14,20 @@ from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.sampler import check_batch_size
 from anomalib_lite.data.samples import Sample
 from anomalib_lite.errors import UserError, enough_memory
-from anomalib_lite.features.precompute import precompute
+from anomalib_lite.features.precompute import BATCH, precompute
 from anomalib_lite.methods.base import AnomalyModule
-from anomalib_lite.metrics.per_category import curves as make_curves
-from anomalib_lite.runs import artifacts, build, folder, summary
+from anomalib_lite.runs import build, other_test_set, summary
 from anomalib_lite.runs.callbacks import Training
+from anomalib_lite.runs.checkpoints import read_checkpoint
 from anomalib_lite.runs.devices import lightning_options, peak_memory_mb
-from anomalib_lite.runs.efficiency import efficiency
-from anomalib_lite.runs.figures import training_figure, write_figures
-from anomalib_lite.runs.folder import read_checkpoint
+from anomalib_lite.runs.efficiency import no_speed, sizes
+from anomalib_lite.runs.extras import write_with_extras
 from anomalib_lite.runs.run_logger import RunLogger
 from anomalib_lite.runs.terminal import silence_libraries
 from anomalib_lite.runs.test_outputs import HELD_OUT, NORMAL, TEST, Evaluation
 
 log = logging.getLogger(__name__)
+EXTRA_SECONDS = 60  # cost, curves and figures may take this long each, and twice as long as the test
 
 
 def execute(
@@ -39,13 +39,14 @@ def execute(
     remarks: Sequence[str] = (),
     fit: bool = True,
     multirun: bool = False,
+    may_differ: bool = False,
 ) -> dict[str, Any] | None:
     """Fit (from `checkpoint` on, if that file exists) or load it, test, and write the results into the folder `run`.
 
     Args:
         cfg: the resolved `train` configuration. names: its choices of `method` and `split`.
         overrides: the command line, for result.json. remarks: further notes for it.
-        multirun: whether further runs follow in this process.
+        multirun: whether further runs follow in this process. may_differ: whether data.root may be another test set.
 
     Returns:
         result.json's content on rank 0, None on other ranks.
@@ -54,11 +55,11 @@ def execute(
     hardware = lightning_options(cfg["hardware"], multirun)
     if fit:
         check_batch_size(cfg["data"]["batch_size"], hardware["devices"] * hardware["num_nodes"])
-    stored = read_checkpoint(checkpoint) if checkpoint.is_file() else {}
+    used = checkpoint.is_file() and (cfg["resume"] or not fit)  # a new run uses no checkpoint, whatever lies there
+    stored = read_checkpoint(checkpoint, cfg) if used else {}
     L.seed_everything(cfg["seed"], workers=True, verbose=False)
 
-    data = build.make_data(cfg, first_batch=stored.get("steps", 0))
-    check_fingerprint(cfg, data, stored, checkpoint)
+    data, other = read_data(cfg, stored, checkpoint, may_differ)
     steps = build.budget(cfg, data)
     model = build.make_method(cfg, build.make_backbone(cfg, stored=bool(stored)), data, data.categories, steps)
     if stored:
@@ -89,15 +90,25 @@ def execute(
         return None
 
     timing = {"fit_s": training.fit_s, "steps": training.steps, "test_s": time.perf_counter() - started}
-    result = result_of(cfg, names, data, model, outputs, timing, trainer.strategy.root_device)
+    trained = checkpoint.parents[1] if other else None
+    result = result_of(cfg, names, data, model, outputs, timing, trainer.strategy.root_device, trained)
     result |= {"cache": cache, "overrides": list(overrides)}
     result["notes"] = [*notes_of(cfg, data, model), *result["notes"], *remarks]
-    curves = make_curves(outputs[TEST], data.has_masks)
-    write(run, data, outputs, curves, result, model)
-    for logger in loggers:
-        if isinstance(logger, RunLogger):
-            logger.log_test(result, data, outputs[TEST], curves)
+    batch_size = min(data.eval_batch_size, BATCH) if cache["used"] else data.eval_batch_size
+    limit = EXTRA_SECONDS + 2 * (time.perf_counter() - started)
+    write_with_extras(run, result, data, outputs, model, batch_size, loggers, limit)
     return result
+
+
+def read_data(
+    cfg: dict[str, Any], stored: dict[str, Any], checkpoint: Path, may_differ: bool
+) -> tuple[AnomalyDataModule, bool]:
+    """The data, and whether they are another test set than the run's, which they may be if `may_differ`."""
+    if may_differ:
+        return other_test_set.read(cfg, stored)
+    data = build.make_data(cfg, first_batch=stored.get("steps", 0))
+    check_fingerprint(cfg, data, stored, checkpoint)
+    return data, False
 
 
 def announce(cfg: dict[str, Any], names: dict[str, str], data: AnomalyDataModule, loggers: Sequence[Logger]) -> None:
@@ -117,19 +128,27 @@ def result_of(
     outputs: dict[int, dict[str, Any]],
     timing: dict[str, Any],
     device: torch.device,
+    trained: Path | None = None,
 ) -> dict[str, Any]:
-    """The content of result.json that follows from the run's objects; `notes` are those of metrics."""
+    """The content of result.json that follows from the run's objects; `notes` are those of metrics.
+
+    `trained` is the folder of the run whose model is tested on another test set. It gives the thresholds.
+    """
+    if trained:
+        outputs |= other_test_set.normal_outputs(trained)
     measured, reasons = summary.measure(cfg["scoring"], data, outputs)
-    cost, speed = efficiency(model, data, cfg["data"]["eval_batch_size"])
     date = {"date": time.strftime("%Y-%m-%dT%H:%M:%S")}
-    return {
+    result = {
         **summary.describe(cfg, names, data, model),
         **measured,
-        "timing": date | timing | speed | {"peak_memory_mb": peak_memory_mb()},
-        "efficiency": cost,
+        "timing": date | timing | no_speed() | {"peak_memory_mb": peak_memory_mb()},
+        "efficiency": sizes(model),
         "environment": summary.environment(cfg, model, device),
         "notes": reasons,
     }
+    if trained:
+        other_test_set.mark(result, data, trained)
+    return result
 
 
 def test_loaders(data: AnomalyDataModule) -> list[Any]:
@@ -169,20 +188,3 @@ def notes_of(cfg: dict[str, Any], data: AnomalyDataModule, model: AnomalyModule)
     if data.balanced and not model.total_steps:
         notes.append("data.balanced=true changes nothing: this method sees every training image once")
     return notes
-
-
-def write(
-    run: Path,
-    data: AnomalyDataModule,
-    outputs: dict[int, dict[str, Any]],
-    curves: dict[str, Any],
-    result: dict[str, Any],
-    model: AnomalyModule,
-) -> None:
-    """Scores, maps, curves and figures, and result.json last: it says that the run is finished."""
-    artifacts.write_scores(run, outputs[TEST])
-    artifacts.write_maps(run, outputs[TEST], curves, summary.normal_columns(outputs))
-    title = f"{result['method']}, seed {result['seed']}"
-    write_figures(run / folder.FIGURES, data, outputs[TEST], result["thresholds"]["per_category"], title, model)
-    training_figure(run / folder.FIGURES, data, model)
-    artifacts.write_result(run, result)

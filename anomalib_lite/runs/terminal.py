@@ -69,12 +69,17 @@ def summary_lines(run: Path, result: dict[str, Any]) -> list[str]:
         values = [f"{key} {100 * value:.1f}" for key, value in result["validation"].items() if value is not None]
         lines.append(f"held-out training images: {', '.join(values)}")
     timing, cost = result["timing"], result["efficiency"]
-    lines.append(
-        f"{cost['parameters'] / 1e6:.1f} M parameters ({cost['trainable'] / 1e6:.1f} M trained), "
-        f"{cost['flops_per_image'] / 1e9:.1f} GFLOP per image, latency {timing['latency_ms']:.0f} ms, "
-        f"{timing['images_per_s']:.0f} images/s at batch {timing['batch_size']}, "
-        f"peak memory {max(timing['peak_memory_mb'].values()) / 1024:.1f} GiB"
-    )
+    parts = [f"{cost['parameters'] / 1e6:.1f} M parameters ({cost['trainable'] / 1e6:.1f} M trained)"]
+    if cost["flops_per_image"] is not None:
+        parts.append(f"{cost['flops_per_image'] / 1e9:.1f} GFLOP per image")
+    if timing["latency_ms"] is not None:
+        beside = timing.get("beside") or {"jobs": 0}
+        other = f" (beside other work on {beside['busy_cores']:.1f} cores)" if beside["jobs"] else ""
+        parts.append(f"latency {timing['latency_ms']:.0f} ms{other}")
+    if timing["images_per_s"] is not None:
+        parts.append(f"{timing['images_per_s']:.0f} images/s at batch {timing['batch_size']}")
+    parts.append(f"peak memory {max(timing['peak_memory_mb'].values()) / 1024:.1f} GiB")
+    lines.append(", ".join(parts))
     lines.append(f"trained {timing['steps']} steps in {timing['fit_s']:.1f} s, tested in {timing['test_s']:.1f} s")
     threshold = f"at the threshold ({result['thresholds']['quantile']:g} quantile of normal training images)"
     for category, found in result["decisions"]["per_category"].items():

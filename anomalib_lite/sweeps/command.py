@@ -57,7 +57,7 @@ class Command:
             try:
                 code = process.wait()
             except BaseException:  # Ctrl-C, or the time limit of the job
-                process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGTERM)  # it writes a checkpoint at its next batch
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(5)
                 process.kill()

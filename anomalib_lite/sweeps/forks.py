@@ -63,11 +63,11 @@ class ForkedJobs:
         return ended
 
     def close(self) -> None:
-        """End the jobs that still run: as Ctrl-C would, then by force."""
+        """End the jobs that still run: with a checkpoint at their next batch, then by force."""
         try:
             for process in self.running.values():
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGINT)
+                    os.kill(process.pid, signal.SIGTERM)
             end = time.monotonic() + GRACE
             for process in self.running.values():
                 process.join(max(0.0, end - time.monotonic()))
@@ -99,6 +99,7 @@ def run_job(command: Command, fork: bool) -> None:
         if launcher.is_alive():
             train(command)
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     threading.Thread(target=end_with_launcher, daemon=True).start()
     code = command()["code"]
     if code < 0:

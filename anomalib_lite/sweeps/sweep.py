@@ -26,6 +26,7 @@ from hydra.core.utils import JobReturn, configure_log, setup_globals
 from omegaconf import OmegaConf, open_dict, read_write
 
 from anomalib_lite.cli import schema as configuration
+from anomalib_lite.data.cores import cores, threads
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import write_text
 from anomalib_lite.sweeps.forks import ForkedJobs
@@ -189,8 +190,7 @@ class Sweep:
 
     def threads(self, limit: int) -> int | None:
         """CPU threads of each job."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return self.options["threads"] or (max(1, cores // limit) if limit > 1 else None)
+        return self.options["threads"] or (min(threads(), max(1, cores() // limit)) if limit > 1 else None)
 
     # --- running them ---
 

@@ -37,13 +37,14 @@ def arguments(root: Path, run: Path, method: str, devices: int, category: str) -
 
 @pytest.fixture(scope="module")
 def launched(root, tmp_path_factory):
-    """A run on two ranks from the command line: Lightning starts the second one."""
+    """A run on two ranks from the command line: Lightning starts the second one, whatever another launcher has left."""
     run = tmp_path_factory.mktemp("launched") / "a run"  # a space in its name
     options = arguments(root, run, "norm_occ", 2, "[bottle,few]")
     options[-1] = f'hydra.run.dir="{run}"'
     budget = ("trainer.max_epochs=2", "trainer.max_steps=null")
     cache = f"cache.folder={run.parent / 'cache'}"
-    outcome = runs.python("-m", "anomalib_lite.train", *options, *budget, cache, cwd=runs.ROOT)
+    left = {"RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "10.255.255.1", "NODE_RANK": "3"}
+    outcome = runs.python("-m", "anomalib_lite.train", *options, *budget, cache, cwd=runs.ROOT, **left)
     assert outcome.code == 0, outcome.err
     return run
 
@@ -157,6 +158,26 @@ def test_ranks_that_are_killed_and_started_again(root, tmp_path):
     assert files_of(tmp_path / "k") == files_of(tmp_path / "p")
     assert_same_outcome(tmp_path / "k", tmp_path / "p")
     assert (tmp_path / "k" / "metrics.csv").read_bytes() == (tmp_path / "p" / "metrics.csv").read_bytes()
+
+
+def test_a_signal_to_one_rank(root, tmp_path):
+    """Both ranks end after the same batch, with its checkpoint, though none is due; the run then continues from it."""
+    budget = ("trainer.max_steps=400", "trainer.log_every=1")
+    plain, stopped = ([*arguments(root, tmp_path / name, "norm_occ", 2, "bottle"), *budget] for name in "ps")
+    on_ranks("train", plain, 2)
+    started = start_ranks("train", stopped, 2)
+    end = time.monotonic() + 60
+    while not at_step(tmp_path / "s", 50):  # the log is written every 50 rows, and with checkpoints
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    started[0].terminate()
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [1, 1]  # the helper's, where the program's is not 0
+    stored = torch.load(tmp_path / "s" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert 50 <= stored["callbacks"]["Training"]["steps"] < 400
+    on_ranks("train", [*stopped, "resume=true"], 2)
+    assert_same_outcome(tmp_path / "s", tmp_path / "p")
 
 
 def at_step(run: Path, step: int) -> bool:

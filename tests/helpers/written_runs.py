@@ -36,6 +36,7 @@ class Writer:
     def __init__(self, real: Path, root: Path) -> None:
         self.root, self.count = root, 0
         self.result = json.loads((real / "result.json").read_text())
+        self.result["timing"]["beside"] = None  # other programs of this machine
         self.config = json.loads((real / "checkpoints" / "config.json").read_text())
         with np.load(real / "maps.npz") as file:
             self.maps, self.scale = file["maps"], file["scale"]

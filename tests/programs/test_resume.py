@@ -18,6 +18,7 @@ from torch import nn
 
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.runs import artifacts as results
+from anomalib_lite.runs.folder import is_finished
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
 
@@ -410,7 +411,7 @@ def test_killed(arguments, undisturbed, tmp_path, moment):
         except AssertionError:
             if moment != "half a checkpoint" or attempt == 4:
                 raise
-    assert not (run / "result.json").exists()
+    assert not is_finished(run)
     resumed = process(arguments(run, "resume=true", "method.pause=0.05"))
     resumed.join()
     assert resumed.exitcode == 0
@@ -425,7 +426,7 @@ def test_killed_at_random_until_it_is_done(arguments, undisturbed, tmp_path):
         started.join(rng.uniform(0.2, 0.7))
         started.kill()
         started.join()
-        if (run / "result.json").exists():
+        if is_finished(run):
             break
     else:
         finish(arguments(run, "method.pause=0.05", "resume=true"))

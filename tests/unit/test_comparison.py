@@ -143,6 +143,16 @@ def test_labels(write):
     assert any("protocol.scoring.pixel_smooth differs" in note for note in table.notes)
 
 
+def test_latency_beside_other_jobs_is_marked(write):
+    write("a", timing__beside={"jobs": 2, "busy_cores": 1.7})
+    write("b", timing__beside={"jobs": 0, "busy_cores": 0.0})
+    write("c", timing__beside=None)
+    (table,) = tables(write)
+    assert [note for note in table.notes if note.startswith("latency")] == [
+        "latency and images/s do not compare where other jobs ran on the machine: a (2 beside)"
+    ]
+
+
 def test_ties_within_rounding_are_all_best(write):
     for method, value in (("a", 0.9811), ("b", 0.9812), ("c", 0.9799)):
         write(method, per_category={"bottle": {"image_auroc": value}})

@@ -1,0 +1,77 @@
+"""SIGTERM and the warning signals of clusters end a program as Ctrl-C does; training writes a checkpoint first."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+#: of `docker stop`, scancel and spot machines; of a closed terminal; of `sbatch --signal`, before the time limit
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+EXIT_CODE = 143
+
+_deferred = False
+_received = ""  # the name of the signal that came while signals were deferred
+
+
+class Stopped(KeyboardInterrupt):
+    """The process received one of SIGNALS."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+
+
+@contextlib.contextmanager
+def as_interrupts() -> Iterator[None]:
+    """Raise Stopped in the block when one of SIGNALS comes, except where the process ignores or handles it already."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGINT)}
+    for number in SIGNALS:
+        if before[number] == signal.SIG_DFL:
+            signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        release(silently=True)
+        for number, handler in before.items():
+            if handler is not None:  # None: set by another program than Python
+                signal.signal(number, handler)
+
+
+def _stop(number: int, frame: object) -> None:
+    global _received
+    if not _deferred:
+        raise Stopped(f"interrupted by {signal.Signals(number).name}")
+    _received = _received or signal.Signals(number).name
+
+
+def defer() -> None:
+    """From now on signals wait for `release`; Ctrl-C does not."""
+    global _deferred
+    _deferred = True
+
+
+def received() -> bool:
+    """Whether a signal waits."""
+    return bool(_received)
+
+
+def release(silently: bool = False) -> None:
+    """Signals wait no longer. Raises Stopped for one that has waited, unless `silently`."""
+    global _deferred, _received
+    name, _deferred, _received = _received, False, ""
+    if name and not silently:
+        raise Stopped(f"interrupted by {name}")
+
+
+def interruption(error: BaseException) -> KeyboardInterrupt | None:
+    """The Ctrl-C or Stopped behind an exception: Lightning turns it into an exit with code 1."""
+    found = (each for each in (error, error.__context__) if isinstance(each, KeyboardInterrupt))
+    return next(found, None)
+
+
+def ignore() -> None:
+    """For processes that load data: a signal to all processes must not end them before the one that trains."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

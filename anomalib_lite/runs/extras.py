@@ -1,0 +1,108 @@
+"""What a run adds to its results once they are on disk: its cost, curves, figures, and the reports of its loggers.
+
+Nothing here may cost a result: each part has a limit of time, and one that fails becomes a note.
+"""
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers import Logger
+
+from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.methods.base import AnomalyModule
+from anomalib_lite.metrics.per_category import curves as make_curves
+from anomalib_lite.runs import artifacts, folder, summary
+from anomalib_lite.runs.efficiency import measure_cost
+from anomalib_lite.runs.figures import training_figure, write_figures
+from anomalib_lite.runs.run_logger import RunLogger
+from anomalib_lite.runs.test_outputs import TEST
+
+log = logging.getLogger(__name__)
+PENDING = "cost, curves and figures are missing: the run ended before they were made; resume=true makes them"
+
+
+def write_with_extras(
+    run: Path,
+    result: dict[str, Any],
+    data: AnomalyDataModule,
+    outputs: dict[int, dict[str, Any]],
+    model: AnomalyModule,
+    batch_size: int,
+    loggers: Sequence[Logger],
+    seconds: float,
+) -> None:
+    """Write scores, maps and result.json, then add the rest and complete result.json, which says `complete: true`.
+
+    Args:
+        batch_size: the largest batch that the run has evaluated; the cost is measured at it.
+        seconds: limit of each part.
+    """
+    notes, curves = result["notes"], dict[str, Any]()
+    normal, test = summary.normal_columns(outputs), outputs[TEST]
+    artifacts.write_scores(run, test)
+    artifacts.write_maps(run, test, curves, normal)
+    artifacts.write_result(run, result | {"complete": False, "notes": [*notes, PENDING]})
+    log.info("the results are written; cost, curves and figures follow")
+    with attempt("cost", seconds, notes):
+        measure_cost(model, data, batch_size, result["efficiency"], result["timing"])
+    with attempt("curves", seconds, notes):
+        curves |= make_curves(test, data.has_masks)
+        artifacts.write_maps(run, test, curves, normal)
+    with attempt("figures", seconds, notes):
+        title = f"{result['method']}, seed {result['seed']}"
+        write_figures(run / folder.FIGURES, data, test, result["thresholds"]["per_category"], title, model)
+    with attempt("figures of training images", seconds, notes):
+        training_figure(run / folder.FIGURES, data, model)
+    artifacts.write_result(run, result | {"complete": True})
+    count = len(notes)
+    for logger in loggers:
+        if isinstance(logger, RunLogger):
+            with attempt(f"logger {type(logger).__name__}", seconds, notes):
+                logger.log_test(result, data, test, curves)
+    if len(notes) > count:
+        artifacts.write_result(run, result | {"complete": True})
+
+
+@contextlib.contextmanager
+def attempt(what: str, seconds: float, notes: list[str]) -> Iterator[None]:
+    """Run the block; an exception, or a block that takes longer, becomes a note and a line of the log."""
+    try:
+        with time_limit(seconds):
+            yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = f"more than {seconds:.0f} s" if isinstance(error, TooLongError) else reason[:300]
+        notes.append(f"{what}: left out or incomplete ({reason})")
+        log.warning("%s", notes[-1])
+        log.debug("%s", what, exc_info=error)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class TooLongError(Exception):
+    """Raised by `time_limit`."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TooLongError in the block after these seconds; a call into a library ends first. Main thread only."""
+
+    def stop(*_: Any) -> None:
+        raise TooLongError
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds, 5)  # again every 5 s, should the block have caught the first one
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

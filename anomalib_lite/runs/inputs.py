@@ -1,0 +1,62 @@
+"""Files that a run was made from, beside its data: the split's list and the weights. Paths are free, contents count.
+
+Keys with `free=("moved",)` in the schema may name another place on resume and evaluation. The SHA-256 of the contents
+is stored with the run; runs of version 0.2 and before have none.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from anomalib_lite.cli.keys import lookup
+from anomalib_lite.errors import UserError
+
+
+def path_of(key: str, value: Any) -> Path | None:
+    """The value of a key that may name a file or a folder; None if it is the name of something else, such as auto."""
+    if not isinstance(value, str) or value in ("auto", "none") or (key == "backbone.name" and "/" not in value):
+        return None
+    path = Path(value).expanduser().absolute()
+    return None if key == "backbone.name" and not (path.is_dir() or value.startswith(("/", "~"))) else path
+
+
+def digests(config: dict[str, Any], before: dict[str, str]) -> dict[str, str]:
+    """{key: SHA-256} of the files and folders that the configuration names; those `before` where one is gone."""
+    from anomalib_lite.cli.schema import free
+
+    paths = {key: path_of(key, lookup(config, key)) for key in free("moved")}
+    found = {key: digest(path) if path else None for key, path in paths.items()}
+    return {key: value for key in paths if paths[key] and (value := found[key] or before.get(key))}
+
+
+def digest(path: Path) -> str | None:
+    """The SHA-256 of a file, or of the files in a folder with their names; None where the path leads to nothing."""
+    files = sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]
+    whole = hashlib.sha256()
+    try:
+        for file in files:
+            with file.open("rb") as opened:
+                content = hashlib.file_digest(opened, "sha256").hexdigest()
+            whole.update(f"{file.name if path.is_dir() else ''}\t{content}\n".encode(errors="surrogateescape"))
+    except OSError:
+        return None
+    return whole.hexdigest()
+
+
+def check_moved(key: str, before: Any, after: Any, stored: dict[str, str]) -> None:
+    """UserError unless the path `after` leads to the content that the run was made from, at `before`.
+
+    Args:
+        stored: the run's digests.
+    """
+    old, new = path_of(key, before), path_of(key, after)
+    if before == after:
+        return
+    if old is None or new is None or key not in stored:
+        why = "the run stored no hash of its content" if old and new else "another kind of value"
+        raise UserError(f"{key}={after}: the run was made with {before} ({why}); give the same value, or leave it out")
+    found = digest(new)
+    if found is None:
+        raise UserError(f"{key}={after}: no such file or folder; give the place where {before} lies now")
+    if found != stored[key]:
+        raise UserError(f"{key}={after}: another content than {before} had when the run started; give the same file")

@@ -1,0 +1,153 @@
+"""SIGTERM and clusters' warning signals: a message, a checkpoint at the next batch, exit code 143."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anomalib_lite.methods.base import AnomalyModule
+from anomalib_lite.runs.folder import CLAIM
+from tests.helpers import run_programs as runs
+from tests.helpers.image_trees import make_mvtec
+from tests.programs import test_resume
+from tests.programs.test_resume import Noisy, state_of
+
+TERM, USR1, USR2, HUP = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_mvtec(tmp_path_factory.mktemp("data"), train=10).parent
+
+
+@pytest.fixture(scope="module")
+def arguments(root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("conf")
+    (folder / "method").mkdir()
+    text = test_resume.CONFIG.format(module=test_resume.__name__, name="Noisy")
+    (folder / "method" / "noisy.yaml").write_text(text)
+    options = ["hardware=cpu", "logger=csv", *runs.folder_data(root), "data.image_size=32", "trainer.log_every=4"]
+    return [f"--config-dir={folder}", "method=noisy", *options]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(arguments, tmp_path_factory):
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert runs.train(*arguments, f"hydra.run.dir={run}", small=False).code == 0
+    return state_of(run)
+
+
+@pytest.fixture
+def send(monkeypatch):
+    """Sends signals to this process at the beginning of a batch, or of testing (0)."""
+
+    def at(batch: int, *numbers: int) -> None:
+        def kill(module: Any, *_: Any) -> None:
+            if not batch or module.trainer.callbacks[0].steps == batch - 1:
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(AnomalyModule, "on_train_batch_start" if batch else "on_test_start", kill, raising=False)
+        monkeypatch.setattr(Noisy, "on_test_start", Noisy.on_test_start if batch else kill)
+
+    return at
+
+
+def assert_stopped(outcome: Any, name: str) -> None:
+    assert outcome.code == 143, outcome
+    assert outcome.err.startswith(f"interrupted by {name}")
+    assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "numbers", "steps"),
+    [
+        (1, (TERM,), 1), (5, (TERM,), 5), (2, (USR1,), 2), (2, (USR2, USR2, TERM), 2), (4, (HUP,), 4), (9, (TERM,), 9),
+        (0, (TERM,), 9), (0, (USR1,), 9),
+    ],
+)  # fmt: skip
+def test_train(batch, numbers, steps, arguments, undisturbed, send, tmp_path, monkeypatch):
+    """Checkpoints are due every 5 minutes; the one of the signal's batch is there, and the run continues from it."""
+    run = tmp_path / "run"
+    before = [signal.getsignal(number) for number in (TERM, USR1, signal.SIGINT)]
+    send(batch, *numbers)
+    outcome = runs.train(*arguments, f"hydra.run.dir={run}", small=False)
+    assert_stopped(outcome, signal.Signals(numbers[0]).name)
+    assert outcome.err.endswith(f"; resume=true hydra.run.dir={run} continues this run from its last checkpoint\n")
+    assert not (run / CLAIM).exists()
+    assert [signal.getsignal(number) for number in (TERM, USR1, signal.SIGINT)] == before
+    monkeypatch.undo()
+    outcome = runs.train("resume=true", f"hydra.run.dir={run}", f"{arguments[0]}", small=False)
+    assert outcome.code == 0, outcome.err
+    assert f"resuming after batch {steps}" in outcome.out or steps == 9
+    assert state_of(run)["scores"] == undisturbed["scores"]
+    assert state_of(run)["steps"] == 9
+
+
+def test_before_the_first_batch(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(Noisy, "setup", lambda *_, **__: os.kill(os.getpid(), TERM), raising=False)
+    outcome = runs.train(*arguments, f"hydra.run.dir={tmp_path / 'run'}", small=False)
+    assert_stopped(outcome, "SIGTERM")
+    assert outcome.err.endswith("from the beginning: there is no checkpoint yet\n")
+
+
+def test_an_ignored_signal_stays_ignored(arguments, send, tmp_path):
+    """As nohup leaves SIGHUP."""
+    before = signal.signal(HUP, signal.SIG_IGN)
+    try:
+        send(2, HUP)
+        assert runs.train(*arguments, f"hydra.run.dir={tmp_path / 'run'}", small=False).code == 0
+        assert signal.getsignal(HUP) == signal.SIG_IGN
+    finally:
+        signal.signal(HUP, before)
+
+
+def test_evaluate_and_predict(arguments, root, send, tmp_path, monkeypatch):
+    """They end without a part of a result; the same command then works."""
+    run = tmp_path / "run"
+    assert runs.train(*arguments, f"hydra.run.dir={run}", small=False).code == 0
+    send(0, TERM)
+    evaluate = (f"run={run}", f"output={tmp_path / 'again'}")
+    assert_stopped(runs.evaluate(*evaluate), "SIGTERM")
+    assert list((tmp_path / "again").iterdir()) == []
+    monkeypatch.undo()
+    assert runs.evaluate(*evaluate).code == 0
+    predict = (f"run={run}", f"input={root}", f"output={tmp_path / 'new'}")
+    monkeypatch.setattr("anomalib_lite.predict.draw", lambda *_: os.kill(os.getpid(), USR1))
+    assert_stopped(runs.predict(*predict), "SIGUSR1")
+    assert list((tmp_path / "new").iterdir()) == []
+    monkeypatch.undo()
+    assert runs.predict(*predict).code == 0
+
+
+def test_all_processes_of_a_run(arguments, undisturbed, tmp_path):
+    """As docker stop and scancel signal them: the loader's processes do not end before the checkpoint."""
+    run = tmp_path / "run"
+    started = test_resume.PROCESSES.Process(target=_led, args=([*arguments, "method.pause=0.2", "data.workers=2"], run))
+    started.start()
+    _wait(lambda: (run / "train.log").exists() and "training" in (run / "train.log").read_text())
+    assert started.pid
+    os.killpg(started.pid, TERM)
+    started.join()
+    assert started.exitcode == 143
+    stored = json.loads((run / "checkpoints" / "config.json").read_text())
+    assert stored
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    assert runs.train("resume=true", f"hydra.run.dir={run}", arguments[0], small=False).code == 0
+    assert state_of(run)["scores"] == undisturbed["scores"]
+
+
+def _led(arguments: list[str], run: Path) -> None:
+    os.setpgid(0, 0)
+    os._exit(runs.train(*arguments, f"hydra.run.dir={run}", small=False).code)
+
+
+def _wait(reached: Any) -> None:
+    end = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.01)
