@@ -120,6 +120,7 @@ class Hardware(Group):
     precision: Annotated[Literal["auto", 32, "bf16"], Key("auto, 32 or bf16")]
     threads: Annotated[Whole | None, Key(WHOLE_OR_NULL, ("compare",))]
     feature_memory_gb: Annotated[NumberFrom0, Key(GIGABYTES, ("compare",))]
+    measure_cost: Annotated[bool, Key(FLAG, ("compare",))] = True
 
 
 class Trainer(Group):

@@ -33,14 +33,14 @@ def write_with_extras(
     data: AnomalyDataModule,
     outputs: dict[int, dict[str, Any]],
     model: AnomalyModule,
-    batch_size: int,
+    batch_size: int | None,
     loggers: Sequence[Logger],
     seconds: float,
 ) -> None:
     """Write scores, maps and result.json, then add the rest and complete result.json, which says `complete: true`.
 
     Args:
-        batch_size: the largest batch that the run has evaluated; the cost is measured at it.
+        batch_size: at which the cost is measured; None: the cost is not measured, and its values are null.
         seconds: limit of each part.
     """
     notes, curves = result["notes"], dict[str, Any]()
@@ -49,8 +49,9 @@ def write_with_extras(
     artifacts.write_maps(run, test, curves, normal)
     artifacts.write_result(run, result | {"complete": False, "notes": [*notes, PENDING]})
     log.info("the results are written; cost, curves and figures follow")
-    with attempt("cost", seconds, notes):
-        measure_cost(model, data, batch_size, result["efficiency"], result["timing"])
+    if batch_size:
+        with attempt("cost", seconds, notes):
+            measure_cost(model, data, batch_size, result["efficiency"], result["timing"])
     with attempt("curves", seconds, notes):
         curves |= make_curves(test, data.has_masks)
         artifacts.write_maps(run, test, curves, normal)

@@ -94,7 +94,7 @@ def execute(
     result = result_of(cfg, names, data, model, outputs, timing, trainer.strategy.root_device, trained)
     result |= {"cache": cache, "overrides": list(overrides)}
     result["notes"] = [*notes_of(cfg, data, model), *result["notes"], *remarks]
-    batch_size = min(data.eval_batch_size, BATCH) if cache["used"] else data.eval_batch_size
+    batch_size = measured_batch_size(cfg, data, cache)
     limit = EXTRA_SECONDS + 2 * (time.perf_counter() - started)
     write_with_extras(run, result, data, outputs, model, batch_size, loggers, limit)
     return result
@@ -179,6 +179,13 @@ def with_features(
     memory_gb = cfg["hardware"]["feature_memory_gb"]
     stored, report = precompute(trainer, data, model.backbone, cache, memory_gb, fit=fit)
     return data.with_features(stored, model.uses_images), report
+
+
+def measured_batch_size(cfg: dict[str, Any], data: AnomalyDataModule, cache: dict[str, Any]) -> int | None:
+    """The largest batch that the run has evaluated, at which its cost is measured; None if it is not to be measured."""
+    if not cfg["hardware"].get("measure_cost", True):
+        return None
+    return min(data.eval_batch_size, BATCH) if cache["used"] else data.eval_batch_size
 
 
 def notes_of(cfg: dict[str, Any], data: AnomalyDataModule, model: AnomalyModule) -> list[str]:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: a run on one CPU core or two in about a second; later arguments override these
 SMALL = (
     "hardware=cpu", "backbone=resnet18", "backbone.weights=none", "data.image_size=32", "data.batch_size=4",
-    "trainer.max_epochs=1", "logger=csv",
+    "trainer.max_epochs=1", "logger=csv", "hardware.measure_cost=false",
 )  # fmt: skip
 #: what methods need on images of 32 to 48 pixels with resnet18's three levels; their own settings are for large grids
 NEEDS = {

@@ -133,7 +133,8 @@ def arguments(root, conf):
     def make(run: Path, *more: str, method: str = "noisy") -> list[str]:
         return [
             f"--config-dir={conf}", "hardware=cpu", "logger=csv", f"method={method}", *runs.folder_data(root),
-            "data.image_size=32", "trainer.log_every=1", "trainer.checkpoint_minutes=0", *more, f"hydra.run.dir={run}",
+            "data.image_size=32", "trainer.log_every=1", "trainer.checkpoint_minutes=0",
+            "hardware.measure_cost=false", *more, f"hydra.run.dir={run}",
         ]  # fmt: skip
 
     return make
@@ -311,7 +312,8 @@ def test_resume_alone(arguments, undisturbed, tmp_path):
     outcome = runs.train(*alone, "seed=1", small=False)
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert outcome.err.startswith("error: seed=1 but the run in")
-    finish([*alone, "hardware=cpu", "data.eval_batch_size=3", "trainer.checkpoint_minutes=5"])
+    other = ("hardware=cpu", "hardware.measure_cost=false", "data.eval_batch_size=3", "trainer.checkpoint_minutes=5")
+    finish([*alone, *other])
     assert_equal(state_of(run), undisturbed(arguments))
     result = results.read_result(run)
     assert {"method=noisy", "data.eval_batch_size=3"} <= set(result["overrides"])

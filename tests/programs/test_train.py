@@ -25,7 +25,7 @@ METHODS = sorted(file.stem for file in (runs.ROOT / "conf" / "method").glob("*.y
 TRAINED = "norm_occ"  # a method with a budget, for what does not depend on the method
 BASE = (
     "hardware=cpu", "backbone=resnet18", "backbone.weights=none", "data.image_size=32", "data.batch_size=4",
-    "logger=csv",
+    "logger=csv", "hardware.measure_cost=false",
 )  # fmt: skip
 FILES = {
     ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "train.log", "checkpoints/last.ckpt",
