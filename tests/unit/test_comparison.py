@@ -149,7 +149,7 @@ def test_latency_beside_other_jobs_is_marked(write):
     write("c", timing__beside=None)
     (table,) = tables(write)
     assert [note for note in table.notes if note.startswith("latency")] == [
-        "latency and images/s do not compare where other jobs ran on the machine: a (2 beside)"
+        "latency and images/s do not compare where other jobs ran on the machine: a (2 jobs)"
     ]
 
 
