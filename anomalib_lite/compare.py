@@ -39,6 +39,7 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print((__doc__ or "").strip())
         return
+    program.prepare()
     with program.reported():
         compare(sys.argv[1:])
 
@@ -54,7 +55,7 @@ def compare(arguments: Sequence[str]) -> None:
     problems: list[str] = []
     runs, left_out = find_runs.read((path.expanduser() for path in options.DIR), problems)
     if not runs:
-        warn("left out", left_out)
+        terminal.warn("left out", left_out)
         raise UserError(
             f"{find_runs.shorten(map(str, options.DIR))}: no readable result.json below; give other folders"
         )
@@ -63,18 +64,13 @@ def compare(arguments: Sequence[str]) -> None:
     if metric not in metrics:
         raise UserError(f"--metric {metric}: the runs have {', '.join(metrics)}; choose one of them")
     write_files(options, tables, runs)  # before anything is printed: the reader of the output may go away
-    warn("left out", left_out)
+    terminal.warn("left out", left_out)
     console = make_console(width=120)
     try:
         for number, table in enumerate(tables, 1):
-            terminal.show(console, table, metric, f"table {number}: " * (len(tables) > 1))
+            terminal.show(console, table, [metric], f"table {number}: " * (len(tables) > 1))
     finally:
-        warn("warning", problems)
-
-
-def warn(kind: str, lines: Sequence[str]) -> None:
-    for line in dict.fromkeys(lines):
-        print(f"{kind}: {line}", file=sys.stderr)
+        terminal.warn("warning", problems)
 
 
 def write_files(options: Namespace, tables: Sequence[Table], runs: Sequence[Run]) -> None:

@@ -157,26 +157,24 @@ def print_table(title: str, split: Split) -> None:
     from rich.table import Table
 
     counts, full = split.counts, split.full
-    groups = {"head": split.head, "tail": split.tail} if split.head else {None: list(full)}
+    groups = {"head": split.head, "tail": split.tail} if split.head else {"": list(full)}
     console = make_console()
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("class", overflow="fold")
-    if split.head:
-        table.add_column("")
+    table.add_column("")
     for heading in ("images", "of", "kept"):
         table.add_column(heading, justify="right")
     table.add_column("")
 
-    def add_row(name: str, group: str | None, number: int, of: int, drawn: str = "") -> None:
-        groups_cell = [] if group is None else [group]
-        table.add_row(name, *groups_cell, str(number), str(of), f"{100 * number / of:.1f} %", drawn)
+    def add_row(name: str, group: str, number: int, of: int, drawn: str = "") -> None:
+        table.add_row(name, group, str(number), str(of), f"{100 * number / of:.1f} %", drawn)
 
-    width = max(10, console.width - max(map(len, full)) - 34 - 7 * bool(split.head))
+    width = max(10, console.width - max(map(len, full)) - 41)
     for group, names in groups.items():
         for name in names:
             add_row(name, group, counts[name], full[name], bar(counts[name], full[name], max(full.values()), width))
         table.add_section()
-    add_row("all", "" if split.head else None, sum(counts.values()), sum(full.values()))
+    add_row("all", "", sum(counts.values()), sum(full.values()))
     console.print(table)
 
 

@@ -64,10 +64,11 @@ def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def caption(metric: str, best: str = "in bold", intervals: bool = True) -> str:
+def caption(*metrics: str, best: str = "in bold", intervals: bool = True) -> str:
     """The line under a table that says what its numbers are."""
-    text = f"{name_of(metric)} in percent, mean ± standard deviation over seeds, the best of a setting {best}"
-    with_intervals = intervals and metric in DRAWS
+    names = ", ".join(map(name_of, metrics))
+    text = f"{names} in percent, mean ± standard deviation over seeds, the best of a setting {best}"
+    with_intervals = intervals and not DRAWS.keys().isdisjoint(metrics)
     return text + ("; 95 % bootstrap intervals over test images (1,000 resamples)" if with_intervals else "")
 
 

@@ -87,10 +87,6 @@ def find(folders: Iterable[Path]) -> tuple[list[Path], list[Path], list[str]]:
     """
     finished, unfinished, unreadable, seen = list[Path](), list[Path](), list[str](), set[Path]()
 
-    def is_new(place: Path) -> bool:
-        real = place.resolve()
-        return not (real in seen or seen.add(real))
-
     def note(error: OSError) -> None:
         unreadable.append(f"{error.filename}: {error.strerror}")
 
@@ -98,9 +94,10 @@ def find(folders: Iterable[Path]) -> tuple[list[Path], list[Path], list[str]]:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; give folders with runs below them")
         for place, below, files in os.walk(folder, followlinks=True, onerror=note):
-            if not is_new(Path(place)):
+            if Path(place).resolve() in seen:
                 below.clear()
                 continue
+            seen.add(Path(place).resolve())
             if RESULT in files:
                 finished.append(Path(place))
             elif HYDRA in below:

@@ -1,6 +1,7 @@
 """A comparison's tables in the terminal."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -8,38 +9,72 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from anomalib_lite.comparison import export as texts
-from anomalib_lite.comparison.tables import COSTS, Cell, Column, Table
+from anomalib_lite.comparison.tables import COSTS, Cell, Column, Row, Table
 
 MOST_TESTS = 20  # pairs that the terminal shows; the other formats hold them all
+WIDEST = 44  # characters of a label in a line
+
+Place = tuple[str, Column]  # a metric and a column of the table
 
 
-def show(console: Console, table: Table, metric: str, number: str = "") -> None:
-    """Print a table, its notes, its paired tests, and what the methods cost."""
-    console.print(Text(f"{number}{table.title}: {texts.name_of(metric)}", style="bold"), soft_wrap=True)
-    label_width = min(max(len(row.label) for row in table.rows), 44)
-    for columns in _blocks(table, metric, console.width - label_width - 10):
-        console.print(_cells(table, metric, columns, label_width))
-        console.print()
-    best = any(cell.best for row in table.rows for cell in table.cells(row, metric).values())
-    lines = [texts.caption(metric, "in bold, marked *" if best else "in bold"), *texts.notes(table, metric)]
-    for line in lines:
-        console.print(Text(line, style="dim"), soft_wrap=True)
-    console.print()
-    if tests := table.tests(metric):
-        grid = _grid(texts.TEST_HEADINGS, labels=2)
-        for a, b, difference, p, categories in tests[:MOST_TESTS]:
-            grid.add_row(Text(a), Text(b), f"{100 * difference:+.1f}", texts.p_value(p), str(categories))
-        console.print(grid)
-        if len(tests) > MOST_TESTS:
-            more = f"and {len(tests) - MOST_TESTS} more pairs, which --markdown and --html show"
-            console.print(Text(more, style="dim"), soft_wrap=True)
-        console.print()
-    label_width = min(max(len(row.full_label) for row in table.rows), 44)
+def warn(kind: str, lines: Sequence[str]) -> None:
+    """Print each line once on stderr, after what kind of message it is."""
+    for line in dict.fromkeys(lines):
+        print(f"{kind}: {line}", file=sys.stderr)
+
+
+def show(
+    output: Console,
+    table: Table,
+    metrics: Sequence[str],
+    number: str = "",
+    more: Mapping[str, Callable[[Row], str]] | None = None,
+) -> None:
+    """Print a table, its notes, its paired tests, and what the methods cost.
+
+    Args:
+        metrics: what the columns show, side by side.
+        more: heading -> text of a row, for the columns of a further table.
+    """
+    names = ", ".join(map(texts.name_of, metrics))
+    output.print(Text(f"{number}{table.title}: {names}", style="bold"), soft_wrap=True)
+    label_width = min(max(len(row.label) for row in table.rows), WIDEST)
+    for places in _blocks(table, metrics, output.width - label_width - 10):
+        output.print(_cells(table, places, metrics, label_width))
+        output.print()
+    best = any(cell.best for row in table.rows for metric in metrics for cell in table.cells(row, metric).values())
+    lines = [texts.caption(*metrics, best="in bold, marked *" if best else "in bold")]
+    for line in dict.fromkeys(lines + [note for metric in metrics for note in texts.notes(table, metric)]):
+        output.print(Text(line, style="dim"), soft_wrap=True)
+    output.print()
+    for metric in metrics:
+        _show_tests(output, table, metric, f"{texts.name_of(metric)}: " * (len(metrics) > 1))
+    label_width = min(max(len(row.full_label) for row in table.rows), WIDEST)
+    if more:
+        grid = _grid(["method", *more], label_width=label_width)
+        for row in table.rows:
+            grid.add_row(Text(row.full_label), *(Text(text(row)) for text in more.values()))
+        output.print(grid)
+        output.print()
     grid = _grid(["method", *(name.replace(" (", "\n(") for name in COSTS)], label_width=label_width)
     for row, costs in table.costs().items():
         grid.add_row(Text(row.full_label), *map(texts.amount, costs.values()))
-    console.print(grid)
-    console.print()
+    output.print(grid)
+    output.print()
+
+
+def _show_tests(output: Console, table: Table, metric: str, name: str) -> None:
+    tests = table.tests(metric)
+    if not tests:
+        return
+    grid = _grid([f"{name}method", *texts.TEST_HEADINGS[1:]], labels=2)
+    for a, b, difference, p, categories in tests[:MOST_TESTS]:
+        grid.add_row(Text(a), Text(b), f"{100 * difference:+.1f}", texts.p_value(p), str(categories))
+    output.print(grid)
+    if len(tests) > MOST_TESTS:
+        more = f"and {len(tests) - MOST_TESTS} more pairs, which --markdown and --html show"
+        output.print(Text(more, style="dim"), soft_wrap=True)
+    output.print()
 
 
 def _grid(headings: Sequence[str], labels: int = 1, label_width: int | None = None) -> Grid:
@@ -52,33 +87,39 @@ def _grid(headings: Sequence[str], labels: int = 1, label_width: int | None = No
     return grid
 
 
-def _blocks(table: Table, metric: str, room: int) -> list[list[Column]]:
+def _blocks(table: Table, metrics: Sequence[str], room: int) -> list[list[Place]]:
     """The columns in blocks: as many beside each other as there is room for."""
-    blocks: list[list[Column]] = [[]]
+    blocks: list[list[Place]] = [[]]
     left = room
-    for column in table.columns:
-        cells = [texts.percent(table.cells(row, metric).get(column)) for row in table.rows]
-        needed = max(len(text) for text in [*cells, texts.heading(column)[:16], " " * 9]) + 3
+    for place in ((metric, column) for metric in metrics for column in table.columns):
+        cells = [texts.percent(table.cells(row, place[0]).get(place[1])) for row in table.rows]
+        lines = _heading(place, metrics).split("\n")
+        needed = max(len(text) for text in [*cells, *(line[:16] for line in lines), " " * 9]) + 3
         if blocks[-1] and left < needed:
             blocks.append([])
             left = room
-        blocks[-1].append(column)
+        blocks[-1].append(place)
         left -= needed
     return blocks
 
 
-def _cells(table: Table, metric: str, columns: Sequence[Column], label_width: int) -> Grid:
+def _heading(place: Place, metrics: Sequence[str]) -> str:
+    metric, column = place
+    return f"{texts.name_of(metric)}\n" * (len(metrics) > 1) + texts.heading(column)
+
+
+def _cells(table: Table, places: Sequence[Place], metrics: Sequence[str], label_width: int) -> Grid:
     """The cells of a block of columns; settings have headings where there are several."""
-    body = table.body(metric)
-    grid = _grid(["method", *map(texts.heading, columns), "seeds"], label_width=label_width)
-    every = [cells for rows in body.values() for cells in rows.values()]
-    with_sd = {column for column in columns if any(column in of and of[column].sd is not None for of in every)}
+    body = table.body(places[0][0])
+    grid = _grid(["method", *(_heading(place, metrics) for place in places), "seeds"], label_width=label_width)
+    cells = {row: [table.cells(row, metric).get(column) for metric, column in places] for row in table.rows}
+    with_sd = [any(cell and cell.sd is not None for cell in column) for column in zip(*cells.values(), strict=True)]
     for setting, rows in body.items():
         if len(body) > 1:
             grid.add_row(Text(setting, style="italic"))
-        for row, cells in rows.items():
-            shown = [_cell(cells.get(column), column in with_sd) for column in columns]
-            grid.add_row(Text(row.label), *shown, texts.seeds_of(cells))
+        for row, of_first in rows.items():
+            shown = [_cell(cell, sd) for cell, sd in zip(cells[row], with_sd, strict=True)]
+            grid.add_row(Text(row.label), *shown, texts.seeds_of(of_first))
         grid.add_section()
     return grid
 

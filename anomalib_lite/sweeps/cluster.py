@@ -42,11 +42,15 @@ class ClusterSweep(Sweep):
                 "pip install 'anomalib-lite[sweep]'"
             ) from error
 
+    def visible_gpus(self) -> list[str]:
+        return []  # the jobs run on other machines, or Ray assigns the GPUs
+
 
 class LocalSweep(ClusterSweep):
     """submitit on this machine, with the options of hydra/launcher=processes."""
 
     launcher = "submitit_local"
+    visible_gpus = Sweep.visible_gpus
 
     def make_engine(self) -> Any:
         return LocalJobs(self)
@@ -54,9 +58,6 @@ class LocalSweep(ClusterSweep):
 
 class SlurmSweep(ClusterSweep):
     launcher = "submitit_slurm"
-
-    def visible_gpus(self) -> list[str]:
-        return []  # the jobs run on other machines
 
     def make_engine(self) -> Any:
         return SlurmJobs(self)
@@ -119,9 +120,6 @@ class SlurmSweep(ClusterSweep):
 class RaySweep(ClusterSweep):
     launcher, package_name = "ray", "ray"
 
-    def visible_gpus(self) -> list[str]:
-        return []  # Ray assigns them
-
     def make_engine(self) -> Any:
         return RayJobs(self)
 
@@ -152,6 +150,8 @@ class RaySweep(ClusterSweep):
 
 class LocalJobs:
     """Jobs through submitit, on this machine."""
+
+    grace = 15.0  # seconds in which cancelled jobs may end
 
     def __init__(self, sweep: Any):
         self.folder, self.options, self.gpus = sweep.folder / ".submitit", sweep.options, sweep.gpus
@@ -198,14 +198,16 @@ class LocalJobs:
         """Cancel the jobs that still run, and wait for their end."""
         for handle, _ in self.running.values():
             handle.cancel(check=False)
-        end = time.monotonic() + 15
-        while any(not handle.done() for handle, _ in self.running.values()) and time.monotonic() < end:
+        end = time.monotonic() + self.grace
+        while time.monotonic() < end and any(not handle.done() for handle, _ in self.running.values()):
             time.sleep(POLL)
         self.running = {}
 
 
 class SlurmJobs(LocalJobs):
     """Jobs through submitit, in SLURM's queue."""
+
+    grace = 0.0  # SLURM ends them
 
     def submit(self, job: Job, command: Command) -> Any:
         try:
@@ -223,11 +225,6 @@ class SlurmJobs(LocalJobs):
 
     def has_outcome(self, handle: Any) -> bool:
         return True  # the file may appear late on a shared file system; submitit waits for it
-
-    def close(self) -> None:
-        for handle, _ in self.running.values():
-            handle.cancel(check=False)
-        self.running = {}
 
 
 class RayJobs:

@@ -61,6 +61,8 @@ def search(
         while new := trials.next_batch(len(returns)):
             returns += launcher.launch([[*fixed, *trial] for trial in new], initial_job_idx=len(returns))
             trials.tell([made.return_value for made in returns])
+    if sweep := getattr(launcher, "sweep", None):
+        sweep.print_end()
     report_best(folder, sampler, trials.drawn(), returns)
     return returns
 

@@ -31,7 +31,7 @@ from anomalib_lite.errors import UserError
 from anomalib_lite.paths import write_text
 from anomalib_lite.sweeps.forks import ForkedJobs
 from anomalib_lite.sweeps.job import Job, check_whole, key_of
-from anomalib_lite.sweeps.view import View, print_interrupted, print_table
+from anomalib_lite.sweeps.view import View, print_end, print_interrupted
 
 log = logging.getLogger(__name__)
 #: the options of launchers that are whole numbers, with the lowest one
@@ -53,6 +53,8 @@ class Sweep:
         self.options, self.config, self.loader = options, config, loader
         self.folder = Path(str(config.hydra.sweep.dir)).absolute()
         self.index = self.folder / "sweep.json"
+        self.sweeper = str(config.hydra.sweeper._target_).rpartition(".")[2]
+        self.searches = self.sweeper in ("RandomSweeper", "TPESweeper")  # a search prints the end after its last batch
         self.gpus = self.visible_gpus()
         self.jobs: dict[str, Job] = {}
         self.engine: Any = None  # starts jobs and reports their ends, as ForkedJobs does
@@ -75,10 +77,16 @@ class Sweep:
                     job.state = "interrupted" if job.state == "running" else job.state
                 print_interrupted(self.folder, jobs)
                 raise
-        print_table(self.folder, list(self.jobs.values()))  # with the jobs of earlier batches
-        if any(job.state == "failed" for job in jobs):
+        failed = any(job.state == "failed" for job in jobs)
+        if failed or not self.searches:
+            self.print_end()
+        if failed:
             sys.exit(1)
         return [self.jobs[key].returned() for key in keys]
+
+    def print_end(self) -> None:
+        """Print the comparison of all jobs, also of earlier batches."""
+        print_end(self.folder, list(self.jobs.values()))
 
     # --- which jobs there are, and where they lie ---
 
@@ -132,8 +140,7 @@ class Sweep:
 
     def check_objective(self, plain: dict[str, Any]) -> None:
         """UserError if a sweeper that optimises would get no objective."""
-        kind = str(self.config.hydra.sweeper._target_).rpartition(".")[2]
-        if kind == "BasicSweeper" or (kind == "RandomSweeper" and plain["objective"] is None):
+        if self.sweeper == "BasicSweeper" or (self.sweeper == "RandomSweeper" and plain["objective"] is None):
             return
         if plain["objective"] is None or plain["data"]["val_fraction"] == 0:
             raise UserError(

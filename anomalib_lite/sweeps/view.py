@@ -1,17 +1,20 @@
-"""What a sweep shows in the terminal: its progress while it runs, and one table at its end."""
+"""What a sweep shows in the terminal: its progress while it runs, and the comparison at its end."""
 
 import logging
+import shlex
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
+from anomalib_lite.comparison import find_runs, grouping, terminal
+from anomalib_lite.comparison.tables import Row
 from anomalib_lite.console import is_interactive, make_console
 from anomalib_lite.sweeps.job import Job, last_line
 
@@ -94,34 +97,45 @@ def settings(job: Job, keys: list[str]) -> str:
     return " ".join(f"{key}={values(job).get(key, '')}" for key in keys)
 
 
-def print_table(folder: Path, jobs: list[Job]) -> None:
-    """Print a row for each job, and on stderr a line for each failed one."""
-    names = differences(jobs)
-    fixed = [name for name in ("method", "data.category") if name not in names]
-    objectives = {job.plain["objective"] for job in jobs if job.objective is not None}
-    objective = [*objectives] * (len(objectives) == 1)  # beside the test's metrics, which select nothing
-    table = Table("job", title=f"{folder}, in percent", title_justify="left", box=box.SIMPLE_HEAD)
-    short = [name.rpartition(".")[2] for name in (*fixed, *names)]
-    for full, name in zip((*fixed, *names), short, strict=True):
-        table.add_column(name if short.count(name) == 1 else full, overflow="fold")
-    for heading in (*SHOWN, *objective, "seconds"):
-        table.add_column(heading.replace("_", " ").replace(".", " "), justify="right")
-    table.add_column("state", no_wrap=True)
-    for job in jobs:
-        result = job.result or {"metrics": {}, "method": "", "dataset": "", "categories": []}
-        given = {"method": result["method"], "data.category": f"{result['dataset']} {','.join(result['categories'])}"}
-        given = {name: given[name] for name in fixed} | values(job)
-        measured = [*(result["metrics"].get(key) for key in SHOWN), *[job.objective] * len(objective)]
-        percent = ["–" if value is None else f"{100 * value:.1f}" for value in measured]
-        row = [str(job.folder.relative_to(folder)), *(given.get(name, "") for name in (*fixed, *names)), *percent]
-        table.add_row(*map(Text, [*row, "" if job.seconds is None else f"{job.seconds:.1f}", job.state]))
-    make_console(width=120).print(table)
-    failed = [job for job in jobs if job.state == "failed"]
+def print_end(folder: Path, jobs: list[Job]) -> None:
+    """Print the comparison of all finished jobs, and on stderr a line for each failed one."""
+    job_of = {job.folder: job for job in jobs if job.result}
+    problems: list[str] = []
+    runs, left_out = find_runs.read(job_of, problems)
+    tables = grouping.tables(runs)
+    for number, table in enumerate(tables, 1):
+        metrics = [metric for metric in SHOWN if any(table.means(row, metric) for row in table.rows)] or SHOWN[:1]
+        title = f"table {number}: " * (len(tables) > 1)
+        terminal.show(make_console(width=120), table, metrics, title, columns_of_jobs(job_of))
+    states = Counter(job.state for job in jobs)
+    print(f"{len(jobs)} jobs in {folder}: {', '.join(f'{count} {state}' for state, count in states.items())}")
+    if runs:
+        command = f"python -m anomalib_lite.compare {shlex.quote(str(folder))} --html page.html"
+        print(f"more metrics, curves and heat maps: {command}")
+    terminal.warn("left out", left_out)
+    terminal.warn("warning", problems)
+    failed, names = [job for job in jobs if job.state == "failed"], differences(jobs)
     for job in failed:
         print(f"error: job {job.number} ({settings(job, names)}): {job.failure}; see {job.output}", file=sys.stderr)
     if failed:
         retry = f"the same command retries {'them' if len(jobs) > 1 else 'it'}, with hydra.sweep.dir={folder}"
         print(f"error: {len(failed)} of {len(jobs)} jobs failed; {retry}", file=sys.stderr)
+
+
+def columns_of_jobs(job_of: dict[Path, Job]) -> dict[str, Callable[[Row], str]]:
+    """Columns of the final table: the numbers of a row's jobs, and the mean of their objective where there is one."""
+
+    def numbers(row: Row) -> str:
+        return find_runs.shorten(map(str, sorted(job_of[run.folder].number for run in row.all_runs())))
+
+    def objective(row: Row) -> str:
+        values = [job_of[run.folder].objective for run in row.all_runs()]
+        measured = [value for value in values if value is not None]
+        return f"{100 * sum(measured) / len(measured):.1f}" if measured else "–"
+
+    names = {str(job.plain["objective"]) for job in job_of.values() if job.objective is not None}
+    heading = "".join(names).replace(".", "\n")
+    return {"jobs": numbers} | ({heading: objective} if len(names) == 1 else {})
 
 
 def print_interrupted(folder: Path, jobs: list[Job]) -> None:

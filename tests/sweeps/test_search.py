@@ -165,7 +165,8 @@ def test_a_search_continues(sweeper, jobs, tmp_path):
     times = [(tmp_path / number / "result.json").stat().st_mtime_ns for number in "01"]
     more = in_process("-m", *reversed(SPACE), *study, "hydra.sweeper.n_trials=3")
     assert more.code == 0, more.err
-    assert more.out.count("done before") == 3  # the summary and two rows
+    assert more.out.count("2 done before") == 2  # at the start and at the end
+    assert f"3 jobs in {tmp_path}: 2 done before, 1 done\n" in more.out
     assert times == [(tmp_path / number / "result.json").stat().st_mtime_ns for number in "01"]
     entries = json.loads((tmp_path / "sweep.json").read_text())["jobs"]
     assert [entry["folder"] for entry in entries] == ["0", "1", "2"]

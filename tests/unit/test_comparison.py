@@ -117,7 +117,7 @@ def test_seeds_are_averaged_and_other_keys_are_not(write):
 
 def terminal_text(table) -> str:
     console = Console(width=120, file=io.StringIO())
-    terminal.show(console, table, "image_auroc")
+    terminal.show(console, table, ["image_auroc"])
     return console.file.getvalue()
 
 

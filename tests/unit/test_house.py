@@ -22,7 +22,8 @@ ROOMS = [
     {"methods"},
     {"metrics"},
     {"runs"},
-    {"tracking", "comparison", "sweeps"},
+    {"tracking", "comparison"},
+    {"sweeps"},
     {"train", "evaluate", "predict", "compare", "splits"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
