@@ -74,7 +74,7 @@ def worst_cases(category: str, rows: list[Row], most: int, budget: int) -> list[
     if not same:
         return []
     rank = np.mean([disagreement(labels, scores) for _, labels, scores in same], axis=0)
-    roots = [root for run in runs if (root := root_of(run))]
+    roots = [(root, dict_at(run.result, "data").get("value_range")) for run in runs if (root := root_of(run))]
     cases = [
         Case(paths[i], int(same[0].labels[i]), float(rank[i]), thumbnail(roots, paths[i]))
         for i in np.argsort(-rank, kind="stable")[:most]
@@ -117,13 +117,13 @@ def root_of(run: Run) -> Path | None:
     return None
 
 
-def thumbnail(roots: list[Path], path: str) -> str:
-    """The image as a JPEG data URI; empty if the image is gone."""
-    for root in dict.fromkeys(roots):
+def thumbnail(roots: list[tuple[Path, list[float] | None]], path: str) -> str:
+    """The image as a JPEG data URI; empty if the image is gone. `roots`: each with the range of its images' values."""
+    for root, value_range in roots:
         if ".." in Path(path).parts or not (root / path).is_file():
             continue
         try:
-            image = Image.fromarray(load_rgb(root / path))
+            image = Image.fromarray(load_rgb(root / path, value_range))
         except Exception:  # a damaged image does not stop the page
             continue
         return _uri(image.resize((TILE, TILE), Image.Resampling.BILINEAR, reducing_gap=2), "JPEG", quality=80)

@@ -57,7 +57,7 @@ def execute(
     stored = read_checkpoint(checkpoint) if checkpoint.is_file() else {}
     L.seed_everything(cfg["seed"], workers=True, verbose=False)
 
-    data = build.make_data(cfg, first_batch=stored.get("steps", 0))
+    data = build.make_data(cfg, stored)
     check_fingerprint(cfg, data, stored, checkpoint)
     steps = build.budget(cfg, data)
     model = build.make_method(cfg, build.make_backbone(cfg, stored=bool(stored)), data, data.categories, steps)
