@@ -46,6 +46,7 @@ def predict(options: dict[str, Any]) -> None:
     files = images_below(source)
     refuse_used(output)
 
+    from anomalib_lite.data.value_range import other_depths
     from anomalib_lite.runs.artifacts import thresholds_of
     from anomalib_lite.runs.load import load
     from anomalib_lite.runs.terminal import silence_libraries
@@ -58,12 +59,15 @@ def predict(options: dict[str, Any]) -> None:
         files, model.categories.index(limits["category"]), options["batch_size"], options["workers"]
     )
     bf16 = cfg["hardware"]["precision"] == "bf16"
+    depths: list[tuple[str, str]] = []
     with claimed(output, "output"):
         refuse_used(output)  # once more: another process may have been faster
-        left_out = write_predictions(output, scored(model, batches, bf16, len(files)), source, limits)
+        left_out = write_predictions(output, scored(model, batches, bf16, len(files), depths), source, limits, data)
     print(
         f"{len(files) - len(left_out)} of {len(files)} images scored; {output}/ holds scores.csv, heatmaps/, overlays/"
     )
+    for note in other_depths(data.pixels, depths):
+        print(f"note: {note}")
     if left_out:
         for message in left_out:
             print(f"left out: {message}", file=sys.stderr)
@@ -93,8 +97,13 @@ def checked(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def scored(model: Any, batches: Any, bf16: bool, count: int) -> Iterator[tuple[str, float, Any] | str]:
-    """(path, score, map [H, W]) of every image, or the message that says why it has none."""
+def scored(
+    model: Any, batches: Any, bf16: bool, count: int, depths: list[tuple[str, str]]
+) -> Iterator[tuple[str, float, Any] | str]:
+    """(path, score, map [H, W]) of every image, or the message that says why it has none.
+
+    Adds (path, depth of its pixels) of the readable images to `depths`.
+    """
     import torch
     from lightning.fabric.utilities import move_data_to_device
 
@@ -103,6 +112,7 @@ def scored(model: Any, batches: Any, bf16: bool, count: int) -> Iterator[tuple[s
     with ProgressBar("images", count) as bar:
         for batch in batches:
             yield from batch["damaged"]
+            depths += zip(batch["path"], batch["depth"], strict=True)
             if batch["path"]:
                 autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
                 with torch.inference_mode(), autocast:
@@ -115,7 +125,9 @@ def scored(model: Any, batches: Any, bf16: bool, count: int) -> Iterator[tuple[s
             bar.step(count=len(batch["path"]) + len(batch["damaged"]))
 
 
-def write_predictions(output: Path, predictions: Iterable[Any], source: Path, limits: dict[str, Any]) -> list[str]:
+def write_predictions(
+    output: Path, predictions: Iterable[Any], source: Path, limits: dict[str, Any], data: Any
+) -> list[str]:
     """scores.csv, heat maps and overlays; the messages of the images that have no score."""
     base, left_out = source if source.is_dir() else source.parent, []
     with replacing(output / SCORES) as part, part.open("w", newline="") as file:
@@ -129,18 +141,16 @@ def write_predictions(output: Path, predictions: Iterable[Any], source: Path, li
             below = Path(path).relative_to(base)
             decision = "defective" if score > limits["image"] else "good"
             writer.writerow([below.as_posix(), repr(score), repr(limits["image"]), decision])
-            draw(output, base, below, amap, limits)
+            draw(output, below, data.eval_pipeline.load(base / below), amap, limits)
     return left_out
 
 
-def draw(output: Path, base: Path, below: Path, amap: Any, limits: dict[str, Any]) -> None:
-    """heatmaps/ and overlays/ of the image `base / below`, at its own size, with its suffix in their names."""
+def draw(output: Path, below: Path, image: Any, amap: Any, limits: dict[str, Any]) -> None:
+    """heatmaps/ and overlays/ of the image [H, W, 3], at its size, under the name `below` with its suffix."""
     import cv2
 
-    from anomalib_lite.data.samples import load_rgb
     from anomalib_lite.runs.heat_maps import colours, overlay
 
-    image = load_rgb(base / below)
     amap = cv2.resize(amap, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
     for folder, picture in ((HEATMAPS, colours(amap, limits)), (OVERLAYS, overlay(image, amap, limits))):
         file = output / folder / f"{below}.png"
@@ -150,7 +160,7 @@ def draw(output: Path, base: Path, below: Path, amap: Any, limits: dict[str, Any
 
 def images_below(source: Path) -> list[Path]:
     """The image itself, or all images below a folder, sorted, without hidden ones."""
-    from anomalib_lite.data.samples import IMAGE_SUFFIXES
+    from anomalib_lite.data.image_files import IMAGE_SUFFIXES
 
     if source.is_file():
         return [source]

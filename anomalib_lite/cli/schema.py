@@ -59,6 +59,7 @@ WholeFrom0 = Annotated[int, Field(ge=0)]
 NumberFrom0 = Annotated[float, Field(ge=0), BeforeValidator(_refuse(bool))]
 Positive = Annotated[float, Field(gt=0), BeforeValidator(_refuse(bool))]
 Share = Annotated[float, Field(gt=0, le=1), BeforeValidator(_refuse(bool))]
+Ends = Annotated[list[float], _require(lambda ends: len(ends) == 2 and ends[0] < ends[1])]
 Odd = Annotated[Whole, _require(lambda number: number % 2 == 1)]
 Name = str | int  # a folder may be called 01
 Names = Name | Annotated[list[Name], Field(min_length=1)]
@@ -97,6 +98,7 @@ class Data(Group):
     workers: Annotated[Auto | WholeFrom0, Key("a whole number from 0, or auto", ALWAYS)]
     val_fraction: Annotated[NumberFrom0, Field(lt=1), Key("a share from 0, below 1")]
     check: Annotated[Literal["fast", "thorough"], Key("fast or thorough", ALWAYS)]
+    value_range: Annotated[Ends | None, Key("[low, high] with low < high, or null", ("compare",))] = None
     normalize: Annotated[Literal["imagenet", "none"], Key("imagenet or none")]
     treatment: Annotated[Literal["auto", "object", "texture"], Key("auto, object or texture")] = "object"
     texture_size: Annotated[Size | Literal["original"], Key(f"{SIZE}, or original")] = "original"

@@ -3,7 +3,7 @@
 import base64
 import contextlib
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -111,17 +111,19 @@ def maps_by_path(run: Run) -> tuple[dict[str, np.ndarray], float]:
     return dict(zip(map(str, stored["paths"]), stored["maps"], strict=True)), float(stored["scale"])
 
 
-def thumbnail(roots: Iterable[Path], path: str, masks: Callable[[Path], dict[str, Path]]) -> str:
+def thumbnail(run_of: Mapping[Path, Run], path: str, masks: Callable[[Path], dict[str, Path]]) -> str:
     """The image with its defects outlined as a JPEG data URI; empty if the image is gone.
 
     Args:
+        run_of: roots, each with a run that has its images below it.
         masks: gives the masks below a root by the paths of their images.
     """
-    for root in roots:
+    for root, run in run_of.items():
         if ".." in Path(path).parts or not (root / path).is_file():
             continue
         with contextlib.suppress(Exception):  # a damaged image or mask does not stop the page
-            picture = np.array(Image.fromarray(load_rgb(root / path)).resize((TILE, TILE), RESAMPLE, reducing_gap=2))
+            image = load_rgb(root / path, dict_at(run.result, "data").get("value_range"))
+            picture = np.array(Image.fromarray(image).resize((TILE, TILE), RESAMPLE, reducing_gap=2))
             if mask := masks(root).get(path):
                 with contextlib.suppress(UserError):
                     picture = outlined(picture, load_mask(mask))

@@ -12,7 +12,8 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-from anomalib_lite.data.samples import is_image, load_rgb
+from anomalib_lite.data.image_files import is_image
+from anomalib_lite.data.samples import load_rgb
 from anomalib_lite.errors import UserError
 
 SHAPES = {"stain": 0.6, "perlin": 0.2, "rectangle": 0.1, "line": 0.1}

@@ -13,6 +13,8 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from anomalib_lite.data import integrity as checks
 from anomalib_lite.data import splits
+from anomalib_lite.data import value_range as value_ranges
+from anomalib_lite.data.data_options import check_options
 from anomalib_lite.data.dataset import AnomalyDataset, MapSize, NewImages, collate_readable
 from anomalib_lite.data.held_out import fingerprint, hold_out
 from anomalib_lite.data.loader import AnomalyLoader, StoredFeatures, worker_count
@@ -55,6 +57,8 @@ class AnomalyDataModule(L.LightningDataModule):
             which then comes as `size`. Not with a `transform`, which may move pixels.
         first_batch: Number of batches that a resumed run has trained on: the training loader continues after them.
         ranks: Gives this process's rank and the number of ranks, when a loader is made.
+        value_range: [low, high] of images with more than 8 bits per channel; None: found over the training images.
+        pixels: Depth and value range as a trained run stores them: nothing is found then.
 
     `with_features` gives a copy whose loaders add a frozen backbone's stored features to their batches. A Trainer needs
     `use_distributed_sampler=False`: the DataModule itself shares the batches out to the ranks. User errors
@@ -87,6 +91,8 @@ class AnomalyDataModule(L.LightningDataModule):
         map_size: int | Sequence[int] | str | None = None,
         first_batch: int = 0,
         ranks: Callable[[], tuple[int, int]] = rank_and_world,
+        value_range: Sequence[float] | None = None,
+        pixels: value_ranges.Pixels | None = None,
     ):
         super().__init__()
         self.reader, self.root, self.category, self.name = reader, root, category, name
@@ -98,37 +104,15 @@ class AnomalyDataModule(L.LightningDataModule):
         self.corrupt, self.treatment, self.texture_size = corrupt, treatment, texture_size
         self.transform, self.augment, self.normalize, self.resample = transform, augment or (), normalize, resample
         self.notes: list[str] = []
-        self._validate()
+        self.value_range, self.stored_pixels = value_range, pixels
+        self.pixels = pixels or value_ranges.Pixels()
+        check_options(vars(self))
         names = [category] if isinstance(category, str | int) else list(category)
         self._build_pipelines([] if category == "all" else [str(name) for name in names])
         self.first_batch, self.ranks = first_batch, ranks
         self.stored: StoredFeatures | None = None
         self.uses_images = True
         self._ready = False
-
-    def _validate(self) -> None:
-        """What the command line's schema can't know, and what loaders would report in other words."""
-        for option in ("batch_size", "eval_batch_size"):
-            value = getattr(self, option)
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"data.{option}={value}: give a whole number from 1")
-        if self.workers != "auto" and (not isinstance(self.workers, int) or self.workers < 0):
-            raise UserError(f"data.workers={self.workers}: give a number of processes from 0, or auto")
-        for option, choices in (("check", ("fast", "thorough")), ("treatment", ("auto", "object", "texture"))):
-            if getattr(self, option) not in choices:
-                raise UserError(f"data.{option}={getattr(self, option)}: choose {' or '.join(choices)}")
-        if self.transform is not None and self.treatment == "texture":
-            raise UserError(
-                "data.treatment=texture: goes without data.transform; give data.texture_size and data.augment"
-            )
-        if self.transform is not None and self.map_size is not None:
-            raise UserError(
-                f"scoring.map_size={self.map_size}: goes without data.transform, which may crop or turn the image; "
-                "give scoring.map_size=null"
-            )
-        for option, value in (("data.reader", self.reader), ("split", self.split), ("data.corrupt", self.corrupt)):
-            if not (callable(value) or (option != "data.reader" and value is None)):
-                raise UserError(f"{option}={value} must be a _target_ with _partial_: true; see the files of conf/data")
 
     def _build_pipelines(self, categories: list[str]) -> None:
         """The transforms, once it is known whether the categories are textures."""
@@ -145,10 +129,11 @@ class AnomalyDataModule(L.LightningDataModule):
             transform = [] if isinstance(self.test_size, str) else [Resize(self.test_size, self.resample)]
         if self.test_size == "original":
             self.eval_batch_size, self.map_size = 1, self.map_size or "original"
-        self.eval_pipeline = Pipeline(transform, normalize=self.normalize)
+        values = {"normalize": self.normalize, "value_range": self.pixels.value_range}
+        self.eval_pipeline = Pipeline(transform, **values)  # type: ignore[arg-type]
         augment = [*crop, *self.augment] if crop else self.augment
         # The same object where training prepares images as test does: features are stored for one pipeline.
-        self.train_pipeline = Pipeline(transform, augment, self.normalize) if augment else self.eval_pipeline
+        self.train_pipeline = Pipeline(transform, augment, **values) if augment else self.eval_pipeline  # type: ignore
 
     def setup(self, stage: str | None = None) -> None:
         """Read, check, split and hold out, once; `stage` does not matter."""
@@ -160,7 +145,14 @@ class AnomalyDataModule(L.LightningDataModule):
         if none := [name for name, number in self.kept.counts.items() if not number]:
             raise UserError(f"split: it left no training images of '{none[0]}'; choose another split")
         data = replace(data, train=self.kept.train)
-        self.notes = data.notes + self.kept.notes + checks.check(data, thorough=self.check == "thorough")
+        headers, notes = checks.check(data, thorough=self.check == "thorough")
+        self.notes = data.notes + self.kept.notes + notes
+        if self.stored_pixels is None:
+            self.pixels, notes = value_ranges.settle(data, headers, self.value_range)
+        else:
+            found = [(path, header.depth) for path, header in headers.items()]
+            notes = value_ranges.other_depths(self.pixels, found)
+        self.notes += notes
         self.root = data.root
         self.fingerprint = fingerprint(data)
         self._build_pipelines(self.categories)

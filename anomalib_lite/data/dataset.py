@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from anomalib_lite.data.samples import Sample, load_mask, load_rgb, size_of
+from anomalib_lite.data.image_files import read_header
+from anomalib_lite.data.samples import Sample, load_mask, size_of
 from anomalib_lite.data.transforms import Pipeline, resize_mask
 from anomalib_lite.errors import UserError
 
@@ -100,7 +101,7 @@ class AnomalyDataset(Dataset):
         return item
 
     def _load(self, sample: Sample, epoch: int, index: int) -> dict[str, Any]:
-        image = load_rgb(sample.path)
+        image = self.pipeline.load(sample.path)
         mask = np.zeros(image.shape[:2], bool) if sample.mask is None else load_mask(sample.mask)
         clean, target = self.pipeline.transform(image, mask, (self.seed, AUGMENT, epoch, index))
         shown, changed = clean, np.zeros(clean.shape[:2], bool)
@@ -158,17 +159,19 @@ class NewImages(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any] | str:
         try:
-            image = load_rgb(self.files[index])
+            depth = read_header(self.files[index]).depth
+            image = self.pipeline.load(self.files[index])
         except UserError as error:
             return str(error)
         tensor, mask = self.pipeline(image, np.zeros(image.shape[:2], bool), (0, AUGMENT, 0, index))
         item = {"label": 0, "category": self.category, "path": str(self.files[index]), "index": index}
         item["size"] = image.shape[:2]
-        return item | {"image": tensor, "mask": mask}
+        return item | {"image": tensor, "mask": mask, "depth": depth}
 
 
 def collate_readable(items: list[dict[str, Any] | str]) -> Batch:
-    """`collate` for the readable images; `damaged` holds the error messages of the other images."""
+    """`collate` for the readable images, with their `depth`; `damaged` holds the error messages of the others."""
     readable = [item for item in items if not isinstance(item, str)]
     batch = collate(readable) if readable else Batch(path=[])
+    batch["depth"] = [item["depth"] for item in readable]
     return batch | {"damaged": [item for item in items if isinstance(item, str)]}

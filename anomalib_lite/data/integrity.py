@@ -8,10 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from anomalib_lite.data.cores import threads
-from anomalib_lite.data.samples import DataSet, Sample, decoding, load_mask, load_rgb
+from anomalib_lite.data.image_files import Header, decoding, header_of, read_values
+from anomalib_lite.data.masks import looked_at, mask_facts, mask_notes
+from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.errors import UserError
 
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
@@ -20,44 +23,62 @@ TAIL = 64  # number of last bytes that are searched for the end mark; some camer
 
 
 class Decoded(NamedTuple):
-    """Facts about a sample's image for the thorough check: its size as "WxH", and a hash of its pixels."""
+    """The headers of a sample's image and mask, and for the thorough check a hash of the image's pixels."""
 
     sample: Sample
-    size: str
-    mask_is_empty: bool
-    pixels: bytes
+    header: Header
+    mask: Header | None = None
+    pixels: bytes = b""
 
 
-def check(dataset: DataSet, thorough: bool = False) -> list[str]:
-    """Read every file's header and end, or decode all files if `thorough`, and return notes for the result.
+def check(dataset: DataSet, thorough: bool = False) -> tuple[dict[Path, Header], list[str]]:
+    """Read every file's header and end, or decode all files if `thorough`.
 
-    Raises UserError for the first file (training before test, in order) that is damaged or whose mask has another size.
-    Only the thorough check reports empty masks, images that are in both train and test, and different image sizes.
+    Returns the images' headers, and notes for the result.
+
+    Masks are decoded in any case, unless a category has very many. Raises UserError for the first file (training before
+    test, in order) that is damaged or whose mask has another size, and for masks that look reversed. Only the thorough
+    check reports empty masks, images that are in both train and test, and different image sizes.
     """
     read = _read_pixels if thorough else _read_ends
     with ThreadPoolExecutor(min(16, 4 * threads())) as pool:
         train = list(pool.map(read, dataset.train))
         test = list(pool.map(read, dataset.test))
-    return [*_mask_and_size_notes([*train, *test]), *_duplicate_notes(train, test)] if thorough else []
+        headers = {decoded.sample.path: decoded.header for decoded in [*train, *test]}
+        notes = _header_notes([*train, *test])
+        for category in dict.fromkeys(sample.category for sample in dataset.test):
+            sizes = {s.mask: headers[s.path].size for s in dataset.test if s.category == category and s.mask}
+            chosen = list(sizes) if thorough else looked_at(sizes)
+            facts = dict(zip(chosen, pool.map(mask_facts, chosen), strict=True))
+            notes += mask_notes(category, facts, len(sizes), thorough)
+    if thorough:
+        notes += [*_size_notes([*train, *test]), *_duplicate_notes(train, test)]
+    return headers, notes
 
 
 def _read_ends(sample: Sample) -> Decoded:
-    size = _check_end(sample.path)
-    if sample.mask is not None:
-        _check_mask_size(sample, size, _check_end(sample.mask))
-    return Decoded(sample, size, False, b"")
+    header = _check_end(sample.path)
+    mask = None if sample.mask is None else _check_end(sample.mask)
+    if mask is not None and mask.size != header.size:
+        turned = ", turned by its EXIF tag" * header.is_turned
+        image = f"{sample.path.name} {_shown(header.size)}{turned}"
+        raise UserError(
+            f"{sample.mask}: the mask is {_shown(mask.size)}, its image {image}; give the mask the image's size"
+        )
+    return Decoded(sample, header, mask)
 
 
 def _read_pixels(sample: Sample) -> Decoded:
     decoded = _read_ends(sample)
-    image = load_rgb(sample.path)
-    empty = sample.mask is not None and not load_mask(sample.mask).any()
-    digest = hashlib.sha256(decoded.size.encode() + image.tobytes()).digest()
-    return Decoded(sample, decoded.size, empty, digest)
+    values = read_values(sample.path)
+    if values.ndim == 2:  # a gray picture may be stored as gray or as RGB
+        values = np.repeat(values[..., None], 3, -1)
+    digest = hashlib.sha256(_shown(decoded.header.size).encode() + values.tobytes()).digest()
+    return decoded._replace(pixels=digest)
 
 
-def _check_end(path: Path) -> str:
-    """The size "WxH" from the header. The whole file is decoded only if the end mark of its format is missing."""
+def _check_end(path: Path) -> Header:
+    """The header. The whole file is decoded only if the end mark of its format is missing."""
     with decoding(path), path.open("rb") as file:
         length = file.seek(0, os.SEEK_END)
         if length == 0:
@@ -66,28 +87,31 @@ def _check_end(path: Path) -> str:
         tail = file.read()
         file.seek(0)
         image = Image.open(file)
+        header = header_of(image)
         complete = {"PNG": tail.endswith(PNG_END), "JPEG": JPEG_END in tail}
         if not complete.get(image.format or ""):
             image.load()
-        return f"{image.width}x{image.height}"
+        return header
 
 
-def _check_mask_size(sample: Sample, size: str, mask_size: str) -> None:
-    if size != mask_size:
-        raise UserError(
-            f"{sample.mask}: the mask is {mask_size}, its image {sample.path.name} {size}; "
-            "give the mask the image's size"
-        )
+def _shown(size: tuple[int, int]) -> str:
+    return f"{size[1]}x{size[0]}"
 
 
-def _mask_and_size_notes(decoded: Sequence[Decoded]) -> list[str]:
+def _header_notes(decoded: Sequence[Decoded]) -> list[str]:
+    turned = [d.sample.path for d in decoded if d.header.is_turned]
+    files = [(d.sample.path, d.header) for d in decoded] + [(d.sample.mask, d.mask) for d in decoded]
+    stacks = [path for path, header in files if path is not None and header is not None and header.pages > 1]
+    notes = {"images are turned upright, as their EXIF tag says": turned}
+    notes["files hold more than one image, of which the first is used"] = stacks
+    return [f"{len(paths)} {note} (first: {paths[0]})" for note, paths in notes.items() if paths]
+
+
+def _size_notes(decoded: Sequence[Decoded]) -> list[str]:
     notes = []
     for category in dict.fromkeys(d.sample.category for d in decoded):
         images = [d for d in decoded if d.sample.category == category]
-        if empty := [d.sample for d in images if d.mask_is_empty]:
-            defective = sum(d.sample.label for d in images)
-            notes.append(f"{category}: {len(empty)} of {defective} masks are empty (first: {_name(empty[0])})")
-        sizes = Counter(d.size for d in images).most_common()
+        sizes = Counter(_shown(d.header.size) for d in images).most_common()
         if len(sizes) > 1:
             listed = ", ".join(f"{size} ({number})" for size, number in sizes[:4])
             notes.append(f"{category}: images of {len(sizes)} sizes: {listed}{', ...' * (len(sizes) > 4)}")

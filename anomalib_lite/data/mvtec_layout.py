@@ -7,7 +7,8 @@ import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from anomalib_lite.data.samples import IMAGE_SUFFIXES, DataSet, Sample, is_image
+from anomalib_lite.data.image_files import IMAGE_SUFFIXES, is_image
+from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.errors import UserError
 
 Counts = Mapping[str, tuple[int, int, int]]  # per category: train, normal test, defective test

@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before the import: it would ask the network for its newest version
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from anomalib_lite.data.samples import load_rgb
 from anomalib_lite.errors import UserError
 
 NORMALIZE = {
@@ -93,10 +95,17 @@ class Pipeline:
     """Call with an image and its mask to get their tensors: albumentations transforms, then normalisation.
 
     `transforms` are of every image, `augment` of training images. Raises UserError for what is no list of transforms,
-    and for an unknown `normalize` ("imagenet": mean and standard deviation, "none": [0, 1]).
+    and for an unknown `normalize` ("imagenet": mean and standard deviation, "none": [0, 1]). `value_range` is that of
+    the files with more than 8 bits per channel, which `load` brings to 8 bits.
     """
 
-    def __init__(self, transforms: Sequence, augment: Sequence = (), normalize: str = "imagenet"):
+    def __init__(
+        self,
+        transforms: Sequence,
+        augment: Sequence = (),
+        normalize: str = "imagenet",
+        value_range: tuple[float, float] | None = None,
+    ):
         if normalize not in NORMALIZE:
             raise UserError(f"data.normalize={normalize} is not known: choose one of {', '.join(NORMALIZE)}")
         for option, value in (("transform", transforms), ("augment", augment)):
@@ -108,11 +117,17 @@ class Pipeline:
         mean, std = NORMALIZE[normalize]
         self.mean = torch.tensor(mean).view(3, 1, 1)
         self.std = torch.tensor(std).view(3, 1, 1)
+        self.value_range = value_range
+
+    def load(self, path: Path) -> np.ndarray:
+        """The file's image, uint8 [H, W, 3], in the run's range of values; UserError if it can't be decoded."""
+        return load_rgb(path, self.value_range)
 
     def description(self) -> dict[str, Any]:
         """All settings that decide the output, as plain Python; NotImplementedError if a transform can't list them."""
         normalize = {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
-        return {"transforms": A.to_dict(self.compose)["transform"], "normalize": normalize}
+        values = {} if self.value_range is None else {"value_range": list(self.value_range)}
+        return {"transforms": A.to_dict(self.compose)["transform"], "normalize": normalize} | values
 
     def __call__(
         self, image: np.ndarray, mask: np.ndarray, seed: Sequence[int] = (0,), corrupt: Corrupt | None = None

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import Logger
 from anomalib_lite.cli.annotations import check_types
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.readers import read_test_set
+from anomalib_lite.data.value_range import Pixels
 from anomalib_lite.errors import UserError
 from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.methods.base import AnomalyModule
@@ -22,20 +23,27 @@ from anomalib_lite.methods.base import AnomalyModule
 log = logging.getLogger(__name__)
 
 
-def make_data(cfg: dict[str, Any], first_batch: int = 0) -> AnomalyDataModule:
-    """The data, read, checked and split. `first_batch`: where a resumed run continues."""
-    data = instantiate(cfg["data"], map_size=cfg["scoring"].get("map_size"), first_batch=first_batch)
+def make_data(cfg: dict[str, Any], stored: dict[str, Any] | None = None) -> AnomalyDataModule:
+    """The data, read, checked and split. `stored`: what the checkpoint of a trained or resumed run holds."""
+    trained = {"first_batch": stored["steps"], "pixels": stored_pixels(stored)} if stored else {}
+    data = instantiate(cfg["data"], map_size=cfg["scoring"].get("map_size"), **trained)
     data.setup()
     return data
 
 
-def make_test_set(cfg: dict[str, Any], categories: list[str]) -> AnomalyDataModule:
-    """The test images below data.root alone, for a run that was trained on other data of these categories."""
-    plain = {"val_fraction": 0.0, "split": None, "balanced": False, "category": categories}
-    data = instantiate(cfg["data"] | plain, map_size=cfg["scoring"].get("map_size"))
+def make_test_set(cfg: dict[str, Any], stored: dict[str, Any]) -> AnomalyDataModule:
+    """The test images below data.root alone, for a run that was trained on other data of its categories."""
+    plain = {"val_fraction": 0.0, "split": None, "balanced": False, "category": stored["categories"]}
+    data = instantiate(cfg["data"] | plain, map_size=cfg["scoring"].get("map_size"), pixels=stored_pixels(stored))
     data.reader = read_test_set
     data.setup()
     return data
+
+
+def stored_pixels(stored: dict[str, Any]) -> Pixels:
+    """Depth and value range of the images that a checkpoint was trained on; versions before 0.2 stored none."""
+    depth, value_range = stored.get("pixels") or (None, None)
+    return Pixels(depth, tuple(value_range) if value_range else None)
 
 
 def make_backbone(cfg: dict[str, Any], stored: bool = False) -> Backbone | None:

@@ -63,6 +63,7 @@ class Training(L.Callback):
             "config": self.cfg,
             "fingerprint": data.fingerprint,
             "categories": data.categories,
+            "pixels": list(data.pixels),
             "finished": self.finished(module),
         }
 

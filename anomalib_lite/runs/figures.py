@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
-from anomalib_lite.data.samples import Sample, load_rgb
+from anomalib_lite.data.samples import Sample
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.runs.folder import TRAINING_FIGURE
 from anomalib_lite.runs.heat_maps import chosen_cases, outlined, overlay
@@ -44,14 +44,12 @@ def write_figures(
         if rows:
             cases = chosen_cases(rows, outputs)
             shown = visualized(model, data, [data.test_samples[i] for _, i in cases])
-            sheet = contact_sheet(
-                data.test_samples, cases, outputs, thresholds[category], f"{title}: {category}", shown
-            )
+            sheet = contact_sheet(data, cases, outputs, thresholds[category], f"{title}: {category}", shown)
             _save(folder / f"{category}.png", sheet)
 
 
 def contact_sheet(
-    samples: list[Sample],
+    data: AnomalyDataModule,
     cases: list[tuple[str, int]],
     outputs: dict[str, Any],
     threshold: dict[str, float],
@@ -61,13 +59,13 @@ def contact_sheet(
     """One column per case: the image with its defect outlined, the rows `shown`, and its heat map; scores as multiples
     of the threshold.
     """
-    head = 30
+    head, samples = 30, data.test_samples
     height = head + (2 + len(shown)) * (TILE + GAP) + 40
     sheet = np.full((height, len(cases) * (TILE + GAP) + GAP, 3), 255, np.uint8)
     _write(sheet, title, GAP, 20, 0.5)
     for column, (kind, i) in enumerate(cases):
         x = GAP + column * (TILE + GAP)
-        image = _tile(load_rgb(samples[i].path))
+        image = _tile(data.eval_pipeline.load(samples[i].path))
         amap = cv2.resize(outputs["maps"][i], (TILE, TILE), interpolation=cv2.INTER_LINEAR)
         rows = (_tile(row[column]) for row in shown.values())
         tiles = [outlined(image, outputs["masks"][i]), *rows, overlay(image, amap, threshold)]

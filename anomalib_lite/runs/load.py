@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.dataset import Batch
+from anomalib_lite.data.image_files import to_uint8
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.runs import build, ranks
@@ -35,6 +36,8 @@ class LoadedRun:
     def predict(self, images: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
         """Scores float32 [N] and smoothed anomaly maps, N arrays float32 [h, w], of images uint8 [H_i, W_i, 3] (RGB).
 
+        A run on images with more than 8 bits per channel takes arrays [H_i, W_i] or [H_i, W_i, 3] of other types too:
+        the run's range of values is applied to them as in its test.
         Images are prepared as in the run's test and scored one by one, so that an image's score does not depend on the
         images beside it. Raises UserError for an array of another shape or type.
         """
@@ -46,6 +49,7 @@ class LoadedRun:
         return scores, maps
 
     def _predict_one(self, image: np.ndarray, index: int) -> dict[str, Any]:
+        image = self._to_uint8(image)
         if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
             kind = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
             raise UserError(f"images[{index}]: {kind} is no uint8 array [H, W, 3]; convert it to 8-bit RGB")
@@ -62,6 +66,19 @@ class LoadedRun:
         )
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
             return self.model.predict_step(batch, 0)
+
+    def _to_uint8(self, image: Any) -> Any:
+        """A deep array as uint8 [H, W, 3] by the run's value range; anything else as it is."""
+        limits = self._pipeline.value_range
+        if (
+            limits is None
+            or not isinstance(image, np.ndarray)
+            or image.dtype == np.uint8
+            or image.dtype.kind not in "iuf"
+        ):
+            return image
+        image = to_uint8(image, limits)
+        return np.repeat(image[..., None], 3, -1) if image.ndim == 2 else image
 
 
 def load_run(
@@ -91,7 +108,7 @@ def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyMod
     hardware = cfg["hardware"] | {"accelerator": device, "devices": 1, "nodes": 1, "ranks": None}
     ranks.settle(hardware)
     options = lightning_options(hardware, multirun=False)
-    data = instantiate(cfg["data"], category=stored["categories"])
+    data = instantiate(cfg["data"], category=stored["categories"], pixels=build.stored_pixels(stored))
     model = build.make_method(cfg, build.make_backbone(cfg, stored=True), data, stored["categories"])
     build.load_weights(model, checkpoint)
     return model.eval().to("cuda" if options["accelerator"] == "gpu" else "cpu"), data

@@ -23,7 +23,7 @@ def read(cfg: dict[str, Any], stored: dict[str, Any]) -> tuple[AnomalyDataModule
         UserError: the images can't be read, or the scores are computed otherwise than the run's thresholds.
     """
     try:
-        data = build.make_data(cfg)
+        data = build.make_data(cfg, stored)
         if data.fingerprint == stored["fingerprint"]:
             return data, False
     except UserError:  # such as no training images, which are not needed here
@@ -35,7 +35,7 @@ def read(cfg: dict[str, Any], stored: dict[str, Any]) -> tuple[AnomalyDataModule
                 f"scoring.{key}={value}: another test set has the thresholds of the run, which were found with "
                 f"{trained.get(key)}; leave the key out, or evaluate the run's own data"
             )
-    return build.make_test_set(cfg, stored["categories"]), True
+    return build.make_test_set(cfg, stored), True
 
 
 def normal_outputs(run: Path) -> dict[int, dict[str, Any]]:

@@ -106,7 +106,7 @@ def read_data(
     """The data, and whether they are another test set than the run's, which they may be if `may_differ`."""
     if may_differ:
         return other_test_set.read(cfg, stored)
-    data = build.make_data(cfg, first_batch=stored.get("steps", 0))
+    data = build.make_data(cfg, stored)
     check_fingerprint(cfg, data, stored, checkpoint)
     return data, False
 

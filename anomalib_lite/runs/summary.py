@@ -60,7 +60,8 @@ def describe(
                 "map_size": model.map_size if isinstance(model.map_size, str) else list(model.map_size),
                 "mask": "nearest, > 0",
                 "fpr_limits": cfg["scoring"]["fpr_limits"],
-            },
+            }
+            | ({"value_range": data.value_range} if data.value_range else {}),
             "scoring": {key: value for key, value in model.scoring.items() if key not in elsewhere}
             | {"weights": "last"},
         },
@@ -69,7 +70,8 @@ def describe(
             "train_counts": data.train_counts,
             "train_anomalous": sum(sample.label for sample in data.train_samples),
             "test_counts": data.test_counts,
-        },
+        }
+        | ({"value_range": list(data.pixels.value_range)} if data.pixels.value_range else {}),
     }
 
 

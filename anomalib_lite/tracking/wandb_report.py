@@ -14,7 +14,6 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
-from anomalib_lite.data.samples import load_rgb
 from anomalib_lite.metrics.curves import CURVES
 from anomalib_lite.paths import relative_path
 from anomalib_lite.runs.heat_maps import chosen_cases, overlay
@@ -114,7 +113,7 @@ def pictures(result: dict[str, Any], data: AnomalyDataModule, test: dict[str, An
 def _picture(i: int, kind: str, threshold: dict[str, float], data: AnomalyDataModule, test: dict[str, Any]) -> Any:
     """Test image i and its heat map side by side; masks that W&B can switch on lie over both."""
     sample, size = data.test_samples[i], data.image_size[::-1]  # width, height
-    image = cv2.resize(load_rgb(sample.path), size, interpolation=cv2.INTER_AREA)
+    image = cv2.resize(data.eval_pipeline.load(sample.path), size, interpolation=cv2.INTER_AREA)
     amap = cv2.resize(test["maps"][i], size, interpolation=cv2.INTER_LINEAR)
 
     def mask(inside: np.ndarray, number: int, label: str) -> dict[str, Any]:

@@ -103,6 +103,8 @@ OPTIONS = {
     "data.check=foo": "data.check=foo: give fast or thorough",
     "data.normalize=foo": "data.normalize=foo: give imagenet or none",
     "data.resample=foo": "data.resample=foo .*bilinear",
+    "data.value_range=[5,5]": r"data.value_range=\[5, 5\]: give \[low, high\] with low < high, or null",
+    "data.value_range=4095": "data.value_range=4095: give",
     "data.drop_last=maybe": "data.drop_last=maybe: give true or false",
     "data.transform=[foo]": r"data.transform=\['foo'\] must be a list of albumentations",
     "data.augment=foo": "data.augment=foo must be a list",

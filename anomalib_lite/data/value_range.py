@@ -1,0 +1,110 @@
+"""The one range of pixel values of a data set whose files hold more than 8 bits per channel.
+
+Eight-bit files are in (0, 255). In deeper files a camera's 10 or 12 bits, signed or floating-point numbers look the
+same to a decoder, so the range is given (`data.value_range`) or found over the training images. The run stores it.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from anomalib_lite.data.image_files import DEPTHS, Header, read_values
+from anomalib_lite.data.samples import DataSet
+from anomalib_lite.errors import UserError
+
+Range = tuple[float, float]
+#: customary scales: floats, and cameras' 8, 10, 12, 14 and 16 bits
+SCALES: tuple[Range, ...] = ((0, 1), (-1, 1), *((0, 2**bits - 1) for bits in (8, 10, 12, 14, 16)))
+OVERSHOOT = 0.01  # interpolation leaves a scale by about so much of it
+FILLED = 0.25  # share of a scale that the images must fill; otherwise their own range has a better contrast
+RARE = 1e-4  # share of an image's pixels, at either end, that may lie outside: defective pixels of the sensor
+log = logging.getLogger(__name__)
+
+
+class Pixels(NamedTuple):
+    """What a run knows of its training images: their depth (a key of DEPTHS; None: not known) and value range."""
+
+    depth: str | None = None
+    value_range: Range | None = None
+
+
+def settle(data: DataSet, headers: Mapping[Path, Header], given: Sequence[float] | None) -> tuple[Pixels, list[str]]:
+    """The depth and the range of a data set, given or found over its training images, and notes for the result.
+
+    Raises UserError if files of different depths would need different ranges and none is given.
+    """
+    train = [sample.path for sample in data.train]
+    depth = headers[train[0]].depth
+    if given is not None:
+        limits = (float(given[0]), float(given[1]))
+        is_idle = all(header.depth == "8-bit" for header in headers.values())
+        note = f"data.value_range=[{limits[0]:g},{limits[1]:g}] changes nothing: all images have {DEPTHS['8-bit']}"
+        return Pixels(depth, limits), [note] * is_idle
+    for sample in [*data.train, *data.test]:
+        if headers[sample.path].depth != depth:
+            raise UserError(
+                f"{sample.path}: its pixels are {DEPTHS[headers[sample.path].depth]}, those of {train[0].name} "
+                f"{DEPTHS[depth]}; convert the images to one kind, or give data.value_range=[low,high] for all that "
+                "have more than 8 bits"
+            )
+    if depth == "8-bit":
+        return Pixels(depth), []
+    log.info("finding the range of the values in %d training images", len(train))
+    low, high = extremes(train)
+    chosen = customary(low, high)
+    note = (
+        f"data.value_range=[{chosen[0]:g},{chosen[1]:g}] assumed: the pixels of the {len(train)} training images are "
+        f"{DEPTHS[depth]}, nearly all of them from {low:g} to {high:g}; values outside the range are clipped"
+    )
+    return Pixels(depth, chosen), [note]
+
+
+def other_depths(pixels: Pixels, found: Sequence[tuple[Path | str, str]]) -> list[str]:
+    """A note on images (path, depth) whose depth differs from the training images', so that scores may not compare."""
+    other = [(path, depth) for path, depth in found if pixels.depth is not None and depth != pixels.depth]
+    if not other:
+        return []
+    path, depth = other[0]
+    return [
+        f"{len(other)} images are of another kind than the training images (first: {path}): their pixels are "
+        f"{DEPTHS[depth]}, the training images' {DEPTHS[str(pixels.depth)]}; check the scores, or convert them"
+    ]
+
+
+def extremes(files: Sequence[Path]) -> Range:
+    """The smallest and the largest value in the files, without NaN, infinities and each image's rarest values.
+
+    Raises UserError if there is one value only.
+    """
+
+    def ends(file: Path) -> tuple[float, float]:
+        values = read_values(file)
+        values = values[np.isfinite(values)].astype(np.float64)
+        rare = int(np.ceil(RARE * values.size)) if values.size > 2 else 0
+        if not values.size:
+            return np.inf, -np.inf
+        ordered = np.partition(values, [rare, values.size - 1 - rare])
+        return float(ordered[rare]), float(ordered[values.size - 1 - rare])
+
+    with ThreadPoolExecutor(4) as pool:
+        found = np.array(list(pool.map(ends, files)))
+    low, high = float(found[:, 0].min()), float(found[:, 1].max())
+    if not low < high:
+        what = f"the value {low:g} only" if low == high else "no finite number"
+        raise UserError(
+            f"data.value_range: the training images hold {what}; give their range, data.value_range=[low,high]"
+        )
+    return low, high
+
+
+def customary(low: float, high: float) -> Range:
+    """The smallest customary scale that contains the values if they fill a good part of it; otherwise (low, high)."""
+    for scale in SCALES:
+        margin = OVERSHOOT * (scale[1] - scale[0])
+        if scale[0] - margin <= low and high <= scale[1] + margin:
+            return scale if high - low >= FILLED * (scale[1] - scale[0]) else (low, high)
+    return low, high

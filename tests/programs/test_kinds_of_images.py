@@ -1,0 +1,95 @@
+"""Deep images through the programs: what a run knows of its training images is used wherever it is used again."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from anomalib_lite.runs.load import load_run
+from tests.helpers.image_trees import make_mvtec
+from tests.helpers.run_programs import evaluate, folder_data, predict, result_of
+
+
+def scores_of(folder: Path) -> dict[str, float]:
+    """By the image's name below test/."""
+    with (folder / "scores.csv").open(newline="") as file:
+        return {row["path"].rpartition("test/")[2]: float(row["score"]) for row in csv.DictReader(file)}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """8-bit gray pictures."""
+    root = tmp_path_factory.mktemp("plain")
+    make_mvtec(root)
+    for path in root.rglob("*.png"):
+        cv2.imwrite(str(path), np.asarray(Image.open(path).convert("L")))
+    return root
+
+
+@pytest.fixture(scope="module")
+def deep(plain, tmp_path_factory) -> Path:
+    """The same pictures with 12 bits in 16-bit files; masks stay."""
+    root = shutil.copytree(plain, tmp_path_factory.mktemp("deep") / "data")
+    for path in root.rglob("*/[0-9][0-9][0-9].png"):
+        values = np.asarray(Image.open(path).convert("L"))
+        cv2.imwrite(str(path), np.rint(values * (4095 / 255)).astype(np.uint16))
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(deep, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("trained") / "run"
+    result_of(*folder_data(deep), run_dir=run)
+    return run
+
+
+def test_the_runs_range_of_values(plain, deep, trained, tmp_path):
+    """12 bits give the numbers of the pictures in 8 bits, up to rounding. One dark image is not stretched."""
+    result = json.loads((trained / "result.json").read_text())
+    assert result["data"]["value_range"] == [0, 4095]
+    assert "value_range" not in result["protocol"]["data"]  # found: runs of one data set share a table
+    assert any(note.startswith("data.value_range=[0,4095] assumed: the pixels of the 6") for note in result["notes"])
+    same = result_of(*folder_data(plain), run_dir=tmp_path / "plain")
+    assert "value_range" not in same["data"]
+    assert scores_of(trained) == pytest.approx(scores_of(tmp_path / "plain"), rel=0.03)
+
+    outcome = evaluate(f"run={trained}", f"output={tmp_path / 'again'}")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert scores_of(tmp_path / "again") == pytest.approx(scores_of(trained), rel=1e-6)
+    outcome = predict(f"run={trained}", f"input={deep / 'bottle' / 'test'}", f"output={tmp_path / 'out'}")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "note" not in outcome.out
+    assert scores_of(tmp_path / "out") == pytest.approx(scores_of(trained), rel=1e-6)
+
+    values = np.asarray(Image.open(deep / "bottle/test/good/000.png"))
+    run, dark = load_run(trained), np.rint(values * (255 / 4095) / 8).astype(np.uint8)
+    (score, darker, wanted), _ = run.predict([values, values // 8, np.repeat(dark[..., None], 3, -1)])
+    assert score == pytest.approx(scores_of(trained)["good/000.png"], rel=1e-5)
+    assert darker == pytest.approx(wanted, rel=0.03)
+
+
+def test_images_of_another_depth(plain, deep, trained, tmp_path):
+    """They are scored, and a note says that they are of another kind; both ways round."""
+    source = plain / "bottle" / "test" / "good"
+    outcome = predict(f"run={trained}", f"input={source}", f"output={tmp_path / 'out'}")
+    assert outcome.code == 0
+    assert f"note: 3 images are of another kind than the training images (first: {source}/000.png)" in outcome.out
+    assert "8 bits per channel, the training images' integers of more than 8 bits" in outcome.out
+    own = scores_of(trained)
+    wanted = {f"good/{name}": score for name, score in scores_of(tmp_path / "out").items()}
+    assert wanted == pytest.approx({key: own[key] for key in own if key.startswith("good")}, rel=0.03)
+
+
+def test_a_given_range(deep, tmp_path):
+    """Half the range is twice as bright: by the formula on the pixels that a method sees."""
+    result = result_of(*folder_data(deep), "data.value_range=[0,2047]", run_dir=tmp_path)
+    assert result["protocol"]["data"]["value_range"] == [0, 2047]
+    values = np.asarray(Image.open(deep / "bottle/test/good/000.png"))
+    bright = np.clip(np.rint(values * (255 / 2047)), 0, 255).astype(np.uint8)
+    scores, _ = load_run(tmp_path).predict([np.repeat(bright[..., None], 3, -1)])
+    assert scores[0] == pytest.approx(scores_of(tmp_path)["good/000.png"], rel=1e-5)
