@@ -20,7 +20,7 @@ from anomalib_lite import compare, evaluate, predict, splits, train
 from anomalib_lite.console import is_interactive
 from anomalib_lite.progress import ProgressBar
 from anomalib_lite.sweeps.job import Job
-from anomalib_lite.sweeps.view import View, print_table
+from anomalib_lite.sweeps.view import View, print_end
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
 
@@ -190,7 +190,7 @@ def test_a_sweep(columns, tmp_path, monkeypatch):
             view.update()
         for job in jobs:
             job.state, job.failure = "failed", "[/why]"
-        print_table(tmp_path, jobs)
+        print_end(tmp_path, jobs)
         shown = text()
     for name in (*CATEGORIES, "[3]", "[/why]"):
         assert name in shown.replace("\r\n", "")
