@@ -35,11 +35,11 @@ FORMAT_OF_SUFFIX = {".jsonl": "jsonl", ".json": "meta", ".csv": "csv", ".txt": "
 
 
 def main() -> None:
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print((__doc__ or "").strip())
-        return
     cli.prepare()
     with cli.reported(outside=True, folder="--write"):
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print((__doc__ or "").strip(), flush=True)
+            return
         show(sys.argv[1:])
 
 
