@@ -36,11 +36,10 @@ FILES = ("csv", "latex", "markdown", "html", "plots")  # options with a file or 
 
 def main() -> None:
     program.prepare()
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print((__doc__ or "").strip())
-        return
-    program.prepare()
     with program.reported():
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print((__doc__ or "").strip(), flush=True)
+            return
         compare(sys.argv[1:])
 
 

@@ -37,10 +37,10 @@ FORMAT_OF_SUFFIX = {".jsonl": "jsonl", ".json": "meta", ".csv": "csv", ".txt": "
 
 def main() -> None:
     cli.prepare()
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print((__doc__ or "").strip())
-        return
     with cli.reported(outside=True, folder="--write"):
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print((__doc__ or "").strip(), flush=True)
+            return
         show(sys.argv[1:])
 
 

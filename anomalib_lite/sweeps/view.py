@@ -5,7 +5,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def print_end(folder: Path, jobs: list[Job]) -> None:
         print(f"error: {len(failed)} of {len(jobs)} jobs failed; {retry}", file=sys.stderr)
 
 
-def columns_of_jobs(job_of: dict[Path, Job]) -> dict[str, Callable[[Row], str]]:
+def columns_of_jobs(job_of: dict[Path, Job]) -> Mapping[str, Callable[[Row], str]]:
     """Columns of the final table: the numbers of a row's jobs, and the mean of their objective where there is one."""
 
     def numbers(row: Row) -> str:

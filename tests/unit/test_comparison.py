@@ -116,9 +116,9 @@ def test_seeds_are_averaged_and_other_keys_are_not(write):
 
 
 def terminal_text(table) -> str:
-    console = Console(width=120, file=io.StringIO())
-    terminal.show(console, table, ["image_auroc"])
-    return console.file.getvalue()
+    shown = io.StringIO()
+    terminal.show(Console(width=120, file=shown), table, ["image_auroc"])
+    return shown.getvalue()
 
 
 def markdown_of(table) -> str:
