@@ -25,6 +25,7 @@ from anomalib_lite.runs.artifacts import SCHEMA
 from anomalib_lite.runs.devices import device_name
 from anomalib_lite.runs.test_outputs import HELD_OUT, NORMAL, TEST
 
+FEW = 50  # normal training images of a category: with fewer, a 0.99 quantile is little more than their maximum
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "numpy", "albumentations", "hydra-core")
 
 
@@ -102,7 +103,15 @@ def measure(
         "thresholds": chosen,
         "decisions": {"per_category": decisions(test, chosen["per_category"])},
     }
-    return content, reasons + partial_means
+    return content, [*reasons, *partial_means, *few_images(chosen)]
+
+
+def few_images(chosen: dict[str, Any]) -> list[str]:
+    """A note on the categories whose thresholds come from fewer than FEW images: a high quantile needs many."""
+    few = {name: x["images"] for name, x in chosen["per_category"].items() if x["images"] < FEW}
+    listed = ", ".join(f"{name} ({count})" for name, count in few.items())
+    text = "thresholds from fewer than {} normal training images, so good images may often be flagged: {}"
+    return [text.format(FEW, listed)] if few else []
 
 
 def normal_columns(outputs: dict[int, dict[str, Any]]) -> dict[str, np.ndarray]:
