@@ -1,6 +1,7 @@
 """From the resolved configuration to a run's objects: data, backbone, method, loggers, trainer."""
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import get_method, instantiate
+from hydra.utils import get_class, get_method, instantiate
 from lightning.pytorch.loggers import Logger
 
 from anomalib_lite.cli.annotations import check_types
 from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.data.transforms import pair
 from anomalib_lite.errors import UserError
 from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.methods.base import AnomalyModule
@@ -23,9 +25,21 @@ log = logging.getLogger(__name__)
 
 def make_data(cfg: dict[str, Any], first_batch: int = 0) -> AnomalyDataModule:
     """The data, read, checked and split. `first_batch`: where a resumed run continues."""
-    data = instantiate(cfg["data"], map_size=cfg["scoring"].get("map_size"), first_batch=first_batch)
+    data = data_module(cfg, map_size=cfg["scoring"].get("map_size"), first_batch=first_batch)
     data.setup()
     return data
+
+
+def data_module(cfg: dict[str, Any], **options: Any) -> AnomalyDataModule:
+    """The DataModule, without its data. data.normalize=backbone becomes the numbers of the configured backbone."""
+    if cfg["data"].get("normalize") == "backbone":
+        name, kind = cfg["backbone"]["name"], get_class(cfg["backbone"]["_target_"])
+        if name is None or not hasattr(kind, "normalisation"):
+            raise UserError(
+                "data.normalize=backbone: there is no backbone of timm; give imagenet, none, or mean and std"
+            )
+        options["normalize"] = kind.normalisation(name)
+    return instantiate(cfg["data"], **options)
 
 
 def make_backbone(cfg: dict[str, Any], stored: bool = False) -> Backbone | None:
@@ -35,8 +49,17 @@ def make_backbone(cfg: dict[str, Any], stored: bool = False) -> Backbone | None:
     """
     if cfg["backbone"]["name"] is None or not getattr(_method_class(cfg), "uses_backbone", True):
         return None
-    weights = {"weights": "none"} if stored else {}
-    return instantiate(cfg["backbone"], precision=cfg["hardware"]["precision"], **weights)
+    options: dict[str, Any] = {"weights": "none"} if stored else {}
+    if "image_sizes" in inspect.signature(get_method(cfg["backbone"]["_target_"])).parameters:  # a user's may have none
+        options["image_sizes"] = image_sizes(cfg["data"])
+    return instantiate(cfg["backbone"], precision=cfg["hardware"]["precision"], **options)
+
+
+def image_sizes(data: dict[str, Any]) -> list[list[int]]:
+    """The sizes [H, W] in which a backbone sees images: of training, and of test where textures have another one."""
+    texture = data.get("texture_size", "original") if data.get("treatment", "object") != "object" else "original"
+    sizes = [data["image_size"], *([] if texture == "original" else [texture])]
+    return [list(pair(size)) for size in sizes]
 
 
 def make_method(

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.dataset import Batch
@@ -88,7 +87,7 @@ def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyMod
     if device == "gpu" and not torch.cuda.is_available():
         raise UserError("device=gpu: no GPU is visible here; choose device=cpu or device=auto")
     options = lightning_options(cfg["hardware"] | {"accelerator": device, "devices": 1, "nodes": 1}, multirun=False)
-    data = instantiate(cfg["data"], category=stored["categories"])
+    data = build.data_module(cfg, category=stored["categories"])
     model = build.make_method(cfg, build.make_backbone(cfg, stored=True), data, stored["categories"])
     build.load_weights(model, checkpoint)
     return model.eval().to("cuda" if options["accelerator"] == "gpu" else "cpu"), data

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.data.transforms import NORMALIZE
 from anomalib_lite.features.backbones import has_bf16
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.metrics.functional import Metrics
@@ -60,6 +61,7 @@ def describe(
                 "map_size": model.map_size if isinstance(model.map_size, str) else list(model.map_size),
                 "mask": "nearest, > 0",
                 "fpr_limits": cfg["scoring"]["fpr_limits"],
+                **other_normalisation(data),
             },
             "scoring": {key: value for key, value in model.scoring.items() if key not in elsewhere}
             | {"weights": "last"},
@@ -71,6 +73,14 @@ def describe(
             "test_counts": data.test_counts,
         },
     }
+
+
+def other_normalisation(data: AnomalyDataModule) -> dict[str, Any]:
+    """The images' mean and standard deviation where they are neither ImageNet's nor none: such runs are set apart."""
+    used = data.normalize
+    if isinstance(used, str) or (tuple(used["mean"]), tuple(used["std"])) in NORMALIZE.values():
+        return {}
+    return {"normalize": used}
 
 
 def measure(

@@ -101,7 +101,7 @@ OPTIONS = {
     "data.workers=-1": "data.workers=-1: give",
     "data.val_fraction=2": "data.val_fraction=2: give a share",
     "data.check=foo": "data.check=foo: give fast or thorough",
-    "data.normalize=foo": "data.normalize=foo: give imagenet or none",
+    "data.normalize=foo": "data.normalize=foo: give imagenet, none or backbone",
     "data.resample=foo": "data.resample=foo .*bilinear",
     "data.drop_last=maybe": "data.drop_last=maybe: give true or false",
     "data.transform=[foo]": r"data.transform=\['foo'\] must be a list of albumentations",
