@@ -99,7 +99,7 @@ class Data(Group):
     val_fraction: Annotated[NumberFrom0, Field(lt=1), Key("a share from 0, below 1")]
     check: Annotated[Literal["fast", "thorough"], Key("fast or thorough", ALWAYS)]
     value_range: Annotated[Ends | None, Key("[low, high] with low < high, or null", ("compare",))] = None
-    normalize: Annotated[Literal["imagenet", "none"], Key("imagenet or none")]
+    normalize: Annotated[Literal["imagenet", "none", "backbone"], Key("imagenet, none or backbone")]
     treatment: Annotated[Literal["auto", "object", "texture"], Key("auto, object or texture")] = "object"
     texture_size: Annotated[Size | Literal["original"], Key(f"{SIZE}, or original")] = "original"
     drop_last: Annotated[bool, Key(FLAG)]

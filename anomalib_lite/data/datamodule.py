@@ -43,7 +43,7 @@ class AnomalyDataModule(L.LightningDataModule):
         balanced: Training batches draw every class equally often; see `TrainBatchSampler`.
         transform: albumentations transforms of every image; None is `Resize(image_size, resample)`.
         augment: More of them, after those, for training images only.
-        normalize: "imagenet" or "none" ([0, 1]).
+        normalize: "imagenet", "none" ([0, 1]), or {"mean": [R, G, B], "std": [R, G, B]}.
         resample: Filter of the default transform.
         check: "fast" (headers and file ends) or "thorough" (decode everything).
         drop_last: Leave out an epoch's last incomplete batch.
@@ -80,7 +80,7 @@ class AnomalyDataModule(L.LightningDataModule):
         split: Callable[[DataSet], splits.Split] | None = None,
         transform: Sequence | None = None,
         augment: Sequence | None = None,
-        normalize: str = "imagenet",
+        normalize: str | dict[str, Sequence[float]] = "imagenet",
         resample: str = "bilinear",
         check: str = "fast",
         drop_last: bool = False,

@@ -94,27 +94,30 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
 class Pipeline:
     """Call with an image and its mask to get their tensors: albumentations transforms, then normalisation.
 
-    `transforms` are of every image, `augment` of training images. Raises UserError for what is no list of transforms,
-    and for an unknown `normalize` ("imagenet": mean and standard deviation, "none": [0, 1]). `value_range` is that of
-    the files with more than 8 bits per channel, which `load` brings to 8 bits.
+    `transforms` are of every image, `augment` of training images. `normalize` is "imagenet" (its mean and standard
+    deviation), "none" ([0, 1]), or {"mean": [R, G, B], "std": [R, G, B]} of images in [0, 1]. `value_range` is that of
+    the files with more than 8 bits per channel, which `load` brings to 8 bits. Raises UserError for what is no list of
+    transforms, and for an unknown `normalize`.
     """
 
     def __init__(
         self,
         transforms: Sequence,
         augment: Sequence = (),
-        normalize: str = "imagenet",
+        normalize: str | dict[str, Sequence[float]] = "imagenet",
         value_range: tuple[float, float] | None = None,
     ):
-        if normalize not in NORMALIZE:
-            raise UserError(f"data.normalize={normalize} is not known: choose one of {', '.join(NORMALIZE)}")
+        if not isinstance(normalize, dict) and normalize not in NORMALIZE:
+            raise UserError(
+                f"data.normalize={normalize} is not known: choose one of {', '.join(NORMALIZE)}, or give mean and std"
+            )
         for option, value in (("transform", transforms), ("augment", augment)):
             if not isinstance(value, Sequence) or not all(
                 isinstance(t, A.BasicTransform | A.BaseCompose) for t in value
             ):
                 raise UserError(f"data.{option}={value} must be a list of albumentations transforms, each a _target_")
         self.compose = A.Compose([*transforms, *augment])
-        mean, std = NORMALIZE[normalize]
+        mean, std = (normalize["mean"], normalize["std"]) if isinstance(normalize, dict) else NORMALIZE[normalize]
         self.mean = torch.tensor(mean).view(3, 1, 1)
         self.std = torch.tensor(std).view(3, 1, 1)
         self.value_range = value_range

@@ -55,6 +55,9 @@ def key(backbone: Backbone, pipeline: Pipeline, device: torch.device, dtype: str
         "weights": weights.hexdigest(),
         "pipeline": pipeline.description(),
         "bf16": backbone.low_precision(device),
+        **(
+            {"turned": True} if any(getattr(backbone, "channels_last", ())) else {}
+        ),  # earlier versions stored these maps unturned
         "type": dtype,
         "computed": [f"torch {torch.__version__}", f"timm {timm.__version__}", on]
         + ([] if device.type == "cuda" else [f"{torch.get_num_threads()} threads"]),

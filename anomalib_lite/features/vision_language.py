@@ -28,7 +28,7 @@ class VisionLanguage(Backbone):
         layers: indices of outputs; for ALIGN's EfficientNet the last map of each resolution (as in timm, 0 has half of
             the input's), for CLIP's transformer the blocks.
         weights: "auto" (the checkpoint's) or "none" (random).
-        precision: of the image encoder, as for Backbone.
+        precision, image_sizes: as for Backbone.
 
     Raises:
         UserError: transformers is not installed; the checkpoint is unavailable, damaged, incomplete, or of another
@@ -38,7 +38,14 @@ class VisionLanguage(Backbone):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, name: str, layers: Sequence[int], weights: str = "auto", precision: str = "auto"):
+    def __init__(
+        self,
+        name: str,
+        layers: Sequence[int],
+        weights: str = "auto",
+        precision: str = "auto",
+        image_sizes: Sequence[Sequence[int]] = (),
+    ):
         nn.Module.__init__(self)
         if str(weights) not in ("auto", "none"):
             raise UserError(f"backbone.weights={weights}: give auto or none; backbone.name may be a folder")
@@ -60,8 +67,20 @@ class VisionLanguage(Backbone):
         if max(self.layers) >= len(outputs):
             raise UserError(f"backbone.layers={self.layers}: {name} has the layers 0 to {len(outputs) - 1}; give these")
         self.outputs = [outputs[i] for i in self.layers]
+        patch = self.net.config.vision_config.patch_size if self.kind == "clip" else 1
+        for size in image_sizes:
+            if any(n % patch for n in size):
+                raise UserError(
+                    f"data.image_size={'×'.join(map(str, size))}: {name} takes multiples of {patch}; give one"
+                )
+        self.channels_last, self.grids = [False] * len(self.outputs), {}
         self.channels = [hidden[i].shape[1] for i in self.outputs]
         self.reductions = [side // hidden[i].shape[-1] for i in self.outputs]
+
+    @classmethod
+    def normalisation(cls, name: str) -> dict[str, Sequence[float]]:
+        """ImageNet's mean and standard deviation: the model converts its input itself."""
+        return {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
 
     def embedding(self) -> "VisionLanguage":
         """From now on, `forward` appends the images' embeddings, [B, dim, 1, 1], to the outputs."""

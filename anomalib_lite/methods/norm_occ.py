@@ -101,6 +101,8 @@ class NormOCCClosedForm(AnomalyModule):
 
     Args:
         norm: ‖c‖ / r₀ with r₀² = E‖φ‖². residual: share of the projection's energy that remains, in (0, 1].
+        folds: 0, or a number from 2: the training images are divided into so many parts, and each part is scored by a
+            model of the others. So thresholds do not come from images that the model was fitted to.
     """
 
     frozen_features = True
@@ -108,38 +110,74 @@ class NormOCCClosedForm(AnomalyModule):
     decay: Tensor
     solution: Tensor
     radius2: Tensor
+    fold_decay: Tensor
+    fold_solution: Tensor
+    fold_radius2: Tensor
 
-    def __init__(self, norm: float = 0.1, residual: float = 0.01, **context: Any):
+    def __init__(self, norm: float = 0.1, residual: float = 0.01, folds: int = 0, **context: Any):
         super().__init__(**context)
         if not 0 < residual <= 1 or norm < 0:
             raise UserError(f"method.residual={residual}, method.norm={norm}: 0 < residual ≤ 1 and the norm ≥ 0")
+        if folds < 0 or folds == 1:
+            raise UserError(f"method.folds={folds}: give 0 or a number from 2")
         assert self.backbone is not None
         channels = sum(self.backbone.channels)
-        self.norm, self.residual = norm, residual
-        self.register_buffer("decay", torch.zeros(channels, channels))  # A
-        self.register_buffer("solution", torch.zeros(channels))  # (I − A)S⁻¹μ
-        self.register_buffer("radius2", torch.zeros(()))  # ‖c‖²
+        self.norm, self.residual, self.folds = norm, residual, folds
+        models = {"": (), "fold_": (folds,)} if folds else {"": ()}
+        for prefix, shape in models.items():
+            self.register_buffer(f"{prefix}decay", torch.zeros(*shape, channels, channels))  # A
+            self.register_buffer(f"{prefix}solution", torch.zeros(*shape, channels))  # (I − A)S⁻¹μ
+            self.register_buffer(f"{prefix}radius2", torch.zeros(shape))  # ‖c‖²
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
-        channels = len(self.solution)
-        moment = torch.zeros(channels, channels, dtype=torch.float64, device=self.device)
-        mean, count = moment[0].clone(), 0
+        channels, parts = len(self.solution), max(1, self.folds)
+        moments = torch.zeros(parts, channels, channels, dtype=torch.float64, device=self.device)
+        means, counts = moments[:, 0].clone(), [0] * parts
         for batch in self.fit_batches():
-            phi = patch_features(self.features(batch)).movedim(1, -1).reshape(-1, channels)
-            moment, mean, count = moment + (phi.T @ phi).double(), mean + phi.double().sum(0), count + len(phi)
-        energy, axes = torch.linalg.eigh(moment / count)  # S = axes · diag(energy) · axesᵀ
+            features = patch_features(self.features(batch)).movedim(1, -1)
+            of_part = batch["index"] % parts if self.folds else torch.zeros(len(features), dtype=torch.long)
+            for part in of_part.unique().tolist():
+                phi = features[of_part == part].reshape(-1, channels)
+                moments[part] += (phi.T @ phi).double()
+                means[part] += phi.double().sum(0)
+                counts[part] += len(phi)
+        if self.folds and not all(counts):
+            raise UserError(f"method.folds={self.folds}: more folds than training images; give fewer, or 0")
+        moment, mean, count = moments.sum(0), means.sum(0), sum(counts)
+        self.decay, self.solution, self.radius2 = self.solved(moment / count, mean / count)
+        for part in range(self.folds):
+            rest = count - counts[part]
+            model = self.solved((moment - moments[part]) / rest, (mean - means[part]) / rest)
+            for buffer, value in zip((self.fold_decay, self.fold_solution, self.fold_radius2), model, strict=True):
+                buffer[part] = value
+
+    def solved(self, moment: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A, (I − A)S⁻¹μ and ‖c‖², float32, from S and μ, float64."""
+        energy, axes = torch.linalg.eigh(moment)  # S = axes · diag(energy) · axesᵀ
         energy = energy.clamp_min(0)
         decay = torch.exp(-descent_time(energy, self.residual) * energy)
         # (1 − e^(−τλ)) / λ → τ as λ → 0: no division by the vanishing energies of unused directions
         solved = torch.where(energy > 1e-12 * energy[-1], (1 - decay) / energy.clamp_min(1e-300), 0)
-        self.decay.copy_((axes * decay) @ axes.T)
-        self.solution.copy_((axes * solved) @ (axes.T @ (mean / count)))
-        self.radius2.copy_(self.norm**2 * energy.sum())
+        return (
+            ((axes * decay) @ axes.T).float(),
+            ((axes * solved) @ (axes.T @ mean)).float(),
+            (self.norm**2 * energy.sum()).float(),
+        )
 
     def anomaly_map(self, batch: Batch) -> Tensor:
         phi = patch_features(self.features(batch)).movedim(1, -1)  # [B, h, w, C]
-        return (phi @ self.decay).square().sum(-1) + self.radius2 * (1 - phi @ self.solution).square()
+        if not (self.folds and batch.get("is_train_image")):
+            return self.scored(phi, self.decay, self.solution, self.radius2)
+        models = [
+            (self.fold_decay[i], self.fold_solution[i], self.fold_radius2[i]) for i in batch["index"] % self.folds
+        ]
+        return torch.stack([self.scored(image, *model) for image, model in zip(phi, models, strict=True)])
+
+    @staticmethod
+    def scored(phi: Tensor, decay: Tensor, solution: Tensor, radius2: Tensor) -> Tensor:
+        """The score of patches [..., C], [...]."""
+        return (phi @ decay).square().sum(-1) + radius2 * (1 - phi @ solution).square()
 
 
 def descent_time(energy: Tensor, residual: float) -> float:

@@ -7,6 +7,7 @@ reconstructs E_f's features, and from E_f's half those of E_t. Anomalies are whe
 
 import copy
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class ReContrast(AnomalyModule):
 
         frozen = check_levels(self.backbone, self.image_size)  # E_f
         self.encoder = copy.deepcopy(frozen).unfreeze()  # E_t
-        freeze_unused(self.encoder, frozen.reductions[-1])
+        freeze_unused(self.encoder, self.image_size)
         if own["stable"]:
             stabilise(self.encoder, own["stable"]["min_var"], own["stable"]["eps"])
         ratio, counts = blocks_of(frozen)
@@ -102,7 +103,7 @@ class ReContrast(AnomalyModule):
         """For each level E_f's features and their reconstruction, then E_t's features and their reconstruction."""
         images, frozen = batch["image"].contiguous(memory_format=self.layout), self.features(batch)
         with self.autocast():
-            trained = self.encoder.net(images)
+            trained = self.encoder.maps(images)
             both = [torch.cat([t, f.to(t.dtype)]) for t, f in zip(trained, frozen, strict=True)]  # one pass over 2B
             halves = [level.chunk(2) for level in self.decoder(self.bottleneck(both))]
             of_frozen = [head(half[0]) for head, half in zip(self.heads[0], halves, strict=True)]  # type: ignore
@@ -167,10 +168,11 @@ class ReContrast(AnomalyModule):
                 parameter.grad = None  # not stepped: neither moments nor weight decay
 
 
-def freeze_unused(encoder: Backbone, reduction: int) -> None:
+def freeze_unused(encoder: Backbone, image_size: Sequence[int]) -> None:
     """Freeze weights beyond the last level, which some timm models keep: DDP fails on weights without a gradient."""
-    outputs = encoder.net(torch.zeros(1, 3, 2 * reduction, 2 * reduction))
-    sum(level.sum() for level in outputs).backward()
+    fixed, small = encoder.net.pretrained_cfg.get("fixed_input_size"), 2 * encoder.reductions[-1]
+    outputs = encoder.maps(torch.zeros(1, 3, *(image_size if fixed else (small, small))))
+    torch.stack([level.sum() for level in outputs]).sum().backward()
     for parameter in encoder.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None

@@ -135,4 +135,10 @@ def check_levels(backbone: Backbone | None, image_size: Sequence[int]) -> Backbo
     if any(side % multiple for side in image_size):
         shown = "×".join(map(str, image_size))
         raise UserError(f"data.image_size={shown}: with this backbone's levels, give multiples of {multiple}")
+    expected = [tuple(side // r for side in image_size) for r in backbone.reductions]
+    if (grids := backbone.grids.get((image_size[0], image_size[1]), expected)) != expected:
+        raise UserError(
+            f"backbone.name={backbone.name}: its levels have the sizes {grids}, not {expected} as this method needs; "
+            "give another backbone"
+        )
     return backbone

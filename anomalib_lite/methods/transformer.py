@@ -27,6 +27,8 @@ def token_grids(method: AnomalyModule) -> list[Grid]:
             f"one size: give data.texture_size the value of data.image_size={side}, or data.treatment=object"
         )
     h, w = method.image_size
+    if known := getattr(method.backbone, "grids", {}).get((h, w)):
+        return known
     return [(-(-h // reduction), -(-w // reduction)) for reduction in method.backbone.reductions]
 
 

@@ -1,6 +1,7 @@
 """From the resolved configuration to a run's objects: data, backbone, method, loggers, trainer."""
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import get_method, instantiate
+from hydra.utils import get_class, get_method, instantiate
 from lightning.pytorch.loggers import Logger
 
 from anomalib_lite.cli.annotations import check_types
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.readers import read_test_set
+from anomalib_lite.data.transforms import pair
 from anomalib_lite.data.value_range import Pixels
 from anomalib_lite.errors import UserError
 from anomalib_lite.features.backbones import Backbone
@@ -26,7 +28,7 @@ log = logging.getLogger(__name__)
 def make_data(cfg: dict[str, Any], stored: dict[str, Any] | None = None) -> AnomalyDataModule:
     """The data, read, checked and split. `stored`: what the checkpoint of a trained or resumed run holds."""
     trained = {"first_batch": stored["steps"], "pixels": stored_pixels(stored)} if stored else {}
-    data = instantiate(cfg["data"], map_size=cfg["scoring"].get("map_size"), **trained)
+    data = data_module(cfg, map_size=cfg["scoring"].get("map_size"), **trained)
     data.setup()
     return data
 
@@ -34,7 +36,8 @@ def make_data(cfg: dict[str, Any], stored: dict[str, Any] | None = None) -> Anom
 def make_test_set(cfg: dict[str, Any], stored: dict[str, Any]) -> AnomalyDataModule:
     """The test images below data.root alone, for a run that was trained on other data of its categories."""
     plain = {"val_fraction": 0.0, "split": None, "balanced": False, "category": stored["categories"]}
-    data = instantiate(cfg["data"] | plain, map_size=cfg["scoring"].get("map_size"), pixels=stored_pixels(stored))
+    cfg = cfg | {"data": cfg["data"] | plain}
+    data = data_module(cfg, map_size=cfg["scoring"].get("map_size"), pixels=stored_pixels(stored))
     data.reader = read_test_set
     data.setup()
     return data
@@ -46,6 +49,18 @@ def stored_pixels(stored: dict[str, Any]) -> Pixels:
     return Pixels(depth, tuple(value_range) if value_range else None)
 
 
+def data_module(cfg: dict[str, Any], **options: Any) -> AnomalyDataModule:
+    """The DataModule, without its data. data.normalize=backbone becomes the numbers of the configured backbone."""
+    if cfg["data"].get("normalize") == "backbone":
+        name, kind = cfg["backbone"]["name"], get_class(cfg["backbone"]["_target_"])
+        if name is None or not hasattr(kind, "normalisation"):
+            raise UserError(
+                "data.normalize=backbone: there is no backbone of timm; give imagenet, none, or mean and std"
+            )
+        options["normalize"] = kind.normalisation(name)
+    return instantiate(cfg["data"], **options)
+
+
 def make_backbone(cfg: dict[str, Any], stored: bool = False) -> Backbone | None:
     """The backbone; None where there is none or the method has no use for it, as in a sweep over methods.
 
@@ -53,8 +68,17 @@ def make_backbone(cfg: dict[str, Any], stored: bool = False) -> Backbone | None:
     """
     if cfg["backbone"]["name"] is None or not getattr(_method_class(cfg), "uses_backbone", True):
         return None
-    weights = {"weights": "none"} if stored else {}
-    return instantiate(cfg["backbone"], precision=cfg["hardware"]["precision"], **weights)
+    options: dict[str, Any] = {"weights": "none"} if stored else {}
+    if "image_sizes" in inspect.signature(get_method(cfg["backbone"]["_target_"])).parameters:  # a user's may have none
+        options["image_sizes"] = image_sizes(cfg["data"])
+    return instantiate(cfg["backbone"], precision=cfg["hardware"]["precision"], **options)
+
+
+def image_sizes(data: dict[str, Any]) -> list[list[int]]:
+    """The sizes [H, W] in which a backbone sees images: of training, and of test where textures have another one."""
+    texture = data.get("texture_size", "original") if data.get("treatment", "object") != "object" else "original"
+    sizes = [data["image_size"], *([] if texture == "original" else [texture])]
+    return [list(pair(size)) for size in sizes]
 
 
 def make_method(

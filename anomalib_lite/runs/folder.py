@@ -72,8 +72,10 @@ def make_absolute(config: dict[str, Any]) -> None:
         if isinstance(split, dict) and isinstance(split.get("path"), str):
             split["path"] = absolute(split["path"])
     name = str(backbone["name"])
-    if "/" in name and Path(name).expanduser().is_dir():  # a checkpoint's folder, not a model of the hub
-        backbone["name"] = absolute(name)
+    source = "local-dir:" if name.startswith("local-dir:") else ""
+    place = name.removeprefix(source)
+    if source or ("/" in place and Path(place).expanduser().is_dir()):  # a folder, not a model of the hub
+        backbone["name"] = source + absolute(place)
     if (backbone.get("weights") or "none") not in ("auto", "none"):
         backbone["weights"] = absolute(backbone["weights"])
 

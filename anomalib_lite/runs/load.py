@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.dataset import Batch
@@ -108,7 +107,7 @@ def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyMod
     hardware = cfg["hardware"] | {"accelerator": device, "devices": 1, "nodes": 1, "ranks": None}
     ranks.settle(hardware)
     options = lightning_options(hardware, multirun=False)
-    data = instantiate(cfg["data"], category=stored["categories"], pixels=build.stored_pixels(stored))
+    data = build.data_module(cfg, category=stored["categories"], pixels=build.stored_pixels(stored))
     model = build.make_method(cfg, build.make_backbone(cfg, stored=True), data, stored["categories"])
     build.load_weights(model, checkpoint)
     return model.eval().to("cuda" if options["accelerator"] == "gpu" else "cpu"), data

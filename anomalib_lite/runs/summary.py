@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.data.transforms import NORMALIZE
 from anomalib_lite.features.backbones import has_bf16
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.metrics.functional import Metrics
@@ -26,6 +27,7 @@ from anomalib_lite.runs.artifacts import SCHEMA
 from anomalib_lite.runs.devices import device_name
 from anomalib_lite.runs.test_outputs import HELD_OUT, NORMAL, TEST
 
+FEW = 50  # normal training images of a category: with fewer, a 0.99 quantile is little more than their maximum
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "numpy", "albumentations", "hydra-core")
 
 
@@ -60,6 +62,7 @@ def describe(
                 "map_size": model.map_size if isinstance(model.map_size, str) else list(model.map_size),
                 "mask": "nearest, > 0",
                 "fpr_limits": cfg["scoring"]["fpr_limits"],
+                **other_normalisation(data),
             }
             | ({"value_range": data.value_range} if data.value_range else {}),
             "scoring": {key: value for key, value in model.scoring.items() if key not in elsewhere}
@@ -73,6 +76,14 @@ def describe(
         }
         | ({"value_range": list(data.pixels.value_range)} if data.pixels.value_range else {}),
     }
+
+
+def other_normalisation(data: AnomalyDataModule) -> dict[str, Any]:
+    """The images' mean and standard deviation where they are neither ImageNet's nor none: such runs are set apart."""
+    used = data.normalize
+    if isinstance(used, str) or (tuple(used["mean"]), tuple(used["std"])) in NORMALIZE.values():
+        return {}
+    return {"normalize": used}
 
 
 def measure(
@@ -105,7 +116,15 @@ def measure(
         "thresholds": chosen,
         "decisions": {"per_category": decisions(test, chosen["per_category"])},
     }
-    return content, reasons + partial_means
+    return content, [*reasons, *partial_means, *few_images(chosen)]
+
+
+def few_images(chosen: dict[str, Any]) -> list[str]:
+    """A note on the categories whose thresholds come from fewer than FEW images: a high quantile needs many."""
+    few = {name: x["images"] for name, x in chosen["per_category"].items() if x["images"] < FEW}
+    listed = ", ".join(f"{name} ({count})" for name, count in few.items())
+    text = "thresholds from fewer than {} normal training images, so good images may often be flagged: {}"
+    return [text.format(FEW, listed)] if few else []
 
 
 def normal_columns(outputs: dict[int, dict[str, Any]]) -> dict[str, np.ndarray]:

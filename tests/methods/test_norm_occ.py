@@ -37,7 +37,8 @@ def make_images(seed=0):
 
 def batches(images, size):
     for i, part in enumerate(images.split(size)):
-        yield {"image": part, "path": [f"{i}-{j}" for j in range(len(part))]}
+        index = i * size + torch.arange(len(part))
+        yield {"image": part, "index": index, "path": [f"{i}-{j}" for j in range(len(part))]}
 
 
 def fitted(method, images, size=5, **options: Any):
@@ -302,6 +303,21 @@ def test_closed_form_with_directions_that_never_occur():
     clean[:, 1] = 0
     unused = patches(other)[:, 1] ** 2  # what was never seen is kept whole
     np.testing.assert_allclose(found.reshape(-1) - maps_of(model, clean).reshape(-1), unused, rtol=1e-3, atol=1e-4)
+
+
+def test_folds_score_training_images_by_models_of_the_others():
+    """Beside models that are fitted to the images of the other folds only."""
+    images = make_images()
+    model = fitted(NormOCCClosedForm, images, size=5, folds=3)
+    np.testing.assert_allclose(maps_of(model, images), maps_of(fitted(NormOCCClosedForm, images), images), rtol=1e-4)
+    batch = {"image": images, "index": torch.arange(IMAGES), "is_train_image": True}
+    found = model.anomaly_map(batch)
+    for part in range(3):
+        chosen = torch.arange(IMAGES) % 3 == part
+        others = fitted(NormOCCClosedForm, images[~chosen])
+        np.testing.assert_allclose(found[chosen], maps_of(others, images[chosen]), rtol=1e-4)
+    with pytest.raises(UserError, match=r"method\.folds=13: more folds than training images"):
+        fitted(NormOCCClosedForm, images, folds=13)
 
 
 def test_closed_form_does_not_depend_on_the_batch_size():

@@ -366,7 +366,8 @@ def test_modes_of_batch_norm():
 )
 def test_channels_last_only_where_it_is_faster(precision, device, fast):
     """What a batch norm and a transposed convolution inside the trained networks see: it must be one format."""
-    model, seen = make(TINY, 32, precision=precision), []
+    model: Any = make(TINY, 32, precision=precision)
+    seen: list[torch.Tensor] = []
     model.lay_out(torch.device(device))
     for part in (model.encoder.net.blocks[1][0].bn1, model.bottleneck.blocks[0].body[0], model.decoder.stages[0][0]):
         part.register_forward_pre_hook(lambda module, args: seen.append(args[0]))

@@ -101,7 +101,7 @@ OPTIONS = {
     "data.workers=-1": "data.workers=-1: give",
     "data.val_fraction=2": "data.val_fraction=2: give a share",
     "data.check=foo": "data.check=foo: give fast or thorough",
-    "data.normalize=foo": "data.normalize=foo: give imagenet or none",
+    "data.normalize=foo": "data.normalize=foo: give imagenet, none or backbone",
     "data.resample=foo": "data.resample=foo .*bilinear",
     "data.value_range=[5,5]": r"data.value_range=\[5, 5\]: give \[low, high\] with low < high, or null",
     "data.value_range=4095": "data.value_range=4095: give",

@@ -1,9 +1,12 @@
+import json
 import re
+from typing import Any
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import checkpoint_filter_fn
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.features.backbones import Backbone, has_bf16
@@ -65,6 +68,57 @@ def test_shapes_and_chosen_layers(images, name, layers, channels, reductions):
         (3, c, 64 // r, 64 // r) for c, r in zip(channels, reductions, strict=True)
     ]
     assert all(x.dtype == torch.float32 and x.isfinite().all() for x in levels)
+
+
+def picture(*size: int) -> torch.Tensor:
+    return torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("size", [(224, 224), (256, 256), (64, 96)])
+def test_swin_gives_channels_first_at_any_size(size):
+    """Beside timm's own conversion to channels first, with the same weights."""
+    torch.manual_seed(1)
+    backbone = Backbone("swin_tiny_patch4_window7_224", [0, 1], "none", "32", [size])
+    model = timm.create_model("swin_tiny_patch4_window7_224", strict_img_size=False).eval()
+    own = {key.replace("layers_", "layers."): value for key, value in backbone.net.state_dict().items()}
+    assert not model.load_state_dict(own, strict=False).unexpected_keys
+    assert_near(backbone(picture(*size)), own_features(model, picture(*size), [0, 1]))
+    assert [x.shape[1] for x in backbone(picture(*size))] == backbone.channels == [96, 192]
+
+
+@pytest.mark.parametrize("size", [(224, 224), (256, 256), (112, 320)])
+def test_vit_at_other_sizes_resamples_its_positions(size):
+    """Beside a model that timm builds for this size, with positions that timm converts once."""
+    torch.manual_seed(1)
+    backbone = Backbone("vit_tiny_patch16_224", [0, 1], "none", "32", [size])
+    assert backbone.net.model.pos_embed.shape == (1, 197, 192)  # as in the weights file
+    model: Any = timm.create_model("vit_tiny_patch16_224", img_size=size).eval()
+    model.load_state_dict(checkpoint_filter_fn(backbone.net.model.state_dict(), model), strict=False)
+    found = backbone(picture(*size))
+    assert_near(found, own_features(model, picture(*size), [0, 1]))
+    assert backbone.grids == {size: [tuple(x.shape[2:]) for x in found]} == {size: [(size[0] // 16, size[1] // 16)] * 2}
+
+
+def test_two_sizes_and_a_third():
+    """A texture's crops and images have two sizes; images of a third size are one line where they don't fit."""
+    backbone = Backbone("vit_tiny_patch16_224", [0], "none", "32", [(224, 224), (256, 192)])
+    assert [tuple(backbone(picture(*size))[0].shape[2:]) for size in backbone.grids] == [(14, 14), (16, 12)]
+    assert tuple(backbone(picture(64, 64))[0].shape[2:]) == (4, 4)
+    with pytest.raises(
+        UserError, match=r"images of 250×250: vit_tiny_patch16_224 can't take this size .*data\.texture_s"
+    ):
+        backbone(picture(250, 250))
+
+
+def test_models_that_take_any_size_are_built_as_before():
+    """No option goes to their constructor, so random weights follow the seed as without image sizes."""
+    made = []
+    for sizes in ([], [(97, 131)]):
+        torch.manual_seed(0)
+        made.append(Backbone("convnext_atto", [1, 2], "none", "32", sizes))
+    found, expected = (backbone(picture(97, 131)) for backbone in made)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert made[1].grids == {(97, 131): [(12, 16), (6, 8)]}
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
@@ -147,11 +201,46 @@ def test_the_models_are_timms_again_afterwards(file):
         ("resnet81", [2], r"backbone\.name=resnet81: timm knows no such model; did you mean .*resnet18"),
         ("resnet18.no_such_tag", [2], r"backbone\.name=resnet18\.no_such_tag: timm knows no such weights; .*tv_in1k"),
         (RESNET, [7], r"backbone\.layers=\[7\]: resnet18\.tv_in1k has no such layer"),
+        ("vit_tiny_patch16_224", [12], r"backbone\.layers=\[12\]: vit_tiny_patch16_224 has no such layer"),
+        ("vit_tiny_patch16_224", [1], r"data\.image_size=250: vit_tiny_patch16_224 can't .*; give 240 or 256"),
+        ("timm/resnet18", [1], r"backbone\.name=timm/resnet18: .*hf_hub:OWNER/NAME .*local-dir:FOLDER"),
+        ("local-dir:nowhere", [1], r"backbone\.name=local-dir:nowhere: not found, .*config\.json"),
     ],
 )
 def test_what_does_not_exist_is_named(name, layers, message):
-    with pytest.raises(UserError, match=message):
-        Backbone(name, layers, "none")
+    with pytest.raises(UserError, match=message) as raised:
+        Backbone(name, layers, "none", image_sizes=[(250, 250)])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def folder(resnet, tmp_path):
+    """A folder that timm has written for sharing a model, with another mean and standard deviation."""
+    data = {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.5, 1.0]}
+    timm.models.save_for_hf(resnet, tmp_path / "model", safe_serialization=True, data_config=data)
+    about = json.loads((tmp_path / "model" / "config.json").read_text())
+    about["pretrained_cfg"] |= data
+    (tmp_path / "model" / "config.json").write_text(json.dumps(about))
+    return tmp_path / "model"
+
+
+def test_a_model_in_a_folder(resnet, images, folder, file):
+    name = f"local-dir:{folder}"
+    for weights in ("auto", str(file)):
+        assert_near(Backbone(name, [1, 2], weights, "32")(images), own_features(resnet, images, [1, 2]))
+    assert Backbone.normalisation(name) == {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.5, 1.0]}
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"backbone\.name=local-dir:"):
+        Backbone(name, [1, 2])
+
+
+def test_the_mean_and_deviation_of_published_weights():
+    """As timm's table of weights has them: ResNets by ImageNet's, the augmented ViTs by one half."""
+    imagenet = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    assert Backbone.normalisation(RESNET) == imagenet
+    assert Backbone.normalisation("vit_tiny_patch16_224.augreg_in21k") == {"mean": [0.5] * 3, "std": [0.5] * 3}
+    with pytest.raises(UserError, match="resnet81"):
+        Backbone.normalisation("resnet81")
 
 
 def test_wrong_weights_are_refused(resnet, file, tmp_path):
