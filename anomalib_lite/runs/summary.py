@@ -123,7 +123,7 @@ def few_images(chosen: dict[str, Any]) -> list[str]:
     """A note on the categories whose thresholds come from fewer than FEW images: a high quantile needs many."""
     few = {name: x["images"] for name, x in chosen["per_category"].items() if x["images"] < FEW}
     listed = ", ".join(f"{name} ({count})" for name, count in few.items())
-    text = "thresholds from fewer than {} normal training images, so good images may often be flagged: {}"
+    text = "the thresholds come from fewer than {} normal training images, so good images may often be flagged: {}"
     return [text.format(FEW, listed)] if few else []
 
 

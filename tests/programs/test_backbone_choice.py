@@ -44,6 +44,7 @@ def test_a_folder_and_its_normalisation(root, model, tmp_path, monkeypatch):
     plain = result_of(*source, run_dir=tmp_path / "plain")
     own = result_of(*source, "data.normalize=backbone", run_dir=tmp_path / "own")
     assert "normalize" not in plain["protocol"]["data"]
+    assert any("fewer than 50" in note and note.endswith("bottle (4)") for note in plain["notes"])
     assert own["protocol"]["data"] == plain["protocol"]["data"] | {"normalize": {"mean": MEAN, "std": STD}}
     monkeypatch.chdir(tmp_path)
     stored = read_scores(tmp_path / "own")["bottle"]
