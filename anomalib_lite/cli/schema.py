@@ -224,9 +224,7 @@ def check(config: dict[str, Any]) -> None:
     refuse_renamed(config)
     check_group(config, Config)
     if "_target_" not in config["method"]:
-        raise UserError(
-            "method: no _target_ in it; does the method's YAML file begin with the line '# @package _global_'?"
-        )
+        raise UserError("method: no _target_ in it; its YAML file must begin with the line '# @package _global_'")
 
 
 def check_group(values: dict[str, Any], model: type[Group], prefix: str = "") -> None:
