@@ -43,7 +43,7 @@ def launched(root, tmp_path_factory):
     options[-1] = f'hydra.run.dir="{run}"'
     budget = ("trainer.max_epochs=2", "trainer.max_steps=null")
     cache = f"cache.folder={run.parent / 'cache'}"
-    left = {"RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "10.255.255.1", "NODE_RANK": "3"}
+    left: dict[str, Any] = {"RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "10.255.255.1", "NODE_RANK": "3"}
     outcome = runs.python("-m", "anomalib_lite.train", *options, *budget, cache, cwd=runs.ROOT, **left)
     assert outcome.code == 0, outcome.err
     return run
