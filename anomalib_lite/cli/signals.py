@@ -1,6 +1,8 @@
 """SIGTERM and the warning signals of clusters end a program as Ctrl-C does; training writes a checkpoint first."""
 
+import atexit
 import contextlib
+import multiprocessing.util
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,6 +11,7 @@ from collections.abc import Iterator
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 EXIT_CODE = 143
 
+_in_program = False
 _deferred = False
 _received = ""  # the name of the signal that came while signals were deferred
 
@@ -26,6 +29,11 @@ def as_interrupts() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    global _in_program
+    if not _in_program:
+        atexit.unregister(_kill_children)
+        atexit.register(_kill_children)  # it runs before what multiprocessing.util has registered at its import
+    _in_program = True
     before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGINT)}
     for number in SIGNALS:
         if before[number] == signal.SIG_DFL:
@@ -33,6 +41,7 @@ def as_interrupts() -> Iterator[None]:
     try:
         yield
     finally:
+        _in_program = False
         release(silently=True)
         for number, handler in before.items():
             if handler is not None:  # None: set by another program than Python
@@ -71,7 +80,19 @@ def interruption(error: BaseException) -> KeyboardInterrupt | None:
     return next(found, None)
 
 
-def ignore() -> None:
-    """For processes that load data: a signal to all processes must not end them before the one that trains."""
-    for number in SIGNALS:
+def leave_to_parent() -> None:
+    """For processes that load data: a signal to all processes must not end them before the one that trains.
+
+    Only in our programs, which kill these processes at their end: multiprocessing sends SIGTERM and waits.
+    """
+    for number in SIGNALS if _in_program else ():
         signal.signal(number, signal.SIG_IGN)
+
+
+def _kill_children() -> None:
+    """At the end of the program, before multiprocessing waits for processes of abandoned iterators."""
+    children = [child for child in multiprocessing.active_children() if child.daemon]
+    if children:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an exception
+    for child in children:
+        child.kill()

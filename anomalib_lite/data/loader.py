@@ -83,6 +83,6 @@ def worker_count(workers: int | str, world: int) -> int:
 
 def one_thread(worker: int) -> None:
     """Loader processes share the cores with training: one thread each. Signals are for the process that trains."""
-    signals.ignore()
+    signals.leave_to_parent()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)

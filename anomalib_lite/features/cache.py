@@ -95,14 +95,16 @@ class FeatureFiles:
     def locked(self) -> Iterator[None]:
         """A lock: one run writes at a time. The system releases the lock of a killed process.
 
+        Processes forked from this one, such as those that load data, do not inherit it.
+
         The incomplete files of killed writers are removed first.
         """
         with (self.folder / "lock").open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 log.info("waiting for another run that computes features with the same backbone")
-                fcntl.flock(file, fcntl.LOCK_EX)
+                fcntl.lockf(file, fcntl.LOCK_EX)
             for part in self.folder.glob(f"*.part{FILES[1:]}"):
                 part.unlink()
             yield

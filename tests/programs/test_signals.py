@@ -153,3 +153,24 @@ def _led(arguments: list[str], run: Path) -> None:
     os.setpgid(0, 0)
     multiprocessing.set_start_method(None, force=True)  # the loader's processes start as in a single run
     os._exit(runs.train(*arguments, f"hydra.run.dir={run}", small=False).code)
+
+
+ABANDONED = """
+import os, signal, sys
+from torch.utils.data import DataLoader
+from anomalib_lite.cli.signals import as_interrupts
+from anomalib_lite.data.loader import one_thread
+with as_interrupts():
+    iterator = iter(DataLoader(list(range(4)), num_workers=1, worker_init_fn=one_thread))
+    next(iterator)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        os.kill(iterator._workers[0].pid, number)
+    print(int(next(iterator)[0]))
+sys.exit(3)
+"""
+
+
+def test_a_program_ends_with_its_loader_processes():
+    """Also when an iterator is abandoned, as by an exception: multiprocessing then sends SIGTERM and waits."""
+    outcome = runs.python("-c", ABANDONED, cwd=runs.ROOT, timeout=60)
+    assert (outcome.code, outcome.out, outcome.err) == (3, "1\n", "")
