@@ -1,6 +1,7 @@
 """What a sweep shows in the terminal: its progress while it runs, and one table at its end."""
 
 import logging
+import re
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from anomalib_lite.console import is_interactive, make_console
+from anomalib_lite.sweeps.closing import closing_lines
 from anomalib_lite.sweeps.job import Job, last_line
 
 log = logging.getLogger(__name__)
@@ -80,8 +82,9 @@ def duration(seconds: float) -> str:
 
 
 def values(job: Job) -> dict[str, str]:
-    """{key: value} of a job's overrides."""
-    return {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in job.overrides)}
+    """{key: value} of a job's overrides, without quotes."""
+    parts = (override.partition("=") for override in job.overrides)
+    return {key.lstrip("+"): re.sub("[\"']", "", value) for key, _, value in parts}
 
 
 def differences(jobs: list[Job]) -> list[str]:
@@ -116,6 +119,8 @@ def print_table(folder: Path, jobs: list[Job]) -> None:
         row = [str(job.folder.relative_to(folder)), *(given.get(name, "") for name in (*fixed, *names)), *percent]
         table.add_row(*map(Text, [*row, "" if job.seconds is None else f"{job.seconds:.1f}", job.state]))
     make_console(width=120).print(table)
+    for line in closing_lines(folder, jobs):
+        print(line)
     failed = [job for job in jobs if job.state == "failed"]
     for job in failed:
         print(f"error: job {job.number} ({settings(job, names)}): {job.failure}; see {job.output}", file=sys.stderr)
