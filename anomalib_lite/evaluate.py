@@ -10,6 +10,7 @@ scoring.image_score=0.01          max, mean, or the mean of the top share of a m
 scoring.fpr_limits=[0.3,0.1]      limits of the false positive rate for AUPRO
 scoring.map_size=original         maps and masks are compared at each image's own size; or a side, [h,w], or null (the
                                   input's size)
+hardware=cpu                      another choice of hardware: auto, cpu, gpu or ddp
 hardware.devices=2                on several devices
 """
 
@@ -20,7 +21,7 @@ from typing import Any
 from anomalib_lite.cli import keys
 from anomalib_lite.cli import program as cli
 from anomalib_lite.errors import UserError
-from anomalib_lite.paths import make_folder
+from anomalib_lite.paths import HOME, make_folder
 from anomalib_lite.runs import folder
 
 
@@ -37,19 +38,20 @@ def evaluate(options: dict[str, Any]) -> None:
 
     checkpoint, config, names = folder.read_run(run)
     changeable = ", ".join(schema.free("evaluate"))
-    for key, value in options.items():
+    for key, value in sorted(options.items(), key=lambda option: "." in option[0]):  # choices before their options
         if key in keys.RENAMED:
             raise UserError(keys.new_name(key))
         if not schema.is_free(key, "evaluate"):
             raise UserError(f"{key} can't be changed without training anew: change {changeable}")
         if keys.lookup(config, key, ...) is ...:
             raise UserError(f"{key}: the run's configuration has no such key")
-        keys.assign(config, key, value)
+        keys.assign(config, key, choice(key, value) if (HOME / "conf" / key).is_dir() else value)
     schema.check(config)
     if folder.is_finished(output):
         raise UserError(f"{output} already holds results: choose another output=DIR")
     make_folder(output, "output")
 
+    print(f"evaluating {run}; importing the libraries, which can take half a minute", flush=True)
     from anomalib_lite.runs import terminal
     from anomalib_lite.runs.run import execute
 
@@ -57,6 +59,15 @@ def evaluate(options: dict[str, Any]) -> None:
     result = execute(config, output, names, checkpoint, overrides, [f"evaluated again from {run}"], fit=False)
     if result is not None:
         terminal.show(output, result)
+
+
+def choice(group: str, name: str) -> Any:
+    """The options of a choice such as hardware=cpu. Raises Hydra's MissingConfigException for an unknown one."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(HOME / "conf"), version_base="1.3"):
+        return OmegaConf.to_container(compose("train", [f"{group}={name}"])[group], resolve=True)
 
 
 if __name__ == "__main__":

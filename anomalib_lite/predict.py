@@ -46,6 +46,7 @@ def predict(options: dict[str, Any]) -> None:
     if (output / SCORES).exists():
         raise UserError(f"{output / SCORES} exists already: choose another output=DIR, or remove the file")
 
+    print(f"scoring {len(files)} images; importing the libraries, which can take half a minute", flush=True)
     from anomalib_lite.runs.artifacts import thresholds_of
     from anomalib_lite.runs.load import load
     from anomalib_lite.runs.terminal import silence_libraries

@@ -34,6 +34,7 @@ def train(cfg: Any) -> float | None:
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     schema.check(config)
     from anomalib_lite.runs import artifacts, terminal  # these import NumPy: after the check
+    from anomalib_lite.runs.early_checks import check_inputs
 
     folder.make_absolute(config)
     if config["resume"]:
@@ -41,10 +42,14 @@ def train(cfg: Any) -> float | None:
     one_process = hydra.mode == RunMode.MULTIRUN  # our own launchers give every job a process and mode=RUN
     ranks.check(config["hardware"], str(hydra.runtime.choices.get("hydra/launcher")) if one_process else None)
     first = ranks.is_first(config["hardware"])
+    if not folder.checkpoint(run).is_file():  # otherwise the checkpoint holds the weights
+        check_inputs(config)
     if first and not folder.open_run(run, config, names, overrides, hydra):
         log.info("this run is finished: nothing to do")
         terminal.show(run, artifacts.read_result(run))
         return None
+    if first:
+        log.info("run in %s; importing the libraries, which can take half a minute", run)
 
     from anomalib_lite.runs.run import execute
     from anomalib_lite.tracking.wandb_logger import finish

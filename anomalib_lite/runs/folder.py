@@ -138,8 +138,9 @@ def resumed(
 
 def check_unchanged(stored: dict[str, Any], config: dict[str, Any], run: Path) -> None:
     """Raise UserError for the first key whose value differs from the stored one and may not change on resume."""
-    from anomalib_lite.cli.schema import is_free
+    from anomalib_lite.cli.schema import is_free, names_to_text
 
+    names_to_text(stored)  # earlier versions stored a category called 3 as a number
     before, after = flat(stored), flat(config)
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key) and not is_free(key, "resume"):
