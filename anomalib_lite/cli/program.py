@@ -24,6 +24,7 @@ def run(task: Callable[[Any], Any], config_name: str) -> None:
     prepare()
     import hydra
 
+    from anomalib_lite.cli.help import explained_help
     from anomalib_lite.cli.hydra_hooks import no_private_choices, remove_empty_folders
 
     @functools.wraps(task)
@@ -31,7 +32,7 @@ def run(task: Callable[[Any], Any], config_name: str) -> None:
         with reported():  # inside Hydra, which would add a line of its own
             return task(cfg)
 
-    with reported(outside=True), remove_empty_folders(), no_private_choices():
+    with reported(outside=True), remove_empty_folders(), no_private_choices(), explained_help():
         _parse_arguments()
         hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name=config_name)(job)()
 
