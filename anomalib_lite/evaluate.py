@@ -13,6 +13,7 @@ scoring.image_score=0.01          max, mean, or the mean of the top share of a m
 scoring.fpr_limits=[0.3,0.1]      limits of the false positive rate for AUPRO
 scoring.map_size=original         maps and masks are compared at each image's own size; or a side, [h,w], or null (the
                                   input's size)
+hardware=cpu                      another choice of hardware: auto, cpu, gpu or ddp
 hardware.devices=2                on several devices
 """
 
@@ -24,7 +25,7 @@ from typing import Any
 from anomalib_lite.cli import keys, signals
 from anomalib_lite.cli import program as cli
 from anomalib_lite.errors import UserError
-from anomalib_lite.paths import make_folder
+from anomalib_lite.paths import HOME, make_folder
 from anomalib_lite.runs import folder, inputs, ranks
 from anomalib_lite.runs.claim import claimed
 
@@ -42,7 +43,7 @@ def evaluate(options: dict[str, Any]) -> None:
 
     checkpoint, config, names = folder.read_run(run)
     changeable = ", ".join((*schema.free("evaluate"), *schema.free("moved")))
-    for key, value in options.items():
+    for key, value in sorted(options.items(), key=lambda option: "." in option[0]):  # choices before their options
         if key in keys.RENAMED:
             raise UserError(keys.new_name(key))
         if schema.is_free(key, "moved") and keys.lookup(config, key):
@@ -53,6 +54,7 @@ def evaluate(options: dict[str, Any]) -> None:
             raise UserError(f"{key} can't be changed without training anew: change {changeable}")
         if keys.lookup(config, key, ...) is ...:
             raise UserError(f"{key}: the run's configuration has no such key")
+        value = choice(key, value) if (HOME / "conf" / key).is_dir() else value
         folder.assign_everywhere(config, key, value)
     schema.check(config)
     first = ranks.settle(config["hardware"])
@@ -61,6 +63,7 @@ def evaluate(options: dict[str, Any]) -> None:
         if folder.is_run(output) or folder.is_finished(output):
             raise UserError(f"{output} already holds results or a run: choose another output=DIR")
 
+        print(f"evaluating {run}; importing the libraries, which can take half a minute", flush=True)
         from anomalib_lite.runs import terminal
         from anomalib_lite.runs.run import execute
 
@@ -72,6 +75,15 @@ def evaluate(options: dict[str, Any]) -> None:
             raise signals.interruption(error) or error from None
     if result is not None:
         terminal.show(output, result)
+
+
+def choice(group: str, name: str) -> Any:
+    """The options of a choice such as hardware=cpu. Raises Hydra's MissingConfigException for an unknown one."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(HOME / "conf"), version_base="1.3"):
+        return OmegaConf.to_container(compose("train", [f"{group}={name}"])[group], resolve=True)
 
 
 if __name__ == "__main__":

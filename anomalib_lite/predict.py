@@ -46,6 +46,7 @@ def predict(options: dict[str, Any]) -> None:
     files = images_below(source)
     refuse_used(output)
 
+    print(f"scoring {len(files)} images; importing the libraries, which can take half a minute", flush=True)
     from anomalib_lite.data.value_range import other_depths
     from anomalib_lite.runs.artifacts import thresholds_of
     from anomalib_lite.runs.load import load

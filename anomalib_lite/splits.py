@@ -109,6 +109,7 @@ def composed(overrides: Sequence[str], folder: str | None) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     from anomalib_lite.cli import schema
+    from anomalib_lite.cli.values import as_typed
 
     for override in overrides:
         if "=" not in override:
@@ -119,7 +120,7 @@ def composed(overrides: Sequence[str], folder: str | None) -> dict[str, Any]:
             raise UserError(f"--config-dir {folder}: no such folder")
         defaults.append(f"hydra.searchpath=[file://{Path(folder).absolute()}]")
     with initialize_config_dir(str(cli.HOME / "conf"), version_base="1.3"):
-        cfg: Any = OmegaConf.to_container(compose("train", [*defaults, *overrides]), resolve=True)
+        cfg: Any = OmegaConf.to_container(compose("train", [*defaults, *map(as_typed, overrides)]), resolve=True)
     schema.check(cfg)
     return cfg
 

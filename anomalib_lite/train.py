@@ -37,6 +37,7 @@ def train(cfg: Any) -> float | None:
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     schema.check(config)
     from anomalib_lite.runs import artifacts, terminal  # these import NumPy: after the check
+    from anomalib_lite.runs.early_checks import check_inputs
 
     folder.make_absolute(config)
     if config["resume"]:
@@ -44,6 +45,8 @@ def train(cfg: Any) -> float | None:
     one_process = hydra.mode == RunMode.MULTIRUN  # our own launchers give every job a process and mode=RUN
     ranks.check(config["hardware"], str(hydra.runtime.choices.get("hydra/launcher")) if one_process else None)
     first = ranks.settle(config["hardware"])
+    if not folder.checkpoint(run).is_file():  # otherwise the checkpoint holds the weights
+        check_inputs(config)
     result: dict[str, Any] | None
     with claimed(run, "hydra.run.dir") if first else contextlib.nullcontext():
         if config["resume"] and first and not folder.is_run(run) and OmegaConf.is_missing(hydra.job, "num"):
@@ -53,6 +56,8 @@ def train(cfg: Any) -> float | None:
             log.info("this run is finished: nothing to do")
             result = artifacts.read_result(run)
         else:
+            if first:
+                log.info("run in %s; importing the libraries, which can take half a minute", run)
             result = trained(run, config, names, overrides, first, one_process)
     if result is None:
         return None

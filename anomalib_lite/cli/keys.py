@@ -1,6 +1,6 @@
 """Keys such as `data.batch_size` in a nested configuration, and the names that keys and classes had before."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from anomalib_lite.errors import UserError
@@ -43,6 +43,19 @@ def assign(config: dict[str, Any], key: str, value: Any) -> None:
     group, _, name = key.rpartition(".")
     parent = lookup(config, group) if group else config
     parent[name] = value
+
+
+def short_key(key: str, among: Sequence[str]) -> str:
+    """`method.norm` as `norm`, unless another of these keys ends in the same name."""
+    last = [other.removesuffix("._target_").rpartition(".")[2] for other in (key, *among)]
+    return last[0] if last[1:].count(last[0]) == 1 else key.removesuffix("._target_")
+
+
+def text_of(value: Any) -> Any:
+    """A number or boolean of a YAML file as text, also within a list: 2024 as "2024", true as "true"."""
+    if isinstance(value, list):
+        return [text_of(each) for each in value]
+    return str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, int | float) else value
 
 
 def new_name(key: str) -> str:

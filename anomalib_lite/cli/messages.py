@@ -26,8 +26,8 @@ def one_line(error: BaseException, outside: bool, folder: str) -> str | None:
     if not isinstance(error, UserError | HydraException | OmegaConfBaseException | YAMLError | OSError):
         return None
     cause = next((each for each in _chain(error) if isinstance(each, UserError)), None)
-    if cause is None and isinstance(error, OSError) and not (outside or _is_writing(error)):
-        return None
+    if isinstance(error, OSError) and not (cause or outside or isinstance(error, HydraException) or _is_writing(error)):
+        return None  # Hydra's error for a missing choice is an OSError too
     return re.sub(r"\s*\n\s*", " ", _text(cause or error, folder)).strip()
 
 

@@ -25,6 +25,7 @@ def run(task: Callable[[Any], Any], config_name: str) -> None:
     prepare()
     import hydra
 
+    from anomalib_lite.cli.help import explained_help
     from anomalib_lite.cli.hydra_hooks import mode_from_flags, no_private_choices, remove_empty_folders
 
     @functools.wraps(task)
@@ -32,7 +33,7 @@ def run(task: Callable[[Any], Any], config_name: str) -> None:
         with reported():  # inside Hydra, which would add a line of its own
             return task(cfg)
 
-    hooks = (signals.as_interrupts, remove_empty_folders, no_private_choices, mode_from_flags)
+    hooks = (signals.as_interrupts, remove_empty_folders, no_private_choices, mode_from_flags, explained_help)
     with reported(outside=True), contextlib.ExitStack() as entered:
         for hook in hooks:
             entered.enter_context(hook())
@@ -43,8 +44,7 @@ def run(task: Callable[[Any], Any], config_name: str) -> None:
 def run_plain(task: Callable[[dict[str, Any]], None], usage: str | None, texts: Sequence[str]) -> None:
     """The same for a program whose arguments are all KEY=VALUE: runs `task(options)`.
 
-    Values are read as YAML. Those of the keys in `texts` (paths and names) stay as typed: a folder may be called 01,
-    or no.
+    Values are read in Hydra's grammar, as in training. Those of the keys in `texts` (paths and names) stay as typed.
     """
     prepare()
     if {"-h", "--help"} & set(sys.argv[1:]):
@@ -56,7 +56,7 @@ def run_plain(task: Callable[[dict[str, Any]], None], usage: str | None, texts: 
             key, equals, text = argument.partition("=")
             if not equals or not key:
                 raise UserError(f"{argument}: arguments are KEY=VALUE; see --help")
-            options[key] = text if key in texts else _yaml(key, text)
+            options[key] = text if key in texts else _value(argument)
         task(options)
 
 
@@ -82,13 +82,15 @@ def prepare() -> None:
         sys.path.insert(0, str(Path.cwd()))
 
 
-def _yaml(key: str, text: str) -> Any:
-    import yaml
+def _value(argument: str) -> Any:
+    from hydra.core.override_parser.types import Sweep
 
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{key}={text}: the value is not valid YAML; see --help") from error
+    from anomalib_lite.cli import values
+
+    value = values.read(values.as_typed(argument))
+    if isinstance(value, Sweep):
+        raise UserError(f"{argument}: give one value; a list has brackets, and text with special characters quotes")
+    return value
 
 
 @contextlib.contextmanager
@@ -122,6 +124,8 @@ def _parse_arguments() -> None:
     from hydra._internal.utils import get_args_parser
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
+    from anomalib_lite.cli.values import as_typed
+
     parser = get_args_parser()
 
     def error(message: str) -> NoReturn:
@@ -141,10 +145,11 @@ def _parse_arguments() -> None:
         raise UserError(f"--config-dir {known.config_dir}: no such folder")
     if known.resolve and not (known.cfg or known.help):
         raise UserError("--resolve: goes with --cfg job")
-    for override in OverridesParser.create().parse_overrides(known.overrides):
+    overrides = list(map(as_typed, known.overrides))
+    for override in OverridesParser.create().parse_overrides(overrides):
         name = override.key_or_group
         is_value = override.value() is None or isinstance(override.value(), int | float | dict)
         if is_value and not override.is_delete() and (not name or (HOME / "conf" / name).is_dir()):
             raise UserError(f"{override.input_line}: {name or 'an option'} takes the name of a choice; see --help")
-    rest = list(known.overrides)
-    sys.argv[1:] = [*(argument for argument in sys.argv[1:] if argument not in rest), *rest]
+    flags = [argument for argument in sys.argv[1:] if argument not in known.overrides]
+    sys.argv[1:] = [*flags, *overrides]

@@ -6,73 +6,23 @@ The options of the `method` group are checked against the method's constructor i
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
-from anomalib_lite.cli.keys import refuse_renamed
+from anomalib_lite.cli.keys import assign, lookup, refuse_renamed, text_of
 from anomalib_lite.errors import UserError
 
+from anomalib_lite.cli.key_types import (  # isort: skip
+    ALWAYS, FLAG, GIGABYTES, NAME, SECONDS, SHARE, SIZE, SMOOTH, WHOLE, WHOLE_OR_NULL, Auto, Box, Ends, Gauss, Key,
+    Names, NumberFrom0, Pool, Positive, Project, Share, Size, Tag, Text, Whole, WholeFrom0, refuse, require,
+)  # fmt: skip
 
-@dataclass(frozen=True)
-class Key:
-    """Metadata of a key.
-
-    Attributes:
-        give: the end of the error for an invalid value: "KEY=VALUE: give …".
-        free: where the key may change: "resume" (between a run and its continuation), "evaluate" (when a stored run is
-            evaluated again), "compare" (between runs of the same experiment), "moved" (a path that may change on
-            resume and evaluation if it leads to the same content).
-    """
-
-    give: str = "its options by their names"
-    free: tuple[str, ...] = ()
-
-
-ALWAYS = ("resume", "evaluate", "compare")
-
-
-def _require(test: Callable[[Any], Any]) -> AfterValidator:
-    def check(value: Any) -> Any:
-        if not test(value):
-            raise ValueError
-        return value
-
-    return AfterValidator(check)
-
-
-def _refuse(kind: type) -> Callable[[Any], Any]:
-    """Refuses values of a type that pydantic would convert: bool, or int, which includes bool."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, kind):
-            raise ValueError
-        return value
-
-    return check
-
-
-Whole = Annotated[int, Field(ge=1)]
-WholeFrom0 = Annotated[int, Field(ge=0)]
-NumberFrom0 = Annotated[float, Field(ge=0), BeforeValidator(_refuse(bool))]
-Positive = Annotated[float, Field(gt=0), BeforeValidator(_refuse(bool))]
-Share = Annotated[float, Field(gt=0, le=1), BeforeValidator(_refuse(bool))]
-Ends = Annotated[list[float], _require(lambda ends: len(ends) == 2 and ends[0] < ends[1])]
-Odd = Annotated[Whole, _require(lambda number: number % 2 == 1)]
-Name = str | int  # a folder may be called 01
-Names = Name | Annotated[list[Name], Field(min_length=1)]
-Text = Annotated[str, Field(min_length=1)]
-Side = Annotated[int, Field(ge=16)]
-Size = Side | Annotated[list[Side], Field(min_length=2, max_length=2)]
-Auto = Literal["auto"]
 OBJECTIVE = re.compile(r"validation\.((image|pixel)_(auroc|ap|f1max)|aupro_\d+)")
-Metric = Annotated[str, _require(OBJECTIVE.fullmatch)]
+Metric = Annotated[str, require(OBJECTIVE.fullmatch)]
 HELD_OUT = "a metric of held-out training images, such as validation.image_auroc: the test set chooses nothing"
-FLAG, WHOLE, WHOLE_OR_NULL = "true or false", "a whole number from 1", "a whole number from 1, or null"
-SIZE, GIGABYTES, SHARE = "a whole number from 16, or [height, width]", "gigabytes from 0", "a share above 0, at most 1"
-SECONDS, SMOOTH = "seconds above 0", "a sigma above 0, {sigma: 4, size: 5}, {box: 11, times: 3} (odd sizes)"
 
 
 class Group(BaseModel, strict=True, extra="ignore", allow_inf_nan=False):
@@ -87,10 +37,10 @@ class Cache(Group):
 
 
 class Data(Group):
-    name: Annotated[Any, Key(free=("compare",))] = None
+    name: Annotated[str | None, Key("a name, or null", ("compare",))] = None
     reader: Annotated[Any, Key(free=("compare",))] = None
     split: Annotated[Any, Key(free=("compare",))] = None
-    root: Annotated[Any, Key(free=ALWAYS)] = None
+    root: Annotated[Text | None, Key("a folder, or null", ALWAYS)] = None
     category: Annotated[Names, Key("a name, a list such as [bottle,toothbrush], or all", ("compare",))]
     image_size: Annotated[Size, Key(SIZE)]
     batch_size: Annotated[Whole, Key(WHOLE)]
@@ -107,7 +57,7 @@ class Data(Group):
 
 
 class Split(Group):
-    imbalance: Annotated[float, Field(ge=1), BeforeValidator(_refuse(bool)), Key("a number from 1, such as 100")] = 1
+    imbalance: Annotated[float, Field(ge=1), BeforeValidator(refuse(bool)), Key("a number from 1, such as 100")] = 1
     order: Annotated[Names, Key("size, name, reverse, reverse_name, or a list of all categories, head first")] = "size"
     seed: Annotated[WholeFrom0, Key("a whole number from 0")] = 0
     path: Annotated[Text, Key("the file of the split, as in split=file split.path=FILE", ("moved",))] = "unused"
@@ -142,7 +92,7 @@ class Backbone(Group):
     name: Annotated[str | None, Key("the name of a timm model, or null", ("compare", "moved"))]
     layers: Annotated[
         list[WholeFrom0],
-        _require(lambda layers: layers == sorted(set(layers))),
+        require(lambda layers: layers == sorted(set(layers))),
         Key("timm's out_indices in ascending order, such as [2,3]", ("compare",)),
     ]
     weights: Annotated[Text, Key("auto, none, or a file", ("compare", "moved"))]
@@ -154,25 +104,6 @@ class Backbone(Group):
         return self
 
 
-class Smoothing(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
-    """A filter of anomaly maps, with exactly these options."""
-
-
-class Gauss(Smoothing):
-    sigma: Positive
-    size: Odd | None = None
-    pad: Literal["mirror", "zeros"] | None = None
-
-
-class Box(Smoothing):
-    box: Odd
-    times: Whole | None = None
-
-
-class Pool(Smoothing):
-    pool: Whole
-
-
 class Scoring(Group):
     map_size: Annotated[Size | Literal["original"] | None, Key(f"{SIZE}, original, or null")] = None
     pixel_smooth: Annotated[Positive | Gauss | Box | Auto | None, Key(f"{SMOOTH} or null")]
@@ -181,7 +112,7 @@ class Scoring(Group):
     ]
     image_score: Annotated[
         Literal["auto", "own", "max", "mean"] | Share,
-        BeforeValidator(_refuse(int)),
+        BeforeValidator(refuse(int)),
         Key("max, mean, own, or a share such as 0.01 for the mean of the top 1 %"),
     ]
     quantile: Annotated[Share, Key(SHARE)]
@@ -189,10 +120,18 @@ class Scoring(Group):
 
 
 class Wandb(Group):
+    """The rules for names are those of `wandb.Settings`."""
+
+    project: Annotated[Project | None, Key(r"at most 128 characters without any of / \ # ? % :, or null")] = None
+    entity: Annotated[str | None, Key(NAME)] = None
+    name: Annotated[str | None, Key(NAME)] = None
+    group: Annotated[str | None, Key(NAME)] = None
+    job_type: Annotated[str | None, Key(NAME)] = None
+    notes: Annotated[str | None, Key(NAME)] = None
+    tags: Annotated[list[Tag] | None, Key("a list of tags, each of 1 to 64 characters, or null")] = None
     mode: Annotated[
         Literal["auto", "online", "offline", "disabled"] | None, Key("auto, online, offline or disabled")
     ] = None
-    tags: Annotated[list[Name] | None, Key("a list of names, or null")] = None
     timeout: Annotated[Positive | None, Key(SECONDS)] = None
     upload_timeout: Annotated[Positive | None, Key(SECONDS)] = None
 
@@ -220,8 +159,12 @@ class Config(Group):
 
 
 def check(config: dict[str, Any]) -> None:
-    """Raise UserError for the first invalid value, or for a key that was renamed."""
+    """Raise UserError for the first invalid value, or for a key that was renamed.
+
+    Numbers and booleans that a YAML file gives as a path or name become text.
+    """
     refuse_renamed(config)
+    names_to_text(config)
     check_group(config, Config)
     if "_target_" not in config["method"]:
         raise UserError("method: no _target_ in it; its YAML file must begin with the line '# @package _global_'")
@@ -252,6 +195,40 @@ def _message(value: Any, model: Any, place: tuple[int | str, ...], key: str) -> 
 
 def _metadata(field: Any) -> Key:
     return next((each for each in field.metadata if isinstance(each, Key)), Key())
+
+
+def names_to_text(config: dict[str, Any]) -> None:
+    """Turn numbers and booleans into text where the key takes a path or a name, in place."""
+    for key in _keys(Config):
+        if str in types_of(key) and (value := lookup(config, key)) is not None:
+            assign(config, key, text_of(value))
+
+
+@functools.cache
+def _keys(model: type[Group], prefix: str = "") -> tuple[str, ...]:
+    """All keys below a group."""
+    parts = [(f"{prefix}{name}", _group(field)) for name, field in model.model_fields.items()]
+    return tuple(key for name, group in parts for key in (_keys(group, f"{name}.") if group else [name]))
+
+
+@functools.cache
+def types_of(key: str) -> set[Any]:
+    """The types that a key admits, and those within its lists; empty for an unknown key."""
+    if re.fullmatch(r"hydra\.(run|sweep)\.\w+", key):
+        return {str}
+    model: Any = Config
+    for part in key.split("."):
+        field = getattr(model, "model_fields", {}).get(part)
+        model = field and _group(field)
+    return set(_types(field.annotation)) if field else set()
+
+
+def _types(annotation: Any) -> Iterator[Any]:
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType, Annotated, list):
+        for each in inner[:1] if origin is Annotated else inner:
+            yield from _types(each)
+    yield origin or annotation
 
 
 def _group(field: Any) -> Any:

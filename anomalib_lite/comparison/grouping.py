@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from anomalib_lite.cli.keys import flat
+from anomalib_lite.cli.keys import flat, short_key
 from anomalib_lite.comparison.datasets import places, titles
 from anomalib_lite.comparison.find_runs import Run, dict_at, shorten
 from anomalib_lite.comparison.tables import Row, Table
@@ -152,12 +152,6 @@ def label(rows: list[Row]) -> list[Row]:
             row.label = f"{name} ({', '.join(details)})" if details else name
             row.full_label = f"{row.label} [{setting}]" if len(settings) > 1 else row.label
     return sorted(rows, key=lambda row: (row.setting, _natural(row.label)))
-
-
-def short_key(key: str, among: Sequence[str]) -> str:
-    """`method.norm` as `norm`, unless another of these keys ends in the same name."""
-    last = [other.removesuffix("._target_").rpartition(".")[2] for other in (key, *among)]
-    return last[0] if last[1:].count(last[0]) == 1 else key.removesuffix("._target_")
 
 
 def _shown(values: set[str | None]) -> dict[str | None, str]:

@@ -152,8 +152,9 @@ def check_unchanged(stored: dict[str, Any], config: dict[str, Any], run: Path) -
 
     A path that has moved must lead to the same content; the fingerprint in a checkpoint tells what a split left.
     """
-    from anomalib_lite.cli.schema import is_free
+    from anomalib_lite.cli.schema import is_free, names_to_text
 
+    names_to_text(stored)  # earlier versions stored a category called 3 as a number
     digests = stored_digests(run)
     for key, before, after in differences(stored, config, "resume"):
         if is_free(key, "moved"):

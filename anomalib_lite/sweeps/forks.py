@@ -8,6 +8,7 @@ under a small process that watches the launcher, because Lightning's ranks repea
 
 import atexit
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -21,6 +22,7 @@ from typing import Any
 from anomalib_lite.sweeps.command import Command, die_with
 from anomalib_lite.sweeps.job import Job
 
+log = logging.getLogger(__name__)
 GRACE = 8.0  # seconds in which interrupted jobs may end by themselves
 FORK = sys.platform == "linux"  # elsewhere a fork of a process that has imported torch is unsafe: a job starts anew
 LOST = 255  # exit code of multiprocessing for a process whose fork server was killed
@@ -39,12 +41,17 @@ class ForkedJobs:
     def start(self, job: Job, command: Command) -> None:
         command = replace(command, environment=command.full_environment())
         process = self.context.Process(target=run_job, args=(command, FORK and not job.several))
+        begin, first = time.monotonic(), not self.started
+        if first and FORK:
+            log.info("the libraries are imported once for all jobs, which can take half a minute")
         try:
-            process.start()
+            process.start()  # waits until the fork server has imported everything
         except (EOFError, OSError):  # the fork server was killed before it forked the job
             self.lost[job.number] = -signal.SIGKILL
             return
         self.running[job.number], self.started[job.number] = process, time.monotonic()
+        if first and FORK:
+            log.info("the libraries took %.1f s, which counts for no job", self.started[job.number] - begin)
 
     def wait(self, seconds: float) -> dict[int, int]:
         """Wait until a job ends, at most `seconds`.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from omegaconf import OmegaConf
 
@@ -112,9 +113,17 @@ class Job:
 
 
 def key_of(overrides: list[str]) -> str:
-    """What identifies a job: its overrides in any order, without those that change no result."""
-    named = [o for o in filter_overrides(overrides) if o.lstrip("+").partition("=")[0] not in ("resume", "debug")]
+    """What identifies a job: its overrides in any order, without quotes and without those that change no result."""
+    plain = [re.sub("[\"']", "", override) for override in filter_overrides(overrides)]
+    named = [each for each in plain if each.lstrip("+").partition("=")[0] not in ("resume", "debug")]
     return json.dumps(sorted(named))
+
+
+def without_value(overrides: list[str], loader: Any) -> UserError:
+    """The error for a sweep without any job; it names the overrides that give no value."""
+    parsed = OverridesParser.create(loader).parse_overrides(overrides)
+    empty = [each.input_line for each in parsed if each.is_sweep_override() and not [*each.sweep_iterator()]]
+    return UserError(f"{', '.join(map(str, empty))}: no value, so the sweep has no job; give at least one value")
 
 
 def put_aside(place: Path) -> None:

@@ -83,6 +83,8 @@ def distribution(override: Override) -> Any:
     if "log" in value.tags:
         raise UserError(f"{override.input_line}: tag(log, …) goes with interval(low, high)")
     choices = list(dict.fromkeys(override.sweep_string_iterator()))
+    if not choices:
+        raise UserError(f"{override.input_line}: no value, so the search has no trial; give at least one value")
     if isinstance(value, RangeSweep) and len(choices) > 1 and all(text.lstrip("-").isdigit() for text in choices):
         numbers = sorted(map(int, choices))
         return IntDistribution(numbers[0], numbers[-1], step=numbers[1] - numbers[0])

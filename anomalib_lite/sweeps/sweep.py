@@ -29,8 +29,10 @@ from anomalib_lite.cli import schema as configuration
 from anomalib_lite.data.cores import cores, threads
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import write_text
+from anomalib_lite.runs.early_checks import check_inputs
+from anomalib_lite.runs.folder import is_run
 from anomalib_lite.sweeps.forks import ForkedJobs
-from anomalib_lite.sweeps.job import Job, check_whole, key_of
+from anomalib_lite.sweeps.job import Job, check_whole, key_of, without_value
 from anomalib_lite.sweeps.view import View, print_end, print_interrupted
 
 log = logging.getLogger(__name__)
@@ -62,6 +64,8 @@ class Sweep:
     def launch(self, job_overrides: list[list[str]], first: int) -> list[JobReturn]:
         """Run a batch of jobs, the first with number `first`. Exits with 1 after the last one if a job failed."""
         setup_globals()
+        if not job_overrides:
+            raise without_value(list(self.config.hydra.overrides.task), self.loader)
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder), sigterm_as_interrupt():
@@ -136,6 +140,8 @@ class Sweep:
         self.check_objective(plain)
         job = Job(number, overrides, self.folder / subfolder, cfg, plain, *self.devices(plain["hardware"]))
         job.find_earlier_run()
+        if self.launcher == "processes" and not is_run(job.folder):  # elsewhere this machine may not see the data
+            check_inputs(plain)
         return job
 
     def check_objective(self, plain: dict[str, Any]) -> None:

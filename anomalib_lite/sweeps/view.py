@@ -1,6 +1,7 @@
 """What a sweep shows in the terminal: its progress while it runs, and the comparison at its end."""
 
 import logging
+import re
 import shlex
 import sys
 import time
@@ -16,6 +17,7 @@ from rich.text import Text
 from anomalib_lite.comparison import find_runs, grouping, terminal
 from anomalib_lite.comparison.tables import Row
 from anomalib_lite.console import is_interactive, make_console
+from anomalib_lite.sweeps.closing import closing_lines
 from anomalib_lite.sweeps.job import Job, last_line
 
 log = logging.getLogger(__name__)
@@ -83,8 +85,9 @@ def duration(seconds: float) -> str:
 
 
 def values(job: Job) -> dict[str, str]:
-    """{key: value} of a job's overrides."""
-    return {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in job.overrides)}
+    """{key: value} of a job's overrides, without quotes."""
+    parts = (override.partition("=") for override in job.overrides)
+    return {key.lstrip("+"): re.sub("[\"']", "", value) for key, _, value in parts}
 
 
 def differences(jobs: list[Job]) -> list[str]:
@@ -112,6 +115,8 @@ def print_end(folder: Path, jobs: list[Job]) -> None:
     if runs:
         command = f"python -m anomalib_lite.compare {shlex.quote(str(folder))} --html page.html"
         print(f"more metrics, curves and heat maps: {command}")
+    for line in closing_lines(folder, jobs):
+        print(line)
     terminal.warn("left out", left_out)
     terminal.warn("warning", problems)
     failed, names = [job for job in jobs if job.state == "failed"], differences(jobs)

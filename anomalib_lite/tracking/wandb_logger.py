@@ -1,10 +1,12 @@
 """A run in Weights & Biases: its start, its scalars and its end. wandb_report.py makes what is shown of the results.
 
 W&B never stops or delays a run: an error becomes one log line, every wait has a timeout, and the results are on disk
-before W&B receives them. Nothing is written outside the run's folder, and nothing prompts for a key.
+before W&B receives them. Only what W&B refuses of the user's options ends a run, before it trains. Nothing is written
+outside the run's folder, and nothing prompts for a key.
 """
 
 import contextlib
+import inspect
 import logging
 import os
 import secrets
@@ -17,6 +19,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.errors import UserError
 from anomalib_lite.paths import write_text
 from anomalib_lite.runs.folder import WANDB
 from anomalib_lite.runs.run_logger import RunLogger
@@ -25,6 +28,8 @@ log = logging.getLogger(__name__)
 
 NO_KEY = "no API key is configured"
 FAILED = "W&B failed, nothing more of this run is logged there"
+OWN = {"id", "config", "dir", "settings", "resume", "reinit"}  # arguments of wandb.init that the run itself chooses
+TRUE = ("y", "yes", "t", "true", "on", "1")  # values of an environment variable that W&B reads as true
 #: this process's run in W&B: at most one at a time
 _current: "WandbRun | None" = None
 
@@ -37,8 +42,8 @@ class WandbRun(RunLogger):
         mode: auto (online if a key is configured, otherwise offline), online, offline or disabled.
         timeout: seconds to wait for the server at the start; if it does not answer, the run is offline.
         upload_timeout: seconds to wait at the end for what is still to be uploaded.
-        options: arguments of `wandb.init`, such as project, entity, name, group and tags. None stands for W&B's
-            environment variable, or else for ours: see `_init_options`.
+        options: arguments of `wandb.init`, such as project, entity, name and notes. None stands for W&B's environment
+            variable, or else for our choice: see `_init_options`.
     """
 
     # Not derived from Lightning's WandbLogger: its `experiment` starts a run on first access, also where ours could
@@ -65,19 +70,29 @@ class WandbRun(RunLogger):
         """An exception becomes a warning, and nothing more is logged."""
         try:
             yield
+        except UserError:
+            raise
         except Exception as error:
             self.failed = True
             log.warning("%s: %s", message, _one_line(error))
 
     @rank_zero_only
     def start(self, cfg: dict[str, Any], names: dict[str, str], data: AnomalyDataModule) -> None:
-        """Start the run, or continue it if `cfg["resume"]`; offline if the server or the key does not work."""
+        """Start the run, or continue it if `cfg["resume"]`; offline if the server or the key does not work.
+
+        Raise UserError for an option, or a variable of W&B's in the environment, that W&B refuses.
+        """
         global _current
-        if self.mode == "disabled" or (self.mode == "auto" and os.environ.get("WANDB_MODE") == "disabled"):
+        off = os.environ.get("WANDB_MODE") == "disabled" or os.environ.get("WANDB_DISABLED", "").lower() in TRUE
+        if self.mode == "disabled" or (self.mode == "auto" and off):
             return  # before the import of wandb, which takes a second
         _current = self
-        with self._harmless("logger.wandb is left out"):
+        with self._harmless("logger.wandb is left out"), _judged():
             wandb = self._import_wandb()
+            unknown = self.options.keys() - inspect.signature(wandb.init).parameters.keys()
+            if wrong := sorted(unknown | (self.options.keys() & OWN)):
+                why = "the run sets it itself" if wrong[0] in OWN else "wandb.init has no such argument"
+                raise UserError(f"logger.wandb.{wrong[0]}: {why}; remove it")
             settings = wandb.setup(wandb.Settings(silent=True)).settings
             mode = settings.mode if self.mode == "auto" else self.mode
             if mode == "disabled":  # by W&B's own settings file
@@ -207,6 +222,24 @@ class WandbRun(RunLogger):
                 sys.modules["wandb"].teardown()
         for key in self.variables:
             os.environ.pop(key, None)
+
+
+@contextlib.contextmanager
+def _judged() -> Iterator[None]:
+    """Options, environment variables and settings files that break the rules of `wandb.Settings` are user errors."""
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            why = f"{'.'.join(map(str, first['loc']))}={first['input']}: {first['msg']}"
+        elif type(error).__name__ == "UsageError":  # of wandb, whose import may have failed
+            why = _one_line(error)
+        else:
+            raise
+        raise UserError(f"W&B: {why}; correct logger.wandb or W&B's environment variables") from error
 
 
 def finish(code: int) -> None:

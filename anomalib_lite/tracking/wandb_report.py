@@ -3,6 +3,7 @@
 Imported only when a run starts in W&B: WandbRun sets W&B's folders before wandb is imported.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,14 @@ import cv2
 import numpy as np
 import wandb
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
+from anomalib_lite.cli.hydra_hooks import SWEEP_RECORD
+from anomalib_lite.cli.keys import short_key
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.metrics.curves import CURVES
 from anomalib_lite.paths import relative_path
@@ -20,10 +26,16 @@ from anomalib_lite.runs.heat_maps import chosen_cases, overlay
 
 
 def run_name(cfg: dict[str, Any], names: dict[str, str], data: AnomalyDataModule) -> str:
-    """`norm_occ bottle seed 0`, `norm_occ mvtec unified step100 seed 0`."""
+    """`norm_occ bottle seed 0`, `norm_occ mvtec unified exp20 seed 0`; in a sweep `norm_occ (norm=0.1) bottle seed 0`.
+
+    The parentheses hold what else differs between the jobs of the sweep, as in the labels of `compare`.
+    """
     what = data.categories if len(data.categories) == 1 else [data.name, "unified"]
     split = [] if names["split"] == "full" else [names["split"]]
-    return " ".join([names["method"], *what, *split, f"seed {cfg['seed']}"])
+    named = {"method", "seed", "split", "data.category" if len(data.categories) == 1 else "data"}
+    differ = {key: value for key, value in swept_values().items() if key not in named}
+    details = ", ".join(f"{short_key(key, list(differ))}={value}" for key, value in differ.items())
+    return " ".join([names["method"], *[f"({details})"] * bool(details), *what, *split, f"seed {cfg['seed']}"])
 
 
 def tags(cfg: dict[str, Any], names: dict[str, str], data: AnomalyDataModule) -> list[str]:
@@ -31,6 +43,23 @@ def tags(cfg: dict[str, Any], names: dict[str, str], data: AnomalyDataModule) ->
     setting = "single" if len(data.categories) == 1 else "unified"
     found = (names["method"], data.name, setting, names["split"], cfg["backbone"]["name"])
     return [str(tag)[:64] for tag in dict.fromkeys(found) if tag]
+
+
+def swept_values() -> dict[str, str]:
+    """The values that this job of a sweep has for the keys in which the jobs differ, as text without quotes."""
+    if sweep_name() is None:
+        return {}
+    hydra = HydraConfig.get()
+    try:
+        sweep: Any = OmegaConf.to_container(OmegaConf.load(Path(hydra.sweep.dir) / SWEEP_RECORD), resolve=False)
+        parameters = sweep["hydra"]["sweeper"].get("params") or {}
+        given = [*(f"{key}={value}" for key, value in parameters.items()), *sweep["hydra"]["overrides"]["task"]]
+        parsed = OverridesParser.create().parse_overrides(given)
+    except (OSError, KeyError, TypeError, AttributeError, YAMLError, HydraException):  # written by another version
+        return {}
+    keys = [override.get_key_element().lstrip("+") for override in parsed if override.is_sweep_override()]
+    pairs = (str(override).lstrip("+").partition("=") for override in hydra.overrides.task)
+    return {key: re.sub("[\"']", "", value) for key, _, value in pairs if key in keys}
 
 
 def sweep_name() -> str | None:

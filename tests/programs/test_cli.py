@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
-from anomalib_lite.cli import schema
+from anomalib_lite import compare, splits
+from anomalib_lite.cli import schema, values
 from anomalib_lite.paths import HOME
 from tests.helpers.image_trees import make_mvtec
-from tests.helpers.run_programs import ROOT, evaluate, python, result_of, train
+from tests.helpers.run_programs import ROOT, evaluate, predict, python, result_of, run, train
 
 HEAVY = ("torch", "lightning", "timm", "numpy", "albumentations", "wandb", "matplotlib")
 
@@ -72,12 +75,49 @@ def test_nothing_heavy_is_imported(arguments, tmp_path):
     assert ("pydantic" in imported) == ("data.batch_size=0" in arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments", ["data=folder data.root=none", "split=file split.path=none", "backbone.weights=none.pth"]
+)
+def test_missing_files_are_reported_before_torch_is_imported(arguments, tmp_path):
+    outcome = python("-X", "importtime", "-m", "anomalib_lite.train", *arguments.split(), cwd=tmp_path)
+    assert outcome.code == 2
+    assert re.search(r"^error: .*none.*: no such f", outcome.err, re.MULTILINE)
+    assert not re.search(r"\| +(torch|lightning)$", outcome.err, re.MULTILINE)
+
+
 def test_help_lists_what_a_user_may_choose(tmp_path):
     outcome = train("--help", small=False)
     groups = dict(line.split(": ", 1) for line in outcome.out.splitlines() if re.match(r"\w+: \w+, ", line))
     assert groups["data"] == "folder, mvtec, synthetic, visa"
     assert "ltad_small" in groups["experiments"].split(", ")
     assert not re.search(r"[ ,]_\w+[,\n]", outcome.out)
+
+
+@pytest.mark.parametrize("method", choices("method"))
+def test_help_explains_every_option(method):
+    """With the comments of the chosen YAML files, each beside its key, and in lines of at most 120 characters."""
+    outcome = train(f"method={method}", "split=exp", "--help", small=False)
+    assert outcome.code == 0, outcome.err
+    config = outcome.out.partition("== Config ==")[2].partition("Examples")[0]
+    assert max(map(len, config.splitlines())) <= 120
+    words = " ".join(config.replace("# ", "").split())
+    for file in ("train", "data/_base", f"method/{method}", "split/exp", "hardware/auto", "logger/default"):
+        lines = (HOME / "conf" / f"{file}.yaml").read_text().partition("\nhydra:")[0].splitlines()
+        explained = [re.fullmatch(r" *(\w+):.*? # *(.*)", line) for line in lines]
+        assert any(explained)
+        for found in filter(None, explained):
+            assert " ".join(found[2].split()) in words, found[0]
+            assert f"{found[1]}: " in words
+
+
+def test_help_of_a_users_method_and_of_sweeps(elsewhere):
+    text = METHOD_YAML.replace("power: 2.0", "power: 2.0   # exponent of the difference")
+    (elsewhere / "my_conf" / "method" / "mine.yaml").write_text(text)
+    outcome = train("--config-dir", elsewhere / "my_conf", "method=mine", "--help", small=False)
+    assert "  power: 2.0  # exponent of the difference\n" in outcome.out
+    assert "hydra/launcher: basic, processes, ray, submitit_local, submitit_slurm\n" in outcome.out
+    assert "hydra/sweeper: basic, random, tpe\n" in outcome.out
+    assert "method=patchcore --help" in outcome.out.partition("Examples")[2]
 
 
 def test_help_of_evaluate(tmp_path):
@@ -189,6 +229,85 @@ def test_categories_named_by_numbers(tmp_path):
         arguments = ["data=folder", f"data.root={tmp_path / 'data'}", f"data.category={category}"]
         result = result_of(*arguments, run_dir=tmp_path / f"run_{len(category)}")
         assert result["categories"] == category.strip("[]").split(",")
+
+
+AS_TYPED = {
+    "data.root=2024": "2024",
+    "data.root=1e3": "1e3",
+    "data.root=1_000": "1_000",
+    "data.root=nan": "nan",
+    "data.root=TRUE": "TRUE",
+    "data.root=2024-01-05": "2024-01-05",
+    "data.root=[a": "[a",
+    "data.root=[a]": "[a]",
+    "data.root={a: 1}": "{a: 1}",
+    "data.root=/photos (1)": "/photos (1)",
+    "data.root=null": None,
+    'data.root="null"': "null",
+    "split.path=1.50": "1.50",
+    "backbone.weights=7": "7",
+    "hydra.run.dir=1.0": "1.0",
+    "hydra.sweep.dir=false": "false",
+    "data.category=null": "null",
+    "data.category=[01,3, 1e3,null]": ["01", "3", "1e3", "null"],
+    "split.order=[2,'1, 2']": ["2", "1, 2"],
+    "+logger.wandb.notes=5": "5",
+    "seed=1e3": 1000.0,
+    "data.image_size=[64,64]": [64, 64],
+    "method.p=inf": float("inf"),
+}
+
+
+@pytest.mark.parametrize("override", AS_TYPED)
+def test_paths_and_names_stay_as_typed(override):
+    assert values.read(values.as_typed(override)) == AS_TYPED[override]
+    assert values.as_typed(values.as_typed(override)) == values.as_typed(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.category=01,1e3,true", ["01", "1e3", "true"]),
+        ("data.category=[1,2],[1e3]", [["1", "2"], ["1e3"]]),
+        ("data.root=choice(1,a)", ["1", "a"]),
+        ("data.category=range(1,3)", [1, 2]),
+        ("seed=1,1e3", [1, 1000.0]),
+    ],
+)
+def test_values_of_a_sweep_stay_as_typed(override, expected):
+    (parsed,) = OverridesParser.create().parse_overrides([values.as_typed(override)])
+    assert [Override._convert_value(each) for each in parsed.sweep_iterator()] == expected
+
+
+def test_numbers_in_a_yaml_file_become_paths_and_names():
+    cfg = composed()
+    cfg["data"] |= {"root": 2024, "category": [1, True]}
+    cfg["logger"]["wandb"] |= {"name": 1.5, "tags": [False]}
+    schema.check(cfg)
+    assert (cfg["data"]["root"], cfg["data"]["category"]) == ("2024", ["1", "true"])
+    assert (cfg["logger"]["wandb"]["name"], cfg["logger"]["wandb"]["tags"]) == ("1.5", ["false"])
+
+
+def test_folders_with_names_like_numbers(tmp_path, monkeypatch):
+    """Of the data, a run, its evaluation, predictions and a sweep, in all programs; so are the categories."""
+    monkeypatch.chdir(tmp_path)
+    names = ["01", "1e3", "true", "null"]
+    for category in names:
+        make_mvtec(Path("2024"), category, train=2, good=1, defects={"cut": 1})
+    data = ["method=norm_occ_closed_form", "data=folder", "data.root=2024"]
+    result = result_of(*data, f"data.category=[{','.join(names)}]", run_dir=Path("1e3"))
+    assert result["categories"] == names
+    for program, arguments in (
+        (evaluate, ["run=1e3", "output=true", "data.root=2024"]),
+        (predict, ["run=1e3", "input=2024/1e3", "output=null", "category=1e3"]),
+        (lambda *given: run(compare.main, *given), ["1e3", "true", "--csv", "0x10"]),
+        (lambda *given: run(splits.main, *given), [*data[1:], "data.category=[01,1e3]", "--write", "7.csv"]),
+        (train, ["-m", "hydra/launcher=basic", *data, "data.category=01,1e3", "hydra.sweep.dir=1.50"]),
+    ):
+        outcome = program(*arguments)
+        assert (outcome.code, outcome.err) == (0, "")
+    for file in ("true/result.json", "null/scores.csv", "0x10", "7.csv", "1.50/0/result.json", "1.50/1/result.json"):
+        assert Path(file).is_file(), file
 
 
 # --- a method from outside the package ---

@@ -194,3 +194,16 @@ def test_a_transform_that_may_crop(root, tmp_path):
     outcome = train(*folder_data(root), transform, "scoring.map_size=original", f"hydra.run.dir={tmp_path}")
     assert outcome.code == 2
     assert "scoring.map_size=original: goes without data.transform" in outcome.err
+
+
+def test_a_choice_of_hardware_and_numbers(trained, tmp_path):
+    """hardware=cpu is a choice, as in training, and its options count after it; 1e-1 is the number 0.1."""
+    options = ("hardware.threads=1", "hardware=cpu", "scoring.fpr_limits=[1e-1]")
+    found = evaluated(trained, tmp_path / "out", *options)
+    assert found["protocol"]["data"]["fpr_limits"] == [0.1]
+    assert (
+        found["metrics"]["image_auroc"] == json.loads((trained / "result.json").read_text())["metrics"]["image_auroc"]
+    )
+    outcome = evaluate(f"run={trained}", f"output={tmp_path / 'none'}", "hardware=tpu")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "hardware=tpu: no such choice; choose from auto, cpu, ddp, gpu" in outcome.err

@@ -351,7 +351,7 @@ OPTIONS = {
     "input=nowhere.png": "input=nowhere.png: no such file or folder",
     "batch_size=0": "batch_size=0: give a whole number from 1",
     "batch_size=true": "batch_size=True: give a whole number from 1",
-    "batch_size=[1": r"batch_size=\[1: the value is not valid YAML",
+    "batch_size=[1": r"batch_size=\[1: can't be read",
     "workers=-1": "workers=-1: give a whole number from 0",
     "device=tpu": "device=tpu: choose auto, cpu or gpu",
     "quantile=2": "quantile=2: give a share above 0 and at most 1",

@@ -195,6 +195,7 @@ def test_a_search_continues(sweeper, jobs, tmp_path):
         (("seed=1,2", "hydra/sweeper=tpe", "hydra.sweeper.n_jobs=0"), "hydra.sweeper.n_jobs=0: give a whole number"),
         (("seed=1,2", "data.val_fraction=0"), "hydra/sweeper: .*data.val_fraction=0; give .*data.val_fraction=0.2"),
         (("seed=1,2", "objective=metrics.image_auroc"), "objective=metrics.image_auroc: .*test set chooses nothing"),
+        (("seed=range(0,0)",), r"seed=range\(0,0\): no value, so the search has no trial"),
         (("data.batch_size=interval(2, 4)",), "data.batch_size=.*: give a whole number"),
     ],
 )

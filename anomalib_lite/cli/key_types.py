@@ -1,0 +1,84 @@
+"""Types and ranges of the configuration's values, and how an error names them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+
+
+@dataclass(frozen=True)
+class Key:
+    """Metadata of a key.
+
+    Attributes:
+        give: the end of the error for an invalid value: "KEY=VALUE: give …".
+        free: where the key may change: "resume" (between a run and its continuation), "evaluate" (when a stored run is
+            evaluated again), "compare" (between runs of the same experiment), "moved" (a path that may change on
+            resume and evaluation if it leads to the same content).
+    """
+
+    give: str = "its options by their names"
+    free: tuple[str, ...] = ()
+
+
+ALWAYS = ("resume", "evaluate", "compare")
+
+
+def require(test: Callable[[Any], Any]) -> AfterValidator:
+    def check(value: Any) -> Any:
+        if not test(value):
+            raise ValueError
+        return value
+
+    return AfterValidator(check)
+
+
+def refuse(kind: type) -> Callable[[Any], Any]:
+    """Refuses values of a type that pydantic would convert: bool, or int, which includes bool."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, kind):
+            raise ValueError
+        return value
+
+    return check
+
+
+Whole = Annotated[int, Field(ge=1)]
+WholeFrom0 = Annotated[int, Field(ge=0)]
+NumberFrom0 = Annotated[float, Field(ge=0), BeforeValidator(refuse(bool))]
+Positive = Annotated[float, Field(gt=0), BeforeValidator(refuse(bool))]
+Share = Annotated[float, Field(gt=0, le=1), BeforeValidator(refuse(bool))]
+Ends = Annotated[list[float], require(lambda ends: len(ends) == 2 and ends[0] < ends[1])]
+Odd = Annotated[Whole, require(lambda number: number % 2 == 1)]
+Names = str | Annotated[list[str], Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
+Side = Annotated[int, Field(ge=16)]
+Size = Side | Annotated[list[Side], Field(min_length=2, max_length=2)]
+Auto = Literal["auto"]
+Project = Annotated[str, Field(max_length=128, pattern=r"^[^/\\#?%:]*$")]
+Tag = Annotated[str, Field(min_length=1, max_length=64)]
+FLAG, WHOLE, WHOLE_OR_NULL = "true or false", "a whole number from 1", "a whole number from 1, or null"
+SIZE, GIGABYTES, SHARE = "a whole number from 16, or [height, width]", "gigabytes from 0", "a share above 0, at most 1"
+NAME, SECONDS = "text, or null", "seconds above 0"
+SMOOTH = "a sigma above 0, {sigma: 4, size: 5}, {box: 11, times: 3} (odd sizes)"
+
+
+class Smoothing(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
+    """A filter of anomaly maps, with exactly these options."""
+
+
+class Gauss(Smoothing):
+    sigma: Positive
+    size: Odd | None = None
+    pad: Literal["mirror", "zeros"] | None = None
+
+
+class Box(Smoothing):
+    box: Odd
+    times: Whole | None = None
+
+
+class Pool(Smoothing):
+    pool: Whole
