@@ -59,7 +59,8 @@ def evaluate(options: dict[str, Any]) -> None:
     make_folder(output, "output")
     with claimed(output, "output") if first else contextlib.nullcontext():
         if folder.is_run(output) or folder.is_finished(output):
-            raise UserError(f"{output} already holds results or a run: choose another output=DIR")
+            what = "results" if folder.is_finished(output) else "a run"
+            raise UserError(f"{output} already holds {what}: choose another output=DIR")
 
         from anomalib_lite.runs import terminal
         from anomalib_lite.runs.run import execute
