@@ -61,7 +61,8 @@ def evaluate(options: dict[str, Any]) -> None:
     make_folder(output, "output")
     with claimed(output, "output") if first else contextlib.nullcontext():
         if folder.is_run(output) or folder.is_finished(output):
-            raise UserError(f"{output} already holds results or a run: choose another output=DIR")
+            what = "results" if folder.is_finished(output) else "a run"
+            raise UserError(f"{output} already holds {what}: choose another output=DIR")
 
         print(f"evaluating {run}; importing the libraries, which can take half a minute", flush=True)
         from anomalib_lite.runs import terminal
