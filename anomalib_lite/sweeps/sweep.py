@@ -1,8 +1,7 @@
 """A sweep: its jobs in processes of their own, several at a time, and a folder that records which are finished.
 
 A job is identified by its overrides, in any order. `sweep.json` in the sweep's folder stores which job lies in which
-folder. Whether a job is finished, interrupted or failed is read from what its run left there.
-"""
+folder. What a run left in its folder says whether the job is finished, interrupted or failed."""
 
 import contextlib
 import fcntl
