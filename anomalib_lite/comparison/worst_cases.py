@@ -18,6 +18,7 @@ from anomalib_lite.comparison.tables import Row, Table
 from anomalib_lite.data.samples import load_mask, load_rgb
 from anomalib_lite.errors import UserError
 from anomalib_lite.metrics.curves import CURVES
+from anomalib_lite.paths import file_name
 from anomalib_lite.runs.heat_maps import colours, disagreement, outlined
 
 MOST_METHODS = 8  # in curves and heat maps: the best
@@ -119,6 +120,7 @@ def thumbnail(run_of: Mapping[Path, Run], path: str, masks: Callable[[Path], dic
         masks: gives the masks below a root by the paths of their images.
     """
     for root, run in run_of.items():
+        path = path if (root / path).is_file() else file_name(path)
         if ".." in Path(path).parts or not (root / path).is_file():
             continue
         with contextlib.suppress(Exception):  # a damaged image or mask does not stop the page
