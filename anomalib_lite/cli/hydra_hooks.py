@@ -15,7 +15,6 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra.core.object_type import ObjectType
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict, read_write
 
 #: Hydra's record of a sweep, written before its jobs are checked
@@ -119,7 +118,7 @@ def mode_from_flags() -> Iterator[None]:
     def get_mode(self: Any, config_name: Any, overrides: list[str]) -> Any:
         if re.search(r"(^|\n)\+*(experiments|hydra\.mode)\b|--?config|-c[dnp]\b", "\n".join(sys.argv[1:])):
             return original(self, config_name, overrides)
-        return RunMode.MULTIRUN if {"-m", "--multirun"} & set(sys.argv[1:]) else RunMode.RUN
+        return None  # Hydra then sets hydra.mode by the flags
 
     Hydra.get_mode = get_mode  # type: ignore[method-assign]
     try:
