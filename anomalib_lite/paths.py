@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +19,23 @@ def cache_folder() -> Path:
 
 
 def relative_path(path: Path, root: str | Path | None) -> str:
-    """The path below `root` with slashes, as tables name an image; the path itself if it lies elsewhere."""
-    return (path.relative_to(root) if root is not None and path.is_relative_to(root) else path).as_posix()
+    """The path below `root` with slashes, as tables name an image; the path itself if it lies elsewhere.
+
+    It is readable; see `readable`.
+    """
+    below = path.relative_to(root) if root is not None and path.is_relative_to(root) else path
+    return readable(below.as_posix())
+
+
+def readable(name: str) -> str:
+    r"""A file's name as text that UTF-8 can hold: bytes that are not UTF-8, as of another system, become \xe4."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def file_name(text: str) -> str:
+    """The name of the file that `readable` has given as this text."""
+    found = re.sub(rb"\\x([89a-f][0-9a-f])", lambda match: bytes.fromhex(match[1].decode()), os.fsencode(text))
+    return os.fsdecode(found)
 
 
 @contextlib.contextmanager
@@ -36,7 +52,7 @@ def replacing(file: Path) -> Iterator[Path]:
 def write_text(file: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with replacing(file) as part:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def make_folder(folder: Path, option: str) -> None:

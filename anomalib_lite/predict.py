@@ -1,9 +1,10 @@
 """Score new images with a trained run.
 
-    python -m anomalib_lite.predict run=DIR input=IMAGE_OR_DIR output=DIR [KEY=VALUE ...]
+    python -m anomalib_lite.predict run=DIR input=PATH output=DIR [KEY=VALUE ...]
 
 run=DIR         the folder of a finished run; nothing else is needed
-input=PATH      an image, or a folder (searched with its subfolders)
+input=PATH      an image, a folder (searched with its subfolders), or a pattern ('dir/*.png', '**/a?.jpg'); or a list of
+                these: 'input=[first,second/*.png]'
 output=DIR      a folder for scores.csv (path, score, threshold, decision), heatmaps/ and overlays/; it must hold no
                 scores.csv yet
 category=NAME   the category whose thresholds are used; needed for a model of several categories
@@ -12,18 +13,22 @@ batch_size=32   images per batch
 workers=0       processes that read the images
 device=auto     auto, cpu or gpu
 
-Exit codes: 0; 1 if some images could not be read (they are listed and left out); 2 for an error that you can fix.
+Paths in scores.csv are below the folder that all inputs share.
+Exit codes: 0; 1 if some images were left out because they could not be read (they are listed); 2 for an error that you
+can fix.
 """
 
 import csv
+import glob
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from anomalib_lite.cli import program as cli
 from anomalib_lite.errors import UserError
-from anomalib_lite.paths import make_folder, replacing
+from anomalib_lite.paths import make_folder, readable, replacing
 from anomalib_lite.runs.folder import HEATMAPS, OVERLAYS, SCORES, read_run
 
 DEFAULTS = {"category": None, "quantile": None, "batch_size": 32, "workers": 0, "device": "auto", "debug": False}
@@ -36,13 +41,15 @@ def main() -> None:
 
 def predict(options: dict[str, Any]) -> None:
     options = checked(options)
-    run, source, output = (Path(options[name]).expanduser() for name in ("run", "input", "output"))
+    run, output = (Path(options[name]).expanduser() for name in ("run", "output"))
     checkpoint, cfg, _ = read_run(run)
-    if source.is_dir() and output.absolute().is_relative_to(source.absolute()):
-        raise UserError(
-            f"output={output} lies inside input={source}: choose a folder outside, or its pictures are read next time"
-        )
-    files = images_below(source)
+    found = inputs_of(options["input"])
+    for folder in found.folders:
+        if output.absolute().is_relative_to(folder.absolute()):
+            raise UserError(
+                f"output={output} lies inside input={folder}: choose a folder outside, or its pictures are read next "
+                "time"
+            )
     if (output / SCORES).exists():
         raise UserError(f"{output / SCORES} exists already: choose another output=DIR, or remove the file")
 
@@ -56,16 +63,24 @@ def predict(options: dict[str, Any]) -> None:
     model, data = load(checkpoint, cfg, options["device"])
     make_folder(output, "output")
     batches = data.new_dataloader(
-        files, model.categories.index(limits["category"]), options["batch_size"], options["workers"]
+        found.images, model.categories.index(limits["category"]), options["batch_size"], options["workers"]
     )
     bf16 = cfg["hardware"]["precision"] == "bf16"
-    depths: list[tuple[str, str]] = []
-    left_out = write_predictions(output, scored(model, batches, bf16, len(files), depths), source, limits, data)
-    print(
-        f"{len(files) - len(left_out)} of {len(files)} images scored; {output}/ holds scores.csv, heatmaps/, overlays/"
-    )
-    for note in other_depths(data.pixels, depths):
+    headers: dict[str, Any] = {}
+    left_out, count = list(found.left_out), len(found.images)
+    left_out += write_predictions(output, scored(model, batches, bf16, count, headers), found.base, limits, data)
+    scored_count = len(found.images) + len(found.left_out) - len(left_out)
+    left_out += [
+        f"{path}: images 2 to {header.pages} of this file; save each as a file"
+        for path, header in headers.items()
+        if header.pages > 1
+    ]
+    total = count + len(found.left_out)
+    print(f"{scored_count} of {total} images scored; {output}/ holds scores.csv, heatmaps/, overlays/")
+    for note in other_depths(data.pixels, [(path, header.depth) for path, header in headers.items()]):
         print(f"note: {note}")
+    if found.others:
+        print(f"note: {len(found.others)} files are no images (first: {found.others[0]})")
     if left_out:
         for message in left_out:
             print(f"left out: {message}", file=sys.stderr)
@@ -79,7 +94,7 @@ def checked(options: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{min(unknown)}: no such option; see --help")
     for name in ("run", "input", "output"):
         if not options.get(name):
-            raise UserError(f"{name}= is not set: give run=DIR input=IMAGE_OR_DIR output=DIR; see --help")
+            raise UserError(f"{name}= is not set: give run=DIR input=PATH output=DIR; see --help")
     options = DEFAULTS | options
     for name, low in (("batch_size", 1), ("workers", 0)):
         number = options[name]
@@ -91,11 +106,11 @@ def checked(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def scored(
-    model: Any, batches: Any, bf16: bool, count: int, depths: list[tuple[str, str]]
+    model: Any, batches: Any, bf16: bool, count: int, headers: dict[str, Any]
 ) -> Iterator[tuple[str, float, Any] | str]:
     """(path, score, map [H, W]) of every image, or the message that says why it has none.
 
-    Adds (path, depth of its pixels) of the readable images to `depths`.
+    Adds the readable images' headers to `headers`, by path.
     """
     import torch
     from lightning.fabric.utilities import move_data_to_device
@@ -105,7 +120,7 @@ def scored(
     with ProgressBar("images", count) as bar:
         for batch in batches:
             yield from batch["damaged"]
-            depths += zip(batch["path"], batch["depth"], strict=True)
+            headers |= zip(batch["path"], batch["headers"], strict=True)
             if batch["path"]:
                 autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
                 with torch.inference_mode(), autocast:
@@ -119,11 +134,11 @@ def scored(
 
 
 def write_predictions(
-    output: Path, predictions: Iterable[Any], source: Path, limits: dict[str, Any], data: Any
+    output: Path, predictions: Iterable[Any], base: Path, limits: dict[str, Any], data: Any
 ) -> list[str]:
     """scores.csv, heat maps and overlays; the messages of the images that have no score."""
-    base, left_out = source if source.is_dir() else source.parent, []
-    with replacing(output / SCORES) as part, part.open("w", newline="") as file:
+    left_out = []
+    with replacing(output / SCORES) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "score", "threshold", "decision"])
         for prediction in predictions:
@@ -133,7 +148,7 @@ def write_predictions(
             path, score, amap = prediction
             below = Path(path).relative_to(base)
             decision = "defective" if score > limits["image"] else "good"
-            writer.writerow([below.as_posix(), repr(score), repr(limits["image"]), decision])
+            writer.writerow([readable(below.as_posix()), repr(score), repr(limits["image"]), decision])
             draw(output, below, data.eval_pipeline.load(base / below), amap, limits)
     return left_out
 
@@ -151,19 +166,61 @@ def draw(output: Path, below: Path, image: Any, amap: Any, limits: dict[str, Any
         file.write_bytes(cv2.imencode(".png", picture[..., ::-1])[1].tobytes())
 
 
-def images_below(source: Path) -> list[Path]:
-    """The image itself, or all images below a folder, sorted, without hidden ones."""
-    from anomalib_lite.data.image_files import IMAGE_SUFFIXES
+class Inputs(NamedTuple):
+    """What `input=` names.
 
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        raise UserError(f"input={source}: no such file or folder")
-    found = sorted(p for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(source).parts)]
-    if not found:
-        raise UserError(f"input={source}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
-    return found
+    Attributes:
+        images: the files to be scored, each once.
+        folders: the folders that were searched.
+        base: the folder that all inputs share: results are named by the paths below it.
+        left_out: messages about what may be an image but can't be read.
+        others: files that are no images.
+    """
+
+    images: list[Path]
+    folders: list[Path]
+    base: Path
+    left_out: list[str]
+    others: list[Path]
+
+
+def inputs_of(text: str) -> Inputs:
+    """An image, a folder, a pattern, or a list of these. Raises UserError for a path that does not exist."""
+    from anomalib_lite.data.image_files import IMAGE_SUFFIXES
+    from anomalib_lite.data.image_folders import classified, walk
+
+    images, folders, left_out, others = list[Path](), list[Path](), list[str](), list[Path]()
+    for each in listed(text):
+        path = Path(each).expanduser()
+        exists = os.path.lexists(path)
+        if exists and not path.is_dir():  # a file that is named is tried, whatever its suffix
+            images.append(path)
+            continue
+        matches = classified([path] if exists else sorted(map(Path, glob.glob(str(path), recursive=True))))  # noqa: PTH207
+        if not exists and not any(matches):
+            raise UserError(f"input={each}: no such file or folder")
+        folders += matches.folders
+        for part in (matches, *map(walk, matches.folders)):
+            images += part.images
+            left_out += [f"{name}: {message}" for name, message in part.unread.items()]
+            others += part.others
+    if not images:
+        why = f"; {left_out[0]}" if left_out else ""
+        raise UserError(f"input={text}: holds no image ({', '.join(IMAGE_SUFFIXES)}){why}")
+    place = {each: each.resolve() if ".." in each.parts else each.absolute() for each in [*images, *folders]}
+    base = os.path.commonpath([place[each] if each in folders else place[each].parent for each in place])
+    unique = {place[each]: each for each in reversed(images)}
+    return Inputs(sorted(unique), folders, Path(base), left_out, others)
+
+
+def listed(text: str) -> list[str]:
+    """The elements of [a,b] or ["a, b",c]; the text itself if it is no list, or if a file of this name exists."""
+    if os.path.lexists(text) or not (text.startswith("[") and text.endswith("]")):
+        return [text]
+    elements = next(csv.reader([text[1:-1]], skipinitialspace=True), [])
+    if not all(each.strip() for each in elements) or not elements:
+        raise UserError(f"input={text}: give paths, as in input=[first,second]")
+    return [each.strip() for each in elements]
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from anomalib_lite.comparison.find_runs import Run, dict_at
 from anomalib_lite.comparison.tables import Row, Table
 from anomalib_lite.data.samples import load_rgb
 from anomalib_lite.metrics.curves import CURVES
+from anomalib_lite.paths import file_name
 from anomalib_lite.runs.heat_maps import colours, disagreement
 
 MOST_METHODS = 8  # in curves and heat maps: the best
@@ -120,6 +121,7 @@ def root_of(run: Run) -> Path | None:
 def thumbnail(roots: list[tuple[Path, list[float] | None]], path: str) -> str:
     """The image as a JPEG data URI; empty if the image is gone. `roots`: each with the range of its images' values."""
     for root, value_range in roots:
+        path = path if (root / path).is_file() else file_name(path)
         if ".." in Path(path).parts or not (root / path).is_file():
             continue
         try:

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-from anomalib_lite.data.image_files import is_image
+from anomalib_lite.data.image_folders import walk
 from anomalib_lite.data.samples import load_rgb
 from anomalib_lite.errors import UserError
 
@@ -23,6 +23,7 @@ MAX_SHAPES = 3
 MAX_BETA = 0.8  # weight of the clean image inside a shape is β ~ U(0, MAX_BETA)
 STAIN_AXES, STAIN_POINTS = (0.01, 0.12), 20  # semi-axes as shares of the shorter side; number of contour points
 TRIES = 100  # failed tries after which all contents are allowed
+HOPELESS = 5000  # failed tries after which the options are refused
 Box = tuple[slice, slice]  # the rows and columns of an image that a shape covers
 
 
@@ -67,6 +68,8 @@ def corrupt(
         if area[0] <= mask.mean() <= area[1]:
             return result, mask
         tries += 1
+        if tries == HOPELESS:
+            raise UserError(f"data.corrupt.area={area}: {tries} tries gave no shapes of this size; give a wider range")
 
 
 def _known(option: str, weights: dict[str, float], known: dict[str, float]) -> dict[str, float]:
@@ -187,7 +190,7 @@ def _from_folder(image: np.ndarray, rng: Generator, box: Box, folder: str) -> np
 
 @lru_cache(maxsize=4)
 def _texture_files(folder: str) -> list[Path]:
-    files = sorted(path for path in Path(folder).expanduser().rglob("*") if is_image(path))
+    files = walk(Path(folder).expanduser()).images
     if not files:
         raise UserError(f"data.corrupt.textures={folder}: no folder with images; give one such as DTD's, or null")
     return files

@@ -22,6 +22,7 @@ from anomalib_lite.data.sampler import TrainBatchSampler, rank_and_world
 from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.data.transforms import Crop, Pipeline, Resize, pair
 from anomalib_lite.data.treatment import is_texture
+from anomalib_lite.data.trial import try_out
 from anomalib_lite.errors import UserError
 
 
@@ -167,6 +168,7 @@ class AnomalyDataModule(L.LightningDataModule):
             self.test_counts[category] = {"good": len(test) - len(defective), "defective": len(defective)}
             # Pixel metrics need defective test images, all of which have a mask.
             self.has_masks[category] = bool(defective) and all(s.mask for s in defective)
+        try_out(self, {path: header.size for path, header in headers.items()})
         self._ready = True
 
     # --- loaders ---

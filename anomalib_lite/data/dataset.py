@@ -139,19 +139,20 @@ class NewImages(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any] | str:
         try:
-            depth = read_header(self.files[index]).depth
+            header = read_header(self.files[index])
             image = self.pipeline.load(self.files[index])
+            tensor, mask = self.pipeline(image, np.zeros(image.shape[:2], bool), (0, AUGMENT, 0, index))
         except UserError as error:
-            return str(error)
-        tensor, mask = self.pipeline(image, np.zeros(image.shape[:2], bool), (0, AUGMENT, 0, index))
+            message = str(error)
+            return message if message.startswith(str(self.files[index])) else f"{self.files[index]}: {message}"
         item = {"label": 0, "category": self.category, "path": str(self.files[index]), "index": index}
         item["size"] = image.shape[:2]
-        return item | {"image": tensor, "mask": mask, "depth": depth}
+        return item | {"image": tensor, "mask": mask, "header": header}
 
 
 def collate_readable(items: list[dict[str, Any] | str]) -> dict[str, Any]:
-    """`collate` for the readable images, with their `depth`; `damaged` holds the error messages of the others."""
+    """`collate` for the readable images, with their `headers`; `damaged` holds the error messages of the others."""
     readable = [item for item in items if not isinstance(item, str)]
     batch = collate(readable) if readable else {"path": []}
-    batch["depth"] = [item["depth"] for item in readable]
+    batch["headers"] = [item["header"] for item in readable]
     return batch | {"damaged": [item for item in items if isinstance(item, str)]}

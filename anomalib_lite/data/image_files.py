@@ -4,18 +4,26 @@ import contextlib
 import os
 import re
 import struct
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 
 from anomalib_lite.errors import UserError
 
+# Pillow's limits are for files of strangers on a server: here large images and long descriptions are the user's own.
+Image.MAX_IMAGE_PIXELS = None
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**31 - 1
+warnings.filterwarnings("ignore", module=r"PIL\b")  # of odd tags and palettes, which are no user's concern
 #: of the files that are read as images, in any case
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (
+    ".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm",
+    ".ppm", ".tga", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 #: kinds of pixel values, with the words that messages use
 DEPTHS = {
     "8-bit": "8 bits per channel",
@@ -54,11 +62,6 @@ class Header(NamedTuple):
     depth: str
     is_turned: bool = False
     pages: int = 1
-
-
-def is_image(path: Path) -> bool:
-    """Whether the path is a visible file with an image's suffix; hidden are .ipynb_checkpoints, ._000.png."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def header_of(image: Image.Image) -> Header:
@@ -172,6 +175,8 @@ def decoding(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: no such file; it was moved or deleted since the data set was listed") from None
     except PermissionError:
         raise UserError(f"{path}: no permission to read it; change its mode or owner") from None
+    except MemoryError:
+        raise UserError(f"{path}: too large for the memory that is free; give smaller images, or cut it up") from None
     except Exception as error:  # decoders raise nearly anything for a damaged file: OSError, SyntaxError, struct.error
         text = " ".join(str(error).split())
         why = "its content is no image" if "cannot identify" in text else text or "damaged"

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from anomalib_lite.data import mvtec_layout as layout
+from anomalib_lite.data.image_folders import listing
 from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.errors import UserError
+from anomalib_lite.paths import readable
 
 # fmt: off
 MVTEC: layout.Counts = {
@@ -49,8 +51,15 @@ def read_visa(root: str | Path | None, category: str | Sequence[str], split_csv:
 def read_folder(root: str | Path | None, category: str | Sequence[str]) -> DataSet:
     """Any categories in the MVTec layout; without `ground_truth` masks are None. The root may be the one category."""
     base = layout.existing_root(root)
-    folders = {base.name or base.resolve().name: base} if (base / "train").is_dir() else layout.category_folders(base)
-    return layout.read_folders(base, {name: folders[name] for name in layout.choose(category, list(folders), base)})
+    folders = (
+        {readable(base.name or base.resolve().name): base}
+        if (base / "train").is_dir()
+        else layout.category_folders(base)
+    )
+    data = layout.read_folders(base, {name: folders[name] for name in layout.choose(category, list(folders), base)})
+    if category == "all":
+        data.notes += layout.unread_notes(base, folders.values(), "having neither train nor test in them")
+    return data
 
 
 def _read_official(
@@ -67,6 +76,7 @@ def _read_official(
     data = layout.read_folders(base, {name: folders[name] for name in names})
     data.notes += layout.count_notes(data, official)
     if category == "all":
+        data.notes += layout.unread_notes(below, [folders[name] for name in names], f"being no category of {title}")
         data.notes += layout.absent_notes(data, official, title)
     return data
 
@@ -76,13 +86,19 @@ def _read_official(
 
 def _read_visa_raw(base: Path, category: str | Sequence[str], table: Path) -> DataSet:
     """The rows of the table whose objects are chosen; a table lists all objects, a disk may hold some of them."""
-    available = [p.name for p in layout.subfolders(base) if p.name in VISA and (p / "Data").is_dir()]
+    available = [p.name for p in listing(base).folders if p.name in VISA and (p / "Data").is_dir()]
     names = layout.choose(category, available, base, "" if available else "; VisA's raw layout is OBJECT/Data/Images")
     data, left_out = DataSet(base, [], []), 0
+    lines: dict[Path, str] = {}
     for where, row in _visa_rows(table):
+        if row["object"] not in VISA:
+            raise UserError(f"{where}: {row['object']!r} is no object of VisA; correct the line")
         if row["object"] not in names:
             continue
         sample = _visa_sample(base, row, where)
+        if sample.path in lines:
+            raise UserError(f"{where}: {row['image']} is in {lines[sample.path]} already; remove one")
+        lines[sample.path] = where.removeprefix(f"{table} ")
         if row["split"] == "test":
             data.test.append(sample)
         elif sample.label == 0:
@@ -94,6 +110,13 @@ def _read_visa_raw(base: Path, category: str | Sequence[str], table: Path) -> Da
             raise UserError(f"{table}: no training images of '{name}'; take the table that comes with the data")
     for samples in (data.train, data.test):
         samples.sort(key=lambda s: (names.index(s.category), s.label, s.path))
+    for name in names:
+        images = base / name / "Data" / "Images"
+        unlisted = [
+            path for kind in ("Normal", "Anomaly") for path in listing(images / kind).images if path not in lines
+        ]
+        if unlisted:
+            data.notes.append(f"{name}: {len(unlisted)} images are not in {table.name} (first: {unlisted[0]})")
     if left_out:
         data.notes.append(f"{table.name}: {left_out} defective training images left out")
     data.notes += layout.missing_notes(data)
@@ -127,6 +150,8 @@ def _visa_sample(base: Path, row: dict[str, str], where: str) -> Sample:
             f"{where}: split must be train or test, label normal or anomaly, not {row['split']!r} and {row['label']!r}"
         )
     defective = row["label"] == "anomaly"
+    if row["mask"] and not defective:
+        raise UserError(f"{where}: a normal image with a mask; correct the label, or leave the mask empty")
     paths = {key: row[key] for key in (("image", "mask") if defective else ("image",))}
     for key, path in paths.items():
         if not path:

@@ -38,10 +38,10 @@ def read(file: Path, format: str = "auto") -> tuple[list[Entry], str]:
 
 def select(
     data: DataSet, file: Path, entries: list[Entry], prune: bool = False, anomalous: bool = False
-) -> tuple[list[Sample], dict[str, str]]:
-    """The samples that the entries name, or leave over, in the data set's order; and per class its last "FILE line N".
+) -> tuple[list[Sample], dict[str, str], list[Entry]]:
+    """The samples that the entries name, or leave over, in the data set's order; per class its last "FILE line N"; and
+    the entries of classes that the data set does not hold.
 
-    Entries of classes that the data set does not hold are passed over.
     Raises UserError for a path outside the root, a missing or doubled file, a test image, a defective image (unless
     `anomalous` admits it), and a class that is left without normal images.
     """
@@ -50,10 +50,12 @@ def select(
     tested = {s.path for s in data.test}
     named: dict[Path, tuple[Sample, int]] = {}
     lines: dict[str, str] = {}
+    others: list[Entry] = []
     for entry in entries:
         where = f"{file} line {entry.line}"
         sample = _match(data, index, position, entry, where)
         if sample is None:
+            others.append(entry)
             continue
         if sample.path in named:
             raise UserError(f"{where}: {entry.path} is in line {named[sample.path][1]} already; remove one")
@@ -84,7 +86,8 @@ def select(
             raise UserError(
                 f"{lines_read}: no normal training image of '{category}'; add some, or set data.category=[{listed}]"
             )
-    return sorted(train, key=lambda s: position[s.category]), {c: lines.get(c, str(file)) for c in position}
+    train.sort(key=lambda s: position[s.category])
+    return train, {c: lines.get(c, str(file)) for c in position}, others
 
 
 def write(file: Path, format: str, data: DataSet, train: list[Sample]) -> None:

@@ -94,13 +94,16 @@ def from_file(
         raise UserError("split.path is not set: give the file of the split, as in split=file split.path=FILE")
     file = Path(path).expanduser()
     entries, found = split_files.read(file, format)
-    train, lines = split_files.select(data, file, entries, prune=found == "prune", anomalous=anomalous)
+    train, lines, others = split_files.select(data, file, entries, prune=found == "prune", anomalous=anomalous)
     full_counts = count(data.train)
     counts = count(train, full_counts)
     names = ordered(counts, order)
     if head is not None and not 0 < head < len(names) and len(names) > 1:
         raise UserError(f"split.head={head}: give a number of classes from 1 to {len(names) - 1}, or null for half")
     notes = [f"{name}: a single training image ({lines[name]})" for name, number in counts.items() if number == 1]
+    if others:
+        first = f"line {others[0].line}: {others[0].path}"
+        notes.append(f"{file.name}: {len(others)} entries are of classes that this run does not have (first: {first})")
     if defects := sum(s.label for s in train):
         notes.append(f"{file.name}: {defects} of {len(train)} training images are defective (split.anomalous=true)")
     if len(names) == 1:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,17 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
     return sides
 
 
+def parts(transforms: Sequence[Any]) -> list[Any]:
+    """The transforms and those inside of them, as of OneOf."""
+    return [part for each in transforms for part in (each, *parts(getattr(each, "transforms", ())))]
+
+
+def transform_error(key: str, transform: Any, error: Exception) -> UserError:
+    """The error for a transform that raises an exception."""
+    why = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"{key}: {type(transform).__name__} can't be applied ({why}); change its options, or remove it")
+
+
 class Pipeline:
     """Call with an image and its mask to get their tensors: albumentations transforms, then normalisation.
 
@@ -114,6 +126,7 @@ class Pipeline:
             ):
                 raise UserError(f"data.{option}={value} must be a list of albumentations transforms, each a _target_")
         self.compose = A.Compose([*transforms, *augment])
+        self.steps = [("data.transform", each) for each in transforms] + [("data.augment", each) for each in augment]
         mean, std = NORMALIZE[normalize]
         self.mean = torch.tensor(mean).view(3, 1, 1)
         self.std = torch.tensor(std).view(3, 1, 1)
@@ -148,7 +161,15 @@ class Pipeline:
         # p=0.5 always agree. One shared generator makes them independent.
         rng = np.random.default_rng(list(seed))
         self.compose.set_random_state(rng, random.Random(int(rng.integers(2**63))))
-        done = self.compose(image=image, mask=mask.astype(np.uint8))
+        try:
+            done = self.compose(image=image, mask=mask.astype(np.uint8))
+        except UserError:
+            raise
+        except Exception as error:
+            frames = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+            failed = next((each for each in reversed(frames) if isinstance(each, A.BasicTransform)), self.compose)
+            augmented = failed in parts([each for key, each in self.steps if key == "data.augment"])
+            raise transform_error("data.augment" if augmented else "data.transform", failed, error) from None
         image, mask = done["image"], done["mask"] > 0
         if image.dtype != np.uint8 or image.shape != (*mask.shape, 3):
             raise UserError(

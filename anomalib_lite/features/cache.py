@@ -64,7 +64,8 @@ def key(backbone: Backbone, pipeline: Pipeline, device: torch.device, dtype: str
 def image_key(path: str | Path) -> str:
     """The hash that identifies an image file: of its absolute path, its size and the time of its last change."""
     stat = Path(path).stat()
-    return hashlib.sha256(f"{Path(path).absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:24]
+    text = f"{Path(path).absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:24]
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -26,11 +26,17 @@ def category_metrics(
         rows = _rows(outputs, category)
         labels = outputs["labels"][rows]
         metrics[category] = _metrics(rows, outputs, masks, fpr_limits)
-        if missing := [key for key, value in metrics[category].items() if value is None]:
-            absent = [name for label, name in enumerate(("good", "defective")) if label not in labels]
-            reason = f"no {' and no '.join(absent)} test images" if absent else "no ground truth masks"
-            reason = reason if len(rows) else "no test images"
-            notes.append(f"{category}: {', '.join(missing)} can't be computed: {reason}")
+        missing = [key for key, value in metrics[category].items() if value is None]
+        absent = [name for label, name in enumerate(("good", "defective")) if label not in labels]
+        no_images = f"no {' and no '.join(absent)} test images" if len(rows) else "no test images"
+        for is_image in (True, False):  # image metrics, pixel metrics
+            keys = [key for key in missing if key.startswith("image_") == is_image]
+            reason = no_images if is_image or 1 not in labels else "no ground truth masks"
+            if not is_image and masks:
+                some = any(outputs["masks"][i].any() for i in rows)
+                reason = f"the ground truth masks have no pixel {'without' if some else 'with'} a defect"
+            if keys:
+                notes.append(f"{category}: {', '.join(keys)} can't be computed: {reason}")
         empty = [i for i in rows if masks and outputs["labels"][i] and not outputs["masks"][i].any()]
         if empty:
             notes.append(

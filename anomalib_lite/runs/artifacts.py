@@ -73,7 +73,7 @@ def thresholds_of(run: Path, category: str | None, quantile: float | None) -> di
 def write_scores(run: Path, outputs: dict[str, Any]) -> None:
     """scores.csv: one row per test image; the scores with all their digits."""
     columns = [outputs[name].tolist() for name in ("paths", "categories", "defects", "labels", "scores")]
-    with (run / folder.SCORES).open("w", newline="") as file:
+    with (run / folder.SCORES).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "category", "defect", "label", "score"])
         for *texts, score in zip(*columns, strict=True):

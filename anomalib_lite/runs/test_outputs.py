@@ -10,6 +10,7 @@ import torch
 
 from anomalib_lite.data.samples import Sample
 from anomalib_lite.metrics.gather import GatheredSamples
+from anomalib_lite.paths import relative_path
 from anomalib_lite.progress import ProgressBar
 
 TEST, NORMAL, HELD_OUT = 0, 1, 2  # the loaders of a test run, in this order
@@ -75,9 +76,9 @@ class Evaluation(L.Callback):
 
 def columns(samples: Sequence[Sample], root: Path) -> dict[str, np.ndarray]:
     """`paths` (below the data's root), `categories` and `defects` of samples, [N] str each."""
-    paths = [s.path.relative_to(root) if s.path.is_relative_to(root) else s.path for s in samples]
+    paths = [relative_path(sample.path, root) for sample in samples]
     return {
-        "paths": np.array([path.as_posix() for path in paths], dtype=str),
+        "paths": np.array(paths, dtype=str),
         "categories": np.array([sample.category for sample in samples], dtype=str),
         "defects": np.array([sample.defect for sample in samples], dtype=str),
     }

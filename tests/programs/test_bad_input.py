@@ -107,6 +107,12 @@ OPTIONS = {
     "data.value_range=4095": "data.value_range=4095: give",
     "data.drop_last=maybe": "data.drop_last=maybe: give true or false",
     "data.transform=[foo]": r"data.transform=\['foo'\] must be a list of albumentations",
+    "data.transform=[{_target_: albumentations.CenterCrop, height: 24, width: 24}]": (
+        "data.transform: CenterCrop leaves test images of 24×24 pixels, but data.image_size is 32×32; give"
+    ),
+    "data.augment=[{_target_: albumentations.RandomCrop, height: 64, width: 64, p: 0.01}]": (
+        "data.augment: RandomCrop can't be applied"
+    ),
     "data.augment=foo": "data.augment=foo must be a list",
     "data.reader=foo": "data.reader=foo must be a _target_",
     "data.split=foo": "split=foo must be a _target_",
@@ -153,9 +159,10 @@ OPTIONS = {
 
 @pytest.mark.parametrize("argument", OPTIONS)
 def test_option(argument, data, tmp_path):
-    given = {part.partition("=")[0] for part in argument.split()}
+    arguments = [argument] if "[{" in argument else argument.split()
+    given = {part.partition("=")[0] for part in arguments}
     sound = [each for each in folder_data(data) if each.partition("=")[0] not in given]
-    assert_refused(OPTIONS[argument], *sound, *argument.split(), run_dir=tmp_path / "run")
+    assert_refused(OPTIONS[argument], *sound, *arguments, run_dir=tmp_path / "run")
 
 
 @pytest.mark.parametrize("argument", ["method.target=foo", "data.batch_size=0", "backbone.layers=[9]"])

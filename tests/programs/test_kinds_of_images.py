@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from anomalib_lite.compare import main as compare
 from anomalib_lite.runs.load import load_run
 from tests.helpers.image_trees import make_mvtec
-from tests.helpers.run_programs import evaluate, folder_data, predict, result_of
+from tests.helpers.run_programs import evaluate, folder_data, predict, result_of, run
 
 
 def scores_of(folder: Path) -> dict[str, float]:
@@ -67,8 +69,8 @@ def test_the_runs_range_of_values(plain, deep, trained, tmp_path):
     assert scores_of(tmp_path / "out") == pytest.approx(scores_of(trained), rel=1e-6)
 
     values = np.asarray(Image.open(deep / "bottle/test/good/000.png"))
-    run, dark = load_run(trained), np.rint(values * (255 / 4095) / 8).astype(np.uint8)
-    (score, darker, wanted), _ = run.predict([values, values // 8, np.repeat(dark[..., None], 3, -1)])
+    loaded, dark = load_run(trained), np.rint(values * (255 / 4095) / 8).astype(np.uint8)
+    (score, darker, wanted), _ = loaded.predict([values, values // 8, np.repeat(dark[..., None], 3, -1)])
     assert score == pytest.approx(scores_of(trained)["good/000.png"], rel=1e-5)
     assert darker == pytest.approx(wanted, rel=0.03)
 
@@ -93,3 +95,72 @@ def test_a_given_range(deep, tmp_path):
     bright = np.clip(np.rint(values * (255 / 2047)), 0, 255).astype(np.uint8)
     scores, _ = load_run(tmp_path).predict([np.repeat(bright[..., None], 3, -1)])
     assert scores[0] == pytest.approx(scores_of(tmp_path)["good/000.png"], rel=1e-5)
+
+
+def latin(folder: Path, old: str, new: bytes) -> None:
+    (folder / old).rename(os.fsdecode(bytes(folder) + b"/" + new))
+
+
+def test_names_that_are_not_utf8(plain, tmp_path):
+    """Files, folders of defects and categories: scored alike, and readable in every table."""
+    root = shutil.copytree(plain, tmp_path / "data")
+    latin(root / "bottle", "test/good/000.png", b"test/good/b\xe4r.png")
+    latin(root / "bottle", "test/broken", b"test/br\xfcche")
+    latin(root / "bottle", "ground_truth/broken", b"ground_truth/br\xfcche")
+    latin(root, "bottle", b"fl\xe4sche")
+    original = result_of(*folder_data(plain), run_dir=tmp_path / "original")
+    more = ["data=folder", f"data.root={root}"]
+    result = result_of(*more, run_dir=tmp_path / "run")
+    assert result["categories"] == [r"fl\xe4sche"]
+    assert result["metrics"] == original["metrics"]
+    assert r"br\xfcche" in result["per_defect"][r"fl\xe4sche"]
+    scores = scores_of(tmp_path / "run")
+    assert scores[r"good/b\xe4r.png"] == scores_of(tmp_path / "original")["good/000.png"]
+    assert r"br\xfcche/000.png" in scores
+    result_of(*more, "cache.enabled=false", "data.val_fraction=0.4", run_dir=tmp_path / "more")
+
+    outcome = predict(f"run={tmp_path / 'run'}", f"input={root}", f"output={tmp_path / 'out'}")
+    assert (outcome.code, outcome.err.count("Traceback")) == (0, 0)
+    assert r"fl\xe4sche/test/good/b\xe4r.png" in (tmp_path / "out" / "scores.csv").read_text(encoding="utf-8")
+    outcome = run(compare, tmp_path / "run", "--html", tmp_path / "page.html", "--csv", tmp_path / "runs.csv")
+    assert (outcome.code, outcome.err) == (0, "")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert r"b\xe4r.png" in page
+    assert page.count("data:image/jpeg") == 6  # thumbnails: the file of each name was found
+
+
+def test_exif_orientation(tmp_path):
+    """The same pictures upright, and stored turned with a tag: equal results, and equal overlays in predict."""
+    upright, turned = tmp_path / "upright", tmp_path / "turned"
+    make_mvtec(upright)
+    shutil.copytree(upright, turned)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    for path in turned.rglob("*/[0-9][0-9][0-9].png"):
+        with Image.open(path) as image:
+            image.transpose(Image.Transpose.ROTATE_270).save(path, exif=exif)
+    first = result_of(*folder_data(upright), run_dir=tmp_path / "first")
+    again = result_of(*folder_data(turned), run_dir=tmp_path / "again")
+    assert again["metrics"] == first["metrics"]
+    assert scores_of(tmp_path / "again") == scores_of(tmp_path / "first")
+    assert any("12 images are turned upright, as their EXIF tag says" in note for note in again["notes"])
+    figure = "figures/bottle.png"
+    assert (tmp_path / "again" / figure).read_bytes() == (tmp_path / "first" / figure).read_bytes()
+    for root in (upright, turned):
+        outcome = predict(f"run={tmp_path / 'first'}", f"input={root / 'bottle/test'}", f"output={root}_out")
+        assert (outcome.code, outcome.err) == (0, "")
+    for kind in ("overlays", "heatmaps"):
+        files = [
+            (root.with_name(f"{root.name}_out") / kind / "good/000.png.png").read_bytes() for root in (upright, turned)
+        ]
+        assert files[0] == files[1]
+
+
+def test_empty_masks_are_masks(tmp_path):
+    folder = make_mvtec(tmp_path / "data", defects={"broken": 2})
+    for mask in (folder / "ground_truth" / "broken").iterdir():
+        Image.new("L", (32, 32)).save(mask)
+    notes = result_of(*folder_data(tmp_path / "data"), run_dir=tmp_path / "run")["notes"]
+    (note,) = [note for note in notes if "can't be computed" in note]
+    assert "pixel_auroc" in note
+    assert note.endswith("can't be computed: the ground truth masks have no pixel with a defect")

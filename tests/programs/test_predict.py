@@ -72,7 +72,7 @@ def photographs(tmp_path_factory) -> Path:
     for name, picture in PHOTOGRAPHS.items():
         (folder / name).parent.mkdir(exist_ok=True)
         picture().save(folder / name)
-    (folder / "notes.txt").write_text("not an image, and not looked at")
+    (folder / "notes.txt").write_text("not an image: a note counts it")
     save_image(folder / ".hidden" / "000.png")
     return folder
 
@@ -344,7 +344,7 @@ def assert_refused(outcome: Outcome, pattern: str) -> None:
 
 
 OPTIONS = {
-    "run=": "run= is not set: give run=DIR input=IMAGE_OR_DIR output=DIR",
+    "run=": "run= is not set: give run=DIR input=PATH output=DIR",
     "input=": "input= is not set",
     "output=": "output= is not set",
     "run=nowhere": "run=nowhere: no such folder",

@@ -20,6 +20,7 @@ from anomalib_lite.data.dataset import CORRUPTED
 from anomalib_lite.data.loader import StoredFeatures
 from anomalib_lite.data.readers import read_folder
 from anomalib_lite.data.sampler import TrainBatchSampler
+from anomalib_lite.data.transforms import Pipeline
 from anomalib_lite.errors import UserError
 from tests.helpers.image_trees import make_mvtec, save_image
 
@@ -332,8 +333,12 @@ def test_a_damaged_file_is_one_line(tmp_path, workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_sizes_differ(tmp_path, workers):
     save_image(make_mvtec(tmp_path) / "train" / "good" / "000.png", size=48)
+    with pytest.raises(UserError, match=r"^data.transform leaves test images of 48×48 pixels, .* add a Resize to it"):
+        module(tmp_path, transform=[], image_size=32, workers=workers)
+    data = module(tmp_path, workers=workers, treatment="texture", eval_batch_size=8)
+    data.eval_batch_size = 8  # images of their own sizes come one by one
     with pytest.raises(UserError, match=r"^/.*\.png: its size differs .* add a Resize to data.transform$"):
-        list(module(tmp_path, transform=[], workers=workers).train_eval_dataloader())
+        list(data.train_eval_dataloader())
 
 
 @pytest.mark.parametrize(
@@ -361,6 +366,77 @@ def test_batch_size_must_divide(root):
         module(root, 0, 4).train_dataloader()
 
 
+def fails(image, rng):
+    raise ValueError("no\nreason")
+
+
+TRANSFORMS: dict[str, tuple[dict[str, Any], str]] = {
+    "crop that changes the size": (
+        {"transform": [A.Resize(24, 24), A.CenterCrop(20, 20)]},
+        r"data.transform: CenterCrop leaves test images of 20×20 pixels, but data.image_size is 16×16; give "
+        r"data.image_size=20 \(first: /",
+    ),
+    "crop that is too large": (
+        {"augment": [A.RandomCrop(64, 64)]},
+        r"data.augment: RandomCrop can't be applied \(.*64",
+    ),
+    "rare crop": ({"augment": [A.RandomCrop(64, 64, p=1e-3)]}, "data.augment: RandomCrop can't be applied"),
+    "crop inside": (
+        {"augment": [A.OneOf([A.HorizontalFlip(), A.RandomCrop(64, 64)], p=0.1)] * 3},
+        "data.augment: OneOf can't be applied",
+    ),
+    "crop of training images": (
+        {"augment": [A.RandomCrop(8, 8)]},
+        "data.augment: RandomCrop leaves training images of 8×8 .* give data.treatment=texture",
+    ),
+    "normalisation": ({"transform": [A.Resize(16, 16), A.Normalize()]}, "data.transform: Normalize leaves float32"),
+    "gray": ({"augment": [A.ToGray(num_output_channels=1, p=1)]}, "data.augment: ToGray leaves uint8"),
+    "exception": (
+        {"augment": [A.Lambda(image=lambda image, **_: 1 / 0)]},
+        r"Lambda can't be applied \(division by zero",
+    ),
+    "corruption that fails": ({"corrupt": fails}, r"data.corrupt: fails can't be applied \(no reason\)"),
+    "corruption of another kind": (
+        {"corrupt": lambda image, rng: (image.astype(float), image[..., 0] > 0)},
+        "data.corrupt: <lambda> must give a uint8 image and a bool mask",
+    ),
+    "texture that is too small": (
+        {"treatment": "texture", "texture_size": 16, "image_size": 32},
+        "data.image_size: the crops of 32×32",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TRANSFORMS)
+def test_transforms_are_tried_before_the_start(case, root):
+    options, message = TRANSFORMS[case]
+    with pytest.raises(UserError, match=f"^{message}|{message}") as caught:
+        module(root, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_trial_of_the_smallest_image(tmp_path):
+    """The first image is large enough; the probabilities of transforms stay."""
+    folder = make_mvtec(tmp_path, size=32)
+    flip = A.HorizontalFlip(p=0.25)
+    options: dict[str, Any] = {"transform": [flip, A.RandomCrop(24, 24)], "image_size": 24}
+    module(tmp_path, **options)
+    assert flip.p == 0.25
+    save_image(folder / "test" / "good" / "001.png", size=20)
+    with pytest.raises(UserError, match=r"data.transform: RandomCrop can't be applied"):
+        module(tmp_path, **options)
+
+
+def test_an_exception_in_training_is_one_line(root):
+    """What only some images or random numbers meet names the transform and the key, also from OneOf."""
+    data = module(root)
+    bad = A.Lambda(image=lambda image, **_: 1 / 0, p=1)
+    for key, pipeline in (("augment", Pipeline([], [A.OneOf([bad])])), ("transform", Pipeline([bad]))):
+        data.train_pipeline = pipeline
+        with pytest.raises(UserError, match=rf"^data.{key}: Lambda can't be applied \(division by zero\); change"):
+            list(data.train_dataloader())
+
+
 # --- configuration ---
 
 
@@ -384,6 +460,7 @@ def test_transforms_from_configuration(root):
         "_convert_": "all",
         "reader": {"_target_": "anomalib_lite.data.readers.read_folder", "_partial_": True},
         "root": str(root),
+        "image_size": 16,
         "transform": [
             {"_target_": "anomalib_lite.data.transforms.Resize", "size": [20, 24], "resample": "lanczos"},
             {"_target_": "albumentations.CenterCrop", "height": 16, "width": 16},

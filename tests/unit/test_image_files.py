@@ -10,15 +10,17 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps, PngImagePlugin
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.data.image_files import decoding
 from anomalib_lite.data.integrity import check
 from anomalib_lite.data.masks import PIXELS, looked_at, read_mask
 from anomalib_lite.data.readers import read_folder
 from anomalib_lite.data.samples import load_mask, load_rgb, size_of
 from anomalib_lite.errors import UserError
 from tests.helpers.image_trees import make_mvtec
+from tests.helpers.run_programs import python
 
 
 def module(root: Path, **options) -> AnomalyDataModule:
@@ -330,3 +332,29 @@ def test_files_of_several_images(tmp_path):
     wanted = f"1 files hold more than one image, of which the first is used (first: {stack})"
     assert check(read_folder(tmp_path, "all"))[1] == [wanted]
     assert (load_rgb(stack) == 10).all()
+
+
+# --- limits ---
+
+
+def test_large_images_and_long_descriptions(tmp_path):
+    """Beyond Pillow's own limits (179 megapixels, 1 MB of text), and without its warnings."""
+    header = struct.pack(">IIBBBBB", 20_000, 15_000, 1, 0, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    (tmp_path / "large.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 9) + b"IDAT")
+    assert size_of(tmp_path / "large.png") == (15_000, 20_000)
+    text = PngImagePlugin.PngInfo()
+    for key in ("settings", "log"):
+        text.add_text(key, "x" * 40_000_000, zip=True)
+    Image.new("RGB", (9, 7), (1, 2, 3)).save(tmp_path / "text.png", pnginfo=text)
+    assert (load_rgb(tmp_path / "text.png") == (1, 2, 3)).all()
+    Image.new("L", (9, 9)).save(tmp_path / "tag.png", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")  # Pillow warns of it
+    code = "from pathlib import Path; from anomalib_lite.data.samples import load_rgb; load_rgb(Path('tag.png'))"
+    assert (outcome := python("-c", code, cwd=tmp_path)).code == 0, outcome.err
+    assert outcome.err == ""
+
+
+def test_an_image_that_memory_cant_hold(tmp_path):
+    message = r"x.png: too large for the memory that is free; give smaller"
+    with pytest.raises(UserError, match=message), decoding(tmp_path / "x.png"):
+        raise MemoryError

@@ -57,7 +57,8 @@ def test_mvtec_all_passes_over_other_folders(tmp_path):
     expect("no category 'widget'.*data=folder reads", read_mvtec, tmp_path, "widget")
 
 
-def test_clutter_is_ignored(tmp_path):
+def test_clutter_and_other_files(tmp_path):
+    """What systems leave behind is ignored; a note counts other files."""
     folder = make_mvtec(tmp_path)
     clean = read_folder(tmp_path, "bottle")
     save_image(folder / "test" / ".ipynb_checkpoints" / "000.png")
@@ -68,14 +69,101 @@ def test_clutter_is_ignored(tmp_path):
     for name in ("train/good/Thumbs.db", "test/broken/readme.txt", "license.txt", "ground_truth/broken/notes.csv"):
         (folder / name).write_text("no image")
     (tmp_path / "papers").mkdir()
-    assert read_folder(tmp_path, "all") == clean
+    data = read_folder(tmp_path, "all")
+    assert (data.train, data.test) == (clean.train, clean.test)
+    assert data.notes == [f"bottle: 2 files or folders are not used (first: {folder / 'test/broken/readme.txt'})"]
 
 
 def test_extensions_in_any_case(tmp_path):
     folder = make_mvtec(tmp_path, defects={})
-    for i, extension in enumerate(("JPG", "Jpeg", "bmp", "TIF", "tiff", "WebP")):
+    for i, extension in enumerate(("JPG", "Jpeg", "bmp", "TIF", "tiff", "WebP", "jfif", "GIF", "ppm", "jp2", "tga")):
         save_image(folder / "train" / "good" / f"x{i}.{extension}")
-    assert len(read_folder(tmp_path, "bottle").train) == 12
+    assert len(read_folder(tmp_path, "bottle").train) == 17
+
+
+def nested(part):
+    return lambda folder: save_image(folder / part / "day2" / "a.png")
+
+
+def dead_link(part):
+    return lambda folder: (folder / part).symlink_to("/not/mounted/x.png")
+
+
+def written(part, content=b"text"):
+    def write(folder):
+        (folder / part).parent.mkdir(exist_ok=True)
+        (folder / part).write_bytes(content)
+
+    return write
+
+
+def rename(old, new):
+    return lambda folder: (folder / old).rename(folder / new)
+
+
+PASSED_OVER = {
+    "nested training image": (nested("train/good"), r"train/good/day2: images in a folder below .*train/good are not"),
+    "nested test image": (nested("test/broken"), r"test/broken/day2: images in a folder below .* move them into"),
+    "nested mask": (nested("ground_truth/broken"), r"ground_truth/broken/day2: images in a folder below"),
+    "linked folder": (
+        lambda folder: (folder / "train/good/day1").symlink_to(folder / "test/good"),
+        r"train/good/day1: images in a folder below",
+    ),
+    "dead link": (dead_link("train/good/009.png"), r"train/good/009.png: a link to a file that is missing; restore"),
+    "dead link to a mask": (dead_link("ground_truth/broken/x.png"), "broken/x.png: a link to a file that is missing"),
+    "camera's format": (written("train/good/a.CR2"), r"train/good/a.CR2: this kind of image is not read; convert it"),
+    "iPhone's format": (written("test/good/a.heic"), r"test/good/a.heic: this kind of image is not read"),
+    "image without suffix": (
+        lambda folder: rename("train/good/000.png", "train/good/000")(folder),
+        r"train/good/000: this kind of image is not read",
+    ),
+    "loose mask": (
+        lambda folder: save_mask(folder / "ground_truth" / "a.png"),
+        "masks belong in .*ground_truth/DEFECT",
+    ),
+    "test/ok": (
+        rename("test/broken", "test/ok"),
+        r"test/ok: its images would count as defective, .*rename it to 'good'",
+    ),
+    "test/Good images": (rename("test/broken", "test/Good images"), r"test/Good images: its images would count"),
+    "test/no_defect": (rename("test/good", "test/no_defect"), r"test/no_defect: its images would count"),
+    "train/OK": (rename("train/good", "train/OK"), r"train/OK: the folder of normal images must be called 'good'"),
+    "Ground Truth": (rename("ground_truth", "Ground Truth"), r"Ground Truth: the folder must be called 'ground_truth'"),
+    "Test": (rename("test", "Test"), r"Test: the folder must be called 'test'; rename it"),
+    "unreadable folder": (
+        lambda folder: (folder / "train/good/loop").symlink_to(folder / "train/good/loop"),
+        r"loop: a link to a file that is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PASSED_OVER)
+def test_images_that_would_be_passed_over(case, tmp_path):
+    spoil, pattern = PASSED_OVER[case]
+    spoil(make_mvtec(tmp_path))
+    expect(pattern, read_folder, tmp_path, "all")
+
+
+def test_defects_whose_names_are_near_to_normal(tmp_path):
+    names = ["not_ok", "nok", "no good", "abnormal", "ok_scratch", "defect", "0", "bad"]
+    make_mvtec(tmp_path, defects=dict.fromkeys(names, 1))
+    assert {s.defect for s in read_folder(tmp_path, "all").test if s.label} == set(names)
+
+
+def test_notes_on_what_is_not_read(tmp_path):
+    """Folders beside those of the layout, masks of good images, categories that are none."""
+    folder = make_mvtec(tmp_path)
+    save_image(folder / "validation" / "good" / "000.png")
+    save_mask(folder / "ground_truth" / "good" / "000.png")
+    save_image(tmp_path / "cap" / "Train" / "good" / "000.png")
+    save_image(tmp_path / "preview.png")
+    assert read_folder(tmp_path, "all").notes == [
+        f"bottle: 2 files or folders are not used (first: {folder / 'validation'})",
+        "1 folders with images are not read, having neither train nor test in them: cap",
+        f"1 files beside the categories are not read (first: {tmp_path / 'preview.png'})",
+    ]
+    assert len(read_folder(tmp_path, "bottle").notes) == 1
+    assert "1 folders with images are not read, being no category of MVTec AD: cap" in read_mvtec(tmp_path, "all").notes
 
 
 @pytest.mark.parametrize("suffix", ["_mask", ""])
@@ -183,6 +271,9 @@ def test_visa_raw(tmp_path):
     assert [mask_of(s).name for s in data.test[2:4]] == ["000.png", "001.png"]
     assert load_mask(mask_of(data.test[2])).sum() == 64
     assert "candle: 4 train images, officially 900" in data.notes[1]
+    extra = save_image(tmp_path / "candle/Data/Images/Normal/extra.JPG")
+    notes = read_visa(tmp_path, ["cashew", "candle"]).notes
+    assert f"candle: 1 images are not in 1cls.csv (first: {extra})" in notes
     assert read_visa(tmp_path, "all").notes[-1].startswith("10 of VisA's 12 categories are not on disk: ")
 
 
@@ -224,6 +315,13 @@ def test_faulty_visa(tmp_path):
     broken(r"1cls.csv line 8: .*Anomaly/9.png is missing", "Anomaly/000.png", "Anomaly/9.png")
     broken(r"1cls.csv line 8: the mask of a row may not be empty", "candle/Data/Masks/Anomaly/000.png", "")
     broken(r"1cls.csv line 4: 5 fields are needed", "Normal/0002.JPG,", "Normal/0002.JPG")
+    broken(
+        r"1cls.csv line 2: 'candel' is no object of VisA",
+        "candle,train,normal,candle/Data/Images/Normal/0000",
+        "candel,train,normal,candle/Data/Images/Normal/0000",
+    )
+    broken(r"1cls.csv line 3: .*0000.JPG is in line 2 already; remove", "Normal/0001.JPG", "Normal/0000.JPG")
+    broken(r"1cls.csv line 2: a normal image with a mask", "Normal/0000.JPG,", "Normal/0000.JPG,x.png")
     broken(r"1cls.csv line 5: .*leads out of the root", "candle/Data/Images/Normal/0003.JPG", "../x.JPG")
     table.write_bytes(b"object,split\xff\xfe")
     expect("1cls.csv: not a CSV in UTF-8", read_visa, tmp_path, "candle")
