@@ -91,7 +91,7 @@ def test_whole_results(expected):
     assert expected["complete"] is True
     assert expected["timing"]["batch_size"] == 5  # the training images; a batch may have 32
     assert expected["timing"]["threads"] >= 1
-    assert expected["notes"] == []
+    assert all(note.startswith("the thresholds come from fewer than") for note in expected["notes"])
 
 
 @pytest.mark.parametrize(
