@@ -344,7 +344,6 @@ def test_what_was_used_longest_ago_goes_first(root, cache, tmp_path):
         ("cache.enabled=maybe", "cache.enabled=maybe: give true or false"),
         ("cache.limit_gb=-1", "cache.limit_gb=-1: give gigabytes from 0"),
         ("cache.dtype=int8", "cache.dtype=int8: give auto, bfloat16, float16 or float32"),
-        ("cache.folder=3", "cache.folder=3: give a folder, or null"),
     ],
 )
 def test_options_that_mean_nothing(argument, message):
