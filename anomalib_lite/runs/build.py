@@ -15,7 +15,6 @@ from lightning.pytorch.loggers import Logger
 
 from anomalib_lite.cli.annotations import check_types
 from anomalib_lite.data.datamodule import AnomalyDataModule
-from anomalib_lite.data.readers import read_test_set
 from anomalib_lite.data.transforms import pair
 from anomalib_lite.data.value_range import Pixels
 from anomalib_lite.errors import UserError
@@ -35,10 +34,10 @@ def make_data(cfg: dict[str, Any], stored: dict[str, Any] | None = None) -> Anom
 
 def make_test_set(cfg: dict[str, Any], stored: dict[str, Any]) -> AnomalyDataModule:
     """The test images below data.root alone, for a run that was trained on other data of its categories."""
-    plain = {"val_fraction": 0.0, "split": None, "balanced": False, "category": stored["categories"]}
+    reader = {"_target_": "anomalib_lite.data.readers.read_test_set", "_partial_": True}
+    plain = {"val_fraction": 0.0, "split": None, "balanced": False, "category": stored["categories"], "reader": reader}
     cfg = cfg | {"data": cfg["data"] | plain}
     data = data_module(cfg, map_size=cfg["scoring"].get("map_size"), pixels=stored_pixels(stored))
-    data.reader = read_test_set
     data.setup()
     return data
 
