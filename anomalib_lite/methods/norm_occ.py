@@ -136,9 +136,8 @@ class NormOCCClosedForm(AnomalyModule):
         means, counts = moments[:, 0].clone(), [0] * parts
         for batch in self.fit_batches():
             features = patch_features(self.features(batch)).movedim(1, -1)
-            of_part = batch["index"] % parts if self.folds else torch.zeros(len(features), dtype=torch.long)
-            for part in of_part.unique().tolist():
-                phi = features[of_part == part].reshape(-1, channels)
+            for part in range(parts):
+                phi = (features[batch["index"] % parts == part] if self.folds else features).reshape(-1, channels)
                 moments[part] += (phi.T @ phi).double()
                 means[part] += phi.double().sum(0)
                 counts[part] += len(phi)
