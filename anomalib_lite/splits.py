@@ -3,7 +3,8 @@
     python -m anomalib_lite.splits [KEY=VALUE ...] [--counts WHICH] [--write FILE] [--format NAME] [--config-dir DIR]
 
 KEY=VALUE        as for training: split=exp100, data=mvtec data.root=DIR data.category=[bottle,cable] (default: all),
-                 split=exp split.imbalance=20 split.order=reverse, split=file split.path=FILE
+                 split=exp split.imbalance=20 split.order=reverse, split=shots split.shots=4 split.seed=1,
+                 split=file split.path=FILE
 --counts WHICH   no images, the number of training images per class alone: mvtec, visa, or bottle=209,cable=224
 --write FILE     the split as a file, which split=file split.path=FILE reads again
 --format NAME    of that file; by its name, or

@@ -58,6 +58,7 @@ class Data(Group):
 
 class Split(Group):
     imbalance: Annotated[float, Field(ge=1), BeforeValidator(refuse(bool)), Key("a number from 1, such as 100")] = 1
+    shots: Annotated[Whole, Key("a whole number of images from 1")] = 1
     order: Annotated[Names, Key("size, name, reverse, reverse_name, or a list of all categories, head first")] = "size"
     seed: Annotated[WholeFrom0, Key("a whole number from 0")] = 0
     path: Annotated[Text, Key("the file of the split, as in split=file split.path=FILE", ("moved",))] = "unused"

@@ -145,6 +145,8 @@ class AnomalyDataModule(L.LightningDataModule):
         self.kept = (self.split or splits.full)(data)
         if none := [name for name, number in self.kept.counts.items() if not number]:
             raise UserError(f"split: it left no training images of '{none[0]}'; choose another split")
+        #: of the data set before the split: what runs with different shots have in common
+        self.full_fingerprint = fingerprint(data) if self.kept.profile == splits.SHOTS else None
         data = replace(data, train=self.kept.train)
         headers, notes = checks.check(data, thorough=self.check == "thorough")
         self.notes = data.notes + self.kept.notes + notes

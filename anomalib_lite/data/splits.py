@@ -1,6 +1,6 @@
-"""Which of the training images a run may use: all, a long tail of classes, or those of a published file.
+"""Which of the training images a run may use: all, a few per class, a long tail of classes, or those of a file.
 
-A split is a function DataSet -> Split. The test set stays whole, and one category alone is always full.
+A split is a function DataSet -> Split. The test set stays whole. In a long tail, one category alone is always full.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.errors import UserError
 
 PROFILES = ("exp", "step")
+SHOTS = "shots"  # the profile of `few_shots`
 DRAW = 100  # stream of random numbers; those of `dataset` begin at 0
 Counts = dict[str, int]  # images per class
 
@@ -59,21 +60,44 @@ def full(data: DataSet) -> Split:
 def long_tail(
     data: DataSet, profile: str, imbalance: float, order: str | Sequence[str] = "size", seed: int = 0
 ) -> Split:
-    """As many images of each class as `class_counts` says, drawn by a seeded shuffle of its sorted files.
-
-    The draw depends on `seed` and the class's name alone, so that a smaller imbalance keeps a superset of a larger one.
+    """As many images of each class as `class_counts` says, drawn by `draw`: a smaller imbalance keeps a superset of a
+    larger one.
     """
     full_counts = count(data.train)
     counts = class_counts(full_counts, profile, imbalance, order)
     if len(counts) == 1:
         return full(data)
+    notes = [f"{name}: a single training image" for name, number in counts.items() if number == 1]
+    return Split(draw(data.train, counts, seed), full_counts, profile, *head_and_tail(list(counts)), notes)
+
+
+def few_shots(data: DataSet, shots: int, seed: int = 0) -> Split:
+    """`shots` images of each class, drawn by `draw`: more shots keep a superset of fewer shots.
+
+    Raises UserError if a class has fewer images, or if `shots` is no whole number from 1.
+    """
+    full_counts = count(data.train)
+    if isinstance(shots, bool) or not isinstance(shots, int) or shots < 1:
+        raise UserError(f"split.shots={shots}: give a whole number of images from 1")
+    fewest = min(full_counts, key=full_counts.__getitem__, default="")
+    if fewest and full_counts[fewest] < shots:
+        few = full_counts[fewest]
+        raise UserError(f"split.shots={shots}: '{fewest}' has only {few} training images; give at most {few}")
+    return Split(draw(data.train, dict.fromkeys(full_counts, shots), seed), full_counts, SHOTS)
+
+
+def draw(samples: list[Sample], counts: Counts, seed: int) -> list[Sample]:
+    """So many samples of each class, in their order: the first ones of a seeded shuffle of the class's sorted files.
+
+    A class's shuffle depends on `seed` and the class's name alone: a larger number keeps a superset of a smaller one,
+    whatever other classes there are.
+    """
     drawn: set[Path] = set()
     for category, number in counts.items():
-        files = sorted((s.path for s in data.train if s.category == category), key=Path.as_posix)
+        files = sorted((s.path for s in samples if s.category == category), key=Path.as_posix)
         shuffled = np.random.default_rng([seed, DRAW, *category.encode()]).permutation(len(files))
         drawn |= {files[i] for i in shuffled[:number]}
-    notes = [f"{name}: a single training image" for name, number in counts.items() if number == 1]
-    return Split([s for s in data.train if s.path in drawn], full_counts, profile, *head_and_tail(list(counts)), notes)
+    return [s for s in samples if s.path in drawn]
 
 
 def from_file(

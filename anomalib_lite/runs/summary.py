@@ -74,6 +74,7 @@ def describe(
             "train_anomalous": sum(sample.label for sample in data.train_samples),
             "test_counts": data.test_counts,
         }
+        | ({"full_fingerprint": data.full_fingerprint} if data.full_fingerprint else {})
         | ({"value_range": list(data.pixels.value_range)} if data.pixels.value_range else {}),
     }
 

@@ -20,19 +20,24 @@ from yaml import YAMLError
 from anomalib_lite.cli.hydra_hooks import SWEEP_RECORD
 from anomalib_lite.cli.keys import short_key
 from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.data.splits import SHOTS
 from anomalib_lite.metrics.curves import CURVES
 from anomalib_lite.paths import relative_path
 from anomalib_lite.runs.heat_maps import chosen_cases, overlay
 
 
 def run_name(cfg: dict[str, Any], names: dict[str, str], data: AnomalyDataModule) -> str:
-    """`norm_occ bottle seed 0`, `norm_occ mvtec unified exp20 seed 0`; in a sweep `norm_occ (norm=0.1) bottle seed 0`.
+    """`norm_occ bottle seed 0`, `norm_occ mvtec unified exp20 seed 0`; in a sweep `norm_occ (norm=0.1) bottle seed 0`;
+    with few shots `norm_occ bottle 4 shots split.seed 1 seed 0`.
 
     The parentheses hold what else differs between the jobs of the sweep, as in the labels of `compare`.
     """
     what = data.categories if len(data.categories) == 1 else [data.name, "unified"]
-    split = [] if names["split"] == "full" else [names["split"]]
+    split = [] if names["split"] == "full" else [split_name(cfg, names)]
     named = {"method", "seed", "split", "data.category" if len(data.categories) == 1 else "data"}
+    if names["split"] == SHOTS:
+        split.append(f"split.seed {cfg['split']['seed']}")
+        named |= {"split.shots", "split.seed"}
     differ = {key: value for key, value in swept_values().items() if key not in named}
     details = ", ".join(f"{short_key(key, list(differ))}={value}" for key, value in differ.items())
     return " ".join([names["method"], *[f"({details})"] * bool(details), *what, *split, f"seed {cfg['seed']}"])
@@ -41,8 +46,13 @@ def run_name(cfg: dict[str, Any], names: dict[str, str], data: AnomalyDataModule
 def tags(cfg: dict[str, Any], names: dict[str, str], data: AnomalyDataModule) -> list[str]:
     """Method, data set, setting, split and backbone; W&B accepts at most 64 characters per tag."""
     setting = "single" if len(data.categories) == 1 else "unified"
-    found = (names["method"], data.name, setting, names["split"], cfg["backbone"]["name"])
+    found = (names["method"], data.name, setting, split_name(cfg, names), cfg["backbone"]["name"])
     return [str(tag)[:64] for tag in dict.fromkeys(found) if tag]
+
+
+def split_name(cfg: dict[str, Any], names: dict[str, str]) -> str:
+    """The choice of `split`; of few shots, their number."""
+    return f"{cfg['split']['shots']} shots" if names["split"] == SHOTS else names["split"]
 
 
 def swept_values() -> dict[str, str]:

@@ -295,6 +295,20 @@ def test_two_runs_of_a_process_stay_apart(root, tmp_path):
         assert [row["metrics"] for row in made["history"]] == [result["metrics"]]
 
 
+def test_names_of_few_shots(root, tmp_path):
+    """A sweep's parentheses don't repeat what the name says."""
+    outcome = runs.train(
+        "-m", "hydra/launcher=basic", "logger=default", "method=norm_occ_closed_form", *runs.folder_data(root),
+        "split=shots", "split.shots=2", "split.seed=0,1", f"hydra.sweep.dir={tmp_path / 'both'}",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    for n in (0, 1):
+        (folder,) = wandb_file.folders(tmp_path / "both" / str(n))
+        run = wandb_file.read(folder)["run"]
+        assert run.display_name == f"norm_occ_closed_form bottle 2 shots split.seed {n} seed 0"
+        assert "2 shots" in run.tags
+
+
 def test_a_failed_run_with_given_names(root, tmp_path):
     given = ("logger.wandb.name=one", "logger.wandb.group=ours", "logger.wandb.tags=[a,b]", "logger.wandb.project=p")
     diverges = ("method=norm_occ", "method.optimizer.lr=1e30", "trainer.max_epochs=20")

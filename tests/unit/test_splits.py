@@ -149,6 +149,41 @@ def test_profiles_are_checked(options, message):
         splits.class_counts({"a": 1, "b": 2, "c": 3}, **({"profile": "exp", "imbalance": 2} | options))
 
 
+# --- few shots -------------------------------------------------------------------------------------------------------
+
+
+def test_shots_are_nested_and_each_class_has_a_draw_of_its_own(tmp_path):
+    touched(tmp_path, {"a": 40, "b": 9, "c": 40})
+    data = read_folder(tmp_path, "all")
+    kept = {(shots, seed): splits.few_shots(data, shots, seed) for shots in (1, 2, 4, 9) for seed in range(5)}
+    for (shots, seed), split in kept.items():
+        assert split.counts == dict.fromkeys("abc", shots)
+        assert (split.profile, split.head, split.tail, split.full) == ("shots", [], [], {"a": 40, "b": 9, "c": 40})
+        assert split.train == [s for s in data.train if s in split.train]  # in the data set's order
+        for fewer in (1, 2, 4):
+            assert fewer >= shots or names(kept[fewer, seed].train) < names(split.train)
+        alone = splits.few_shots(read_folder(tmp_path, ["c"]), shots, seed)  # one category too has few shots
+        assert names(alone.train) == {name for name in names(split.train) if name.startswith("c/")}
+    first = {c: [s.path.name for s in kept[4, 0].train if s.category == c] for c in "ac"}
+    assert first["a"] != first["c"]
+    assert len({frozenset(names(kept[4, seed].train)) for seed in range(5)}) == 5
+    elsewhere = read_folder(touched(tmp_path / "elsewhere", {"a": 40, "b": 9, "c": 40}), "all")
+    assert names(splits.few_shots(elsewhere, 4, 1).train) == names(kept[4, 1].train)
+
+
+def test_shots_draw_every_image_equally_often(tmp_path):
+    data = read_folder(touched(tmp_path, {"a": 8}), "all")
+    drawn = Counter(s.path.name for seed in range(400) for s in splits.few_shots(data, 2, seed).train)
+    assert len(drawn) == 8
+    assert all(60 < times < 140 for times in drawn.values())  # 100 expected, with a standard deviation of 8.7
+
+
+@pytest.mark.parametrize("shots", [0, -1, 1.5, True, "4"])
+def test_shots_are_a_whole_number(shots, tmp_path):
+    with pytest.raises(UserError, match=rf"^split\.shots={shots}: give a whole number of images from 1$"):
+        splits.few_shots(read_folder(touched(tmp_path, {"a": 2}), "all"), shots)
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 KEPT = ["bottle/train/good/000.png", "bottle/train/good/002.png", "cable/train/good/001.png"]
@@ -525,9 +560,51 @@ def test_a_balanced_run_that_is_stopped_ends_as_if_undisturbed(root, tmp_path):
     assert expected["steps"] == 9
 
 
+@pytest.mark.parametrize("category", ["bottle", "all"])
+def test_a_run_with_few_shots(category, root, tmp_path):
+    data = folder_data(root, category)
+    result = result_of(*data, CLOSED, "split=shots", "split.shots=3", "split.seed=2", run_dir=tmp_path / "run")
+    full = result_of(*data, CLOSED, run_dir=tmp_path / "full")
+    counts = dict.fromkeys(result["categories"], 3)
+    assert result["data"]["train_counts"] == result["split"]["counts"] == counts
+    split = {key: result["split"][key] for key in ("name", "profile", "shots", "seed", "full_counts")}
+    assert split == {"name": "shots", "profile": "shots", "shots": 3, "seed": 2} | {
+        "full_counts": full["data"]["train_counts"]
+    }
+    assert result["groups"] is None
+    assert result["data"]["fingerprint"] != result["data"]["full_fingerprint"] == full["data"]["fingerprint"]
+    told = f"split shots: {3 * len(counts)} of {sum(full['data']['train_counts'].values())} training images; bottle 3"
+    assert told in (tmp_path / "run" / "train.log").read_text()
+    assert any("fewer than 50 normal training images" in note and "bottle (3)" in note for note in result["notes"])
+    outcome = evaluate(f"run={tmp_path / 'run'}", f"output={tmp_path / 'again'}")
+    assert outcome.code == 0, outcome.err
+    again = json.loads((tmp_path / "again" / "result.json").read_text())
+    assert {k: again[k] for k in ("split", "metrics", "data")} == {k: result[k] for k in ("split", "metrics", "data")}
+
+
+def test_few_shots_with_folds_and_held_out_images(root, tmp_path):
+    shots = [*folder_data(root), "split=shots", "split.shots=4"]
+    result = result_of(*shots, CLOSED, "method.folds=2", "data.val_fraction=0.5", run_dir=tmp_path / "run")
+    assert result["data"]["train_counts"] == {"bottle": 2}
+    assert result["validation"]["image_auroc"] is not None
+    outcome = train(*shots, CLOSED, "method.folds=5", f"hydra.run.dir={tmp_path / 'folds'}")
+    assert outcome.code == 2
+    assert "error: method.folds=5: more folds than training images; give fewer, or 0\n" in outcome.err
+    one = result_of(*shots, "split.shots=1", "method=patchcore", "data.val_fraction=0.2", run_dir=tmp_path / "one")
+    assert one["data"]["train_counts"] == {"bottle": 1}
+    assert "bottle: 1 training images are too few to validate on a share of them" in one["notes"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["split=shots", "split.shots=7"], "split.shots=7: 'cable' has only 6 training images; give at most 6"),
+        (["split=shots", "split.shots=0"], "split.shots=0: give a whole number of images from 1"),
+        (["split=shots", "split.shots=1.5"], "split.shots=1.5: give a whole number of images from 1"),
+        (["split=shots", "split.shots=few"], "split.shots=few: give a whole number of images from 1"),
+        (["split=shots", "split.seed=first"], "split.seed=first: give a whole number from 0"),
+        (["split=shots", "split.seed=0.5"], "split.seed=0.5: give a whole number from 0"),
+        (["split=shots", "split.imbalance=3"], "split.imbalance: no such option"),
         (["split=exp", "split.imbalance=0.5"], "split.imbalance=0.5: give a number from 1"),
         (["split=exp100", "split.order=[bottle,cable]"], "split.order: 'screw' is missing"),
         (["split=exp100", "split.order=[bottle,cable,screw,wood]"], "split.order: 'wood' is no category"),
@@ -572,6 +649,11 @@ def test_program_prints_counts_without_images():
     assert bars["screw"] == pytest.approx(bars["hazelnut"] * 281 / 391, abs=1)
     given = splits_program("--counts", "a=10,b=20", "split=step20")
     assert re.search(r"a +tail +1 +10 +10.0 %", given.out)
+    few = splits_program("--counts", "a=10,b=20", "split=shots", "split.shots=2")
+    assert "shots 2, seed 0" in few.out
+    assert re.search(r"a +2 +10 +20.0 %", few.out)
+    more = splits_program("--counts", "a=10,b=20", "split=shots", "split.shots=11")
+    assert (more.code, more.err) == (2, "error: split.shots=11: 'a' has only 10 training images; give at most 10\n")
     some = splits_program("--counts", "visa", "data.category=[candle,pcb1]", "split=exp100")
     assert re.search(r"candle +tail +9 +900 ", some.out)
 
@@ -586,6 +668,16 @@ def test_program_writes_what_training_reads(form, root, tmp_path):
     assert again.code == 0, again.err
     rows = [re.findall(r"^ +(bottle|cable|screw) +\w+ +(\d+) ", out, re.MULTILINE) for out in (made.out, again.out)]
     assert rows[0] == rows[1] == [("bottle", "8"), ("screw", "4"), ("cable", "2")]
+
+
+def test_program_writes_few_shots(root, tmp_path):
+    chosen = [*folder_data(root)[:2], "split=shots", "split.shots=2", "split.seed=3"]
+    made = splits_program(*chosen, "--write", tmp_path / "few.json")
+    assert made.code == 0, made.err
+    data = read_folder(root, "all")
+    assert splits.from_file(data, tmp_path / "few.json").train == splits.few_shots(data, 2, 3).train
+    again = splits_program(*shlex.split(made.out.rpartition("its arguments: ")[2]))
+    assert re.findall(r"(bottle|cable|screw) +\w* +2 ", again.out) == ["bottle", "cable", "screw"]
 
 
 @pytest.mark.parametrize(
