@@ -54,11 +54,12 @@ class Data(Group):
     texture_size: Annotated[Size | Literal["original"], Key(f"{SIZE}, or original")] = "original"
     drop_last: Annotated[bool, Key(FLAG)]
     balanced: Annotated[bool | None, Key(FLAG)] = None
+    copies: Annotated[Whole, Key(WHOLE)] = 1
 
 
 class Split(Group):
-    imbalance: Annotated[float, Field(ge=1), BeforeValidator(refuse(bool)), Key("a number from 1, such as 100")] = 1
     shots: Annotated[Whole, Key("a whole number of images from 1")] = 1
+    imbalance: Annotated[float, Field(ge=1), BeforeValidator(refuse(bool)), Key("a number from 1, such as 100")] = 1
     order: Annotated[Names, Key("size, name, reverse, reverse_name, or a list of all categories, head first")] = "size"
     seed: Annotated[WholeFrom0, Key("a whole number from 0")] = 0
     path: Annotated[Text, Key("the file of the split, as in split=file split.path=FILE", ("moved",))] = "unused"

@@ -8,7 +8,7 @@ from anomalib_lite.errors import UserError
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise UserError for the first invalid argument of the DataModule."""
-    for option in ("batch_size", "eval_batch_size"):
+    for option in ("batch_size", "eval_batch_size", "copies"):
         value = options[option]
         if not isinstance(value, int) or value < 1:
             raise UserError(f"data.{option}={value}: give a whole number from 1")
@@ -24,6 +24,13 @@ def check_options(options: Mapping[str, Any]) -> None:
             f"scoring.map_size={options['map_size']}: goes without data.transform, which may crop or turn the image; "
             "give scoring.map_size=null"
         )
+    if (
+        options["copies"] > 1
+        and not options["augment"]
+        and options["corrupt"] is None
+        and options["treatment"] == "object"
+    ):
+        raise UserError(f"data.copies={options['copies']}: all copies are equal; give data.augment too, or 1")
     limits = options["value_range"]
     if limits is not None and not (len(limits) == 2 and limits[0] < limits[1]):
         raise UserError(f"data.value_range={list(limits)}: give [low, high], or null")

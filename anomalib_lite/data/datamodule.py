@@ -43,7 +43,7 @@ class AnomalyDataModule(L.LightningDataModule):
         split: DataSet -> Split, the training images that the run may use (see `splits`); None is all.
         balanced: Training batches draw every class equally often; see `TrainBatchSampler`.
         transform: albumentations transforms of every image; None is `Resize(image_size, resample)`.
-        augment: More of them, after those, for training images only.
+        augment: More of them, after those, for training images only. `fit_dataloader` has `copies` of each image.
         normalize: "imagenet", "none" ([0, 1]), or {"mean": [R, G, B], "std": [R, G, B]}.
         resample: Filter of the default transform.
         check: "fast" (headers and file ends) or "thorough" (decode everything).
@@ -81,6 +81,7 @@ class AnomalyDataModule(L.LightningDataModule):
         split: Callable[[DataSet], splits.Split] | None = None,
         transform: Sequence | None = None,
         augment: Sequence | None = None,
+        copies: int = 1,
         normalize: str | dict[str, Sequence[float]] = "imagenet",
         resample: str = "bilinear",
         check: str = "fast",
@@ -101,7 +102,7 @@ class AnomalyDataModule(L.LightningDataModule):
         self.map_size: MapSize = map_size if map_size is None or isinstance(map_size, str) else pair(map_size)
         self.batch_size, self.eval_batch_size, self.workers = batch_size, eval_batch_size, workers
         self.val_fraction, self.seed, self.split, self.check = val_fraction, seed, split, check
-        self.drop_last, self.balanced = drop_last, balanced
+        self.drop_last, self.balanced, self.copies = drop_last, balanced, copies
         self.corrupt, self.treatment, self.texture_size = corrupt, treatment, texture_size
         self.transform, self.augment, self.normalize, self.resample = transform, augment or (), normalize, resample
         self.notes: list[str] = []
@@ -201,8 +202,10 @@ class AnomalyDataModule(L.LightningDataModule):
         return self._loader(self._train_images(), persistent=True, batch_sampler=batches)
 
     def fit_dataloader(self) -> AnomalyLoader:
-        """The training images once, in order, prepared as in the first epoch: for methods in closed form."""
-        return self._in_order(self._train_images(), sharded=False)
+        """All copies of the training images, in order, prepared as in the first epochs: for methods in closed form."""
+        keys: list[Any] = [(copy, index) for copy in range(self.copies) for index in range(len(self.train_samples))]
+        batches = list(BatchSampler(keys, self.eval_batch_size, drop_last=False))
+        return self._loader(self._train_images(), persistent=False, batch_sampler=batches)
 
     def train_eval_dataloader(self, sharded: bool = False) -> AnomalyLoader:
         """The training images once, in order, prepared as in test: all of them on each rank, or a share of them."""

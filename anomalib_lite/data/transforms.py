@@ -10,6 +10,7 @@ from typing import Any
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before the import: it would ask the network for its newest version
 
 import albumentations as A
+import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -72,6 +73,43 @@ class Crop(A.RandomCrop):
 
     def get_transform_init_args_names(self) -> tuple[str, ...]:
         return ("size",)
+
+
+class Turn(A.DualTransform):
+    """Turn an image about its centre, by multiples of an angle or by random angles, in degrees.
+
+    `copy` and `index` of the data are the number of the copy or epoch, and the training image's position. With `step`
+    the angle is step · (copy + index): the multiples of `step` follow each other. Otherwise the first copy is not
+    turned, and the others are turned by an angle drawn from `angles`. What comes in at the corners is the mirrored
+    image, or black (`mirror` is False). Image uint8 [H, W, C], mask uint8 [H, W].
+    """
+
+    def __init__(
+        self, step: float | None = None, angles: Sequence[float] = (0, 360), mirror: bool = True, p: float = 1.0
+    ):
+        super().__init__(p=p)
+        self.step, self.angles, self.mirror = step, tuple(angles), mirror
+
+    def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
+        copy, index = data.get("copy", 0), data.get("index", 0)
+        if self.step is not None:
+            return {"angle": self.step * (copy + index) % 360}
+        return {"angle": self.py_random.uniform(*self.angles) if copy else 0.0}
+
+    def apply(self, img: np.ndarray, angle: float = 0.0, **params) -> np.ndarray:
+        return self._turned(img, angle, cv2.INTER_LINEAR)
+
+    def apply_to_mask(self, mask: np.ndarray, *args, angle: float = 0.0, **params) -> np.ndarray:
+        return self._turned(mask, angle, cv2.INTER_NEAREST)
+
+    def _turned(self, array: np.ndarray, angle: float, interpolation: int) -> np.ndarray:
+        height, width = array.shape[:2]
+        matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, 1.0)
+        border = cv2.BORDER_REFLECT_101 if self.mirror else cv2.BORDER_CONSTANT
+        return cv2.warpAffine(array, matrix, (width, height), flags=interpolation, borderMode=border)
+
+    def get_transform_init_args_names(self) -> tuple[str, ...]:
+        return ("step", "angles", "mirror")
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -150,7 +188,8 @@ class Pipeline:
     ) -> tuple[Tensor, Tensor]:
         """Image uint8 [H, W, 3] and mask bool [H, W] to float32 [3, h, w] and bool [h, w].
 
-        Equal seeds (a few non-negative integers) give equal augmentations. `corrupt` sees the uint8 image [h, w, 3]
+        Equal seeds (a few non-negative integers) give equal augmentations; of four, the last two are the number of the
+        epoch or copy, and the image's position, which `Turn` asks for. `corrupt` sees the uint8 image [h, w, 3]
         after all transforms, so that no crop cuts its defect off, and its mask replaces the given one.
         """
         image, mask = self.transform(image, mask, seed)
@@ -163,9 +202,10 @@ class Pipeline:
         # Not Compose.set_random_seed: it gives every transform a generator of the same seed, so that two flips with
         # p=0.5 always agree. One shared generator makes them independent.
         rng = np.random.default_rng(list(seed))
+        copy, index = seed[2:4] if len(seed) == 4 else (0, 0)
         self.compose.set_random_state(rng, random.Random(int(rng.integers(2**63))))
         try:
-            done = self.compose(image=image, mask=mask.astype(np.uint8))
+            done = self.compose(image=image, mask=mask.astype(np.uint8), copy=copy, index=index)
         except UserError:
             raise
         except Exception as error:

@@ -124,7 +124,10 @@ class AnomalyModule(L.LightningModule):
         return self.precision == "bf16" or (self.precision == "auto" and has_bf16(device))
 
     def fit_batches(self) -> Iterator[Batch]:
-        """All training images once, in order, prepared as in training, on this device; for closed forms."""
+        """All training images in order, prepared as in training, on this device; for closed forms.
+
+        With data.copies, each image comes as so many augmented copies, all with the image's `index`.
+        """
         for batch in self.trainer.datamodule.fit_dataloader():  # type: ignore[attr-defined]
             yield self.transfer_batch_to_device(batch, self.device, 0)
 

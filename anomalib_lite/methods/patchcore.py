@@ -52,15 +52,18 @@ class PatchCore(AnomalyModule):
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
-        each = [self.patches(batch).flatten(1, 2).cpu() for batch in self.fit_batches()]
-        images, positions = sum(map(len, each)), each[0].shape[1]
+        each, images = [], []
+        for batch in self.fit_batches():
+            each.append(self.patches(batch).flatten(1, 2).cpu())
+            images.append(batch["index"].cpu())  # the same for all augmented copies of an image
+        owners = torch.cat(images).repeat_interleave(each[0].shape[1])
         patches = torch.cat(each).flatten(0, 1)
         del each
         count = max(1, int(self.coreset * len(patches)))
         first = int(torch.randint(len(patches), ()))
         picks = greedy_coreset(patches, count, first) if count < len(patches) else torch.arange(count)
         self.bank = patches[picks].to(self.device)
-        self.owners = torch.arange(images).repeat_interleave(positions)[picks].to(self.device)
+        self.owners = owners[picks].to(self.device)
 
     def patches(self, batch: Batch) -> Tensor:
         """Patch features [B, h, w, D] (section 3.1)."""

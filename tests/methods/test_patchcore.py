@@ -1,12 +1,18 @@
 """PatchCore: its coreset, its neighbours and its image score, each against a literal reading."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.data.readers import read_folder
+from anomalib_lite.data.transforms import Turn
 from anomalib_lite.methods.coreset import greedy_coreset
 from anomalib_lite.methods.patchcore import PatchCore, neighbours
 from tests.helpers.image_trees import make_mvtec
@@ -71,6 +77,10 @@ class Given(torch.nn.Module):
         return [images]
 
 
+class Plain(Given):
+    channels = (3,)
+
+
 @pytest.mark.parametrize("is_train_image", [False, True])
 def test_image_score_is_equation_7(is_train_image):
     """And a training image is scored without its own patches."""
@@ -94,6 +104,43 @@ def test_image_score_is_equation_7(is_train_image):
         weight = 1 - top / sum(math.exp((patches[test] - bank[int(n)]).norm()) for n in around)
         assert float(scores["score"][i]) == pytest.approx(weight * float(every[test, star]), rel=1e-4)
         torch.testing.assert_close(scores["map"][i].double(), every.min(1).values.view(4, 4), rtol=1e-4, atol=1e-5)
+
+
+def test_the_bank_holds_every_copy_and_an_image_is_scored_without_its_own(tmp_path):
+    """With multiples of 90° the copies are known: NumPy turns the images."""
+    make_mvtec(tmp_path, "bottle", train=2)
+    turns: dict[str, Any] = {"augment": [Turn(step=90)], "copies": 4}
+    data = AnomalyDataModule(read_folder, tmp_path, "bottle", image_size=32, normalize="none", **turns)
+    data.setup()
+    model: Any = PatchCore(coreset=1, backbone=Plain(), image_size=(32, 32))
+    model.trainer = SimpleNamespace(datamodule=data, strategy=SimpleNamespace(lightning_module=model))
+    model.transfer_batch_to_device = lambda batch, device, index: batch
+    model.on_fit_start()
+    images = [np.asarray(Image.open(sample.path)) for sample in data.train_samples]
+    bank = [np.rot90(image, copy + i).reshape(-1, 3) / 255 for copy in range(4) for i, image in enumerate(images)]
+    means = torch.nn.functional.avg_pool2d  # of 3×3 patches
+    expected = [means(torch.tensor(b.copy()).float().view(1, 32, 32, 3).movedim(-1, 1), 3, 1, 1) for b in bank]
+    torch.testing.assert_close(model.bank, torch.cat([e[0].flatten(1).T for e in expected]))
+    assert model.owners.tolist() == [i for _ in range(4) for i in range(2) for _ in range(32 * 32)]
+    (batch,) = data.train_eval_dataloader()
+    own = model.anomaly_map(batch)[0]
+    others = model.anomaly_map(batch | {"is_train_image": True})[0]
+    assert own.max() < 1e-3 < others.mean()
+
+
+@pytest.mark.parametrize("method", ["patchcore", "norm_occ_closed_form"])
+@pytest.mark.parametrize(("preset", "copies"), [("rotations_45", 8), ("rotations_random", 31)])
+def test_rotations_of_few_shots(method, preset, copies, tmp_path):
+    make_mvtec(tmp_path / "data", "bottle")
+    few = [*folder_data(tmp_path / "data"), f"method={method}", "split=shots", "split.shots=2"]
+    result = result_of(*few, f"augment={preset}", run_dir=tmp_path / "turned")
+    plain = result_of(*few, run_dir=tmp_path / "plain")
+    assert result["metrics"] != plain["metrics"]
+    assert result["data"] == plain["data"]
+    if method == "patchcore":
+        state = torch.load(tmp_path / "turned/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        assert len(state["bank"]) == int(0.1 * copies * 2 * 4 * 4)
+        assert set(state["owners"].tolist()) == {0, 1}
 
 
 def test_a_run(tmp_path):

@@ -114,6 +114,10 @@ OPTIONS = {
         "data.augment: RandomCrop can't be applied"
     ),
     "data.augment=foo": "data.augment=foo must be a list",
+    "+data.copies=0": "data.copies=0: give a whole number from 1",
+    "+data.copies=8": "data.copies=8: all copies are equal; give data.augment too, or 1",
+    "augment=foo": "augment=foo: no such choice",
+    "augment=rotations_45 data.augment.0.step=wide": "data.augment: Turn can't be applied",
     "data.reader=foo": "data.reader=foo must be a _target_",
     "data.split=foo": "split=foo must be a _target_",
     "data.category=": "data.category is empty",

@@ -229,6 +229,18 @@ def test_train_eval_dataloader(root):
     assert flat(b["index"].tolist() for b in sharded) == list(range(8, 16))
 
 
+def test_copies_are_augmented_as_in_the_first_epochs(root):
+    data = module(root, augment=[A.Rotate([-180, 180], p=1)], copies=3, eval_batch_size=7)
+    batches = list(data.fit_dataloader())
+    assert [index for batch in batches for index in batch["index"].tolist()] == [*range(19)] * 3
+    images = torch.cat([batch["image"] for batch in batches])
+    for copy in range(3):
+        assert torch.equal(images[19 * copy : 19 * copy + 19], data.training_batch(range(19), copy)["image"])
+    assert sum(len(batch["path"]) for batch in data.train_eval_dataloader()) == 19
+    with pytest.raises(UserError, match=r"^data\.copies=3: all copies are equal; give data\.augment too, or 1$"):
+        module(root, copies=3)
+
+
 def test_without_images_nothing_is_decoded(root, tmp_path):
     moved = shutil.copytree(root, tmp_path / "data")
     data = module(moved, workers=2)

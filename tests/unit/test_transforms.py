@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
-from anomalib_lite.data.transforms import Pipeline, Resize
+from anomalib_lite.data.transforms import Pipeline, Resize, Turn
 from anomalib_lite.errors import UserError
 
 
@@ -89,6 +89,42 @@ def test_transforms_of_one_sample_are_independent():
     mask = np.zeros((2, 2), bool)
     places = [int(pipeline(corner, mask, (0, i))[0][0].argmax()) for i in range(200)]
     assert min(places.count(place) for place in range(4)) > 25
+
+
+def turned(turn, copy, index=0, seed=0, side=32):
+    """Image uint8 [H, W, 3] and mask of a copy of a training image."""
+    mask = np.zeros((side, side), bool)
+    mask[3, 9] = True
+    return Pipeline([], [turn]).transform(noise(side), mask, (seed, 0, copy, index))
+
+
+def test_multiples_of_an_angle_follow_each_other():
+    for copy in range(6):
+        for index in range(3):
+            image, mask = turned(Turn(step=90), copy, index)
+            assert (image == np.rot90(noise(32), copy + index)).all()
+            assert mask.nonzero() == np.rot90(turned(Turn(step=90), 0)[1], copy + index).nonzero()
+    eight = [turned(Turn(step=45), copy)[0] for copy in range(9)]
+    assert len({image.tobytes() for image in eight}) == 8
+    assert (eight[8] == eight[0]).all()
+    for copy in (1, 3):  # against PIL, within the circle that no corner enters
+        other = np.asarray(Image.fromarray(noise(32)).rotate(45 * copy, Image.Resampling.BILINEAR)).astype(int)
+        y, x = np.ogrid[-15.5:16, -15.5:16]
+        difference = np.abs(eight[copy].astype(int) - other)[np.hypot(y, x) < 14]
+        assert difference.mean() < 4
+
+
+def test_random_angles_leave_the_first_copy():
+    turn = Turn(angles=[0, 345], mirror=False)
+    copies = [turned(turn, copy)[0] for copy in range(31)]
+    assert (copies[0] == noise(32)).all()
+    assert len({image.tobytes() for image in copies}) == 31
+    assert (copies[7] == turned(turn, 7)[0]).all()
+    assert (copies[7] != turned(turn, 7, index=1)[0]).any()
+    assert (copies[7] != turned(turn, 7, seed=1)[0]).any()
+    black = [(image[[0, 0, -1, -1], [0, -1, 0, -1]] == 0).all() for image in copies]
+    assert sum(black) > 20
+    assert not any((turned(Turn(angles=[40, 50]), copy)[0] == 0).all(-1).any() for copy in range(1, 9))
 
 
 def test_corruption_comes_after_the_transforms():
