@@ -9,10 +9,13 @@ DIR              folders; every result.json below them is read; damaged and fore
 --csv FILE       one line per run and category, all metrics with all digits
 --latex FILE     tables for booktabs
 --markdown FILE  the same as Markdown
---plots DIR      dot plots of every metric and curves of every category, as PNG
+--plots DIR      dot plots of every metric, curves of every category, and with few shots every metric over the number of
+                 training images, as PNG
 
 Runs share a table where data set, files, split and protocol.data agree; what differs is named. Runs that differ in the
-seed alone are averaged; those that differ in any other key of their configuration get rows of their own.
+seed alone are averaged; those that differ in any other key of their configuration get rows of their own. Few shots
+(split=shots) and all images of a data set share a table: a group of rows for each number of shots, averaged over
+split.seed too, and a table of methods against numbers of shots.
 Exit codes: 0; 2 for a user error.
 """
 

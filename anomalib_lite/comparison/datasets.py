@@ -30,7 +30,7 @@ def places(runs: Sequence[Run]) -> dict[Run, Place]:
     own: dict[Run, Place] = {}
     for run in sorted(runs, key=lambda run: root_of(run) is None):  # an unknown root joins no two others
         name, root = str(run.result["dataset"]), root_of(run)
-        content = json.dumps([name, sorted(run.result["categories"]), run.result["data"]["fingerprint"]])
+        content = json.dumps([name, sorted(run.result["categories"]), run.fingerprint])
         if name in OFFICIAL:
             own[run] = name, ""
         elif root is None:

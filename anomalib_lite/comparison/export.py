@@ -12,7 +12,7 @@ import jinja2
 
 from anomalib_lite.comparison.find_runs import Run, shorten
 from anomalib_lite.comparison.statistics import DRAWS
-from anomalib_lite.comparison.tables import COSTS, FEWEST_CATEGORIES, Cell, Column, Over, Row, Table
+from anomalib_lite.comparison.tables import COSTS, FEWEST_CATEGORIES, Cell, Column, Over, Row, Table, shots_text
 
 HEADINGS = {"auroc": "AUROC", "ap": "AP", "f1max": "F1-max"}
 TEST_HEADINGS = ("method", "against", "difference", "corrected p", "categories")
@@ -64,6 +64,12 @@ def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def shots_headings(table: Table) -> list[str]:
+    """The headings of a table of methods over the number of shots; empty where it does not differ."""
+    what = heading(list(table.columns)[-1])
+    return [f"few shots, {what}", *map(shots_text, table.shots)] if table.shots else []
+
+
 def caption(*metrics: str, best: str = "in bold", intervals: bool = True) -> str:
     """The line under a table that says what its numbers are."""
     names = ", ".join(map(name_of, metrics))
@@ -106,8 +112,8 @@ def to_csv(tables: Sequence[Table], runs: Sequence[Run]) -> str:
     metrics = list(dict.fromkeys(metric for table in tables for metric in table.metrics))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    head = ["table", "run", "dataset", "split", "setting", "method", "label", "variant", "backbone", "weights", "seed"]
-    writer.writerow([*head, "category", "group", *metrics, *COSTS, "fingerprint"])
+    head = ["table", "run", "dataset", "split", "shots", "setting", "method", "label", "variant", "backbone", "weights"]
+    writer.writerow([*head, "seed", "split.seed", "category", "group", *metrics, *COSTS, "fingerprint"])
     rows: dict[Run, tuple[int, Table, Row]] = {}
     for number, table in enumerate(tables, 1):
         rows |= {run: (number, table, row) for row in table.rows for run in row.all_runs()}
@@ -116,8 +122,14 @@ def to_csv(tables: Sequence[Table], runs: Sequence[Run]) -> str:
             continue  # a newer run has the same seed
         number, table, row = rows[run]
         r, split = run.result, run.result.get("split") or {}
-        first = [number, run.folder, table.dataset, split.get("name"), r["setting"], r["method"], row.label]
-        first += [r.get("variant"), (r.get("backbone") or {}).get("name"), r.get("weights"), r["seed"]]
+        first = [number, run.folder, table.dataset, split.get("name"), row.shots, r["setting"], r["method"], row.label]
+        first += [
+            r.get("variant"),
+            (r.get("backbone") or {}).get("name"),
+            r.get("weights"),
+            r["seed"],
+            split.get("seed"),
+        ]
         costs = [run.cost(*where) for where in COSTS.values()]
         for category in r["categories"]:
             values = [run.value(category, metric) for metric in metrics]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from anomalib_lite.cli.keys import flat, lookup
+from anomalib_lite.data.splits import SHOTS
 from anomalib_lite.errors import UserError
 from anomalib_lite.runs.artifacts import Scores, read_maps, read_result, read_scores
 from anomalib_lite.runs.folder import CHECKPOINTS, FIGURES, HYDRA, RESULT, WANDB, read_config
@@ -35,6 +36,25 @@ class Run:
     result: dict[str, Any]
     config: dict[str, Any]
     problems: list[str] = field(repr=False)
+
+    @property
+    def shots(self) -> int | None:
+        """The number of training images per category of a run with few shots; None for all images or another split."""
+        split = dict_at(self.result, "split")
+        shots = split.get("shots") if split.get("profile") == SHOTS else None
+        return shots if isinstance(shots, int) else None
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        """What is averaged over: the run's seed, and the seed with which few shots are drawn."""
+        drawn = dict_at(self.result, "split").get("seed") if self.shots else 0
+        return self.result["seed"], drawn if isinstance(drawn, int) else 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the images that the run has, or of all images of which its few shots are drawn."""
+        data = self.result["data"]
+        return str(data.get("full_fingerprint") or data["fingerprint"])
 
     def value(self, category: str, metric: str) -> float | None:
         return self.result["per_category"].get(category, {}).get(metric)

@@ -9,14 +9,15 @@ from typing import Any
 from anomalib_lite.cli.keys import flat, short_key
 from anomalib_lite.comparison.datasets import places, titles
 from anomalib_lite.comparison.find_runs import Run, dict_at, shorten
-from anomalib_lite.comparison.tables import Row, Table
+from anomalib_lite.comparison.tables import Row, Table, ordered_shots, shots_text
+from anomalib_lite.data.splits import SHOTS
 
 DEVELOPMENT = ("bottle", "toothbrush", "capsules", "magnetic_tile")  # the package's defaults were chosen on them
 Conditions = dict[str, Any]  # what the runs of a table share, by its key in result.json
 
 
 def tables(runs: Sequence[Run]) -> list[Table]:
-    """One table per data set, split and protocol, in the order of the runs."""
+    """One table per data set, split and protocol, in the order of the runs. Few shots and all images share a table."""
     parts: dict[str, tuple[Conditions, list[Run]]] = {}
     fingerprints: dict[str, list[str]] = {}
     place_of = places(runs)
@@ -28,9 +29,9 @@ def tables(runs: Sequence[Run]) -> list[Table]:
         )
         # a fingerprint depends on the categories: only those of runs with the same categories are compared
         known = fingerprints.setdefault(_json(result["dataset"], conditions, sorted(result["categories"])), [])
-        if result["data"]["fingerprint"] not in known:
-            known.append(result["data"]["fingerprint"])
-        conditions["data.fingerprint"] = known.index(result["data"]["fingerprint"])
+        if run.fingerprint not in known:
+            known.append(run.fingerprint)
+        conditions["data.fingerprint"] = known.index(run.fingerprint)
         parts.setdefault(_json(result["dataset"], conditions), (conditions, []))[1].append(run)
     made: list[Table] = []
     first: dict[str, tuple[int, Conditions]] = {}
@@ -46,21 +47,30 @@ def tables(runs: Sequence[Run]) -> list[Table]:
         categories = sorted({category for row in rows for category in row.runs}, key=_natural)
         notes += [*repeated, *_notes(rows, members, categories)]
         name = title_of[place_of[members[0]]]
-        made.append(Table(name + _split_title(members[0].result), name, rows, categories, notes))
+        made.append(Table(name + _split_title(members), name, rows, categories, notes))
     return made
 
 
 def _split(result: dict[str, Any]) -> dict[str, Any]:
-    """What makes a split another one. The fingerprint covers its files, and one split may have several names."""
+    """What makes a split another one. The fingerprint covers its files, and one split may have several names.
+
+    Few shots are no other split: they are rows beside those of all images.
+    """
     split = result.get("split") or {}
     profile = split.get("profile", split.get("name", "full"))
+    profile = "full" if profile == SHOTS else profile
     ignored = ("name", "profile", "path", "format", "tail", "counts", "full_counts")
     return {"profile": profile} | {k: v for k, v in split.items() if k not in ignored and profile != "full"}
 
 
-def _split_title(result: dict[str, Any]) -> str:
-    """What follows the data set's name in a title: nothing, or ", split exp20 (order reverse; split.seed 1)"."""
+def _split_title(runs: Sequence[Run]) -> str:
+    """What follows the data set's name in a title: nothing, or ", split exp20 (order reverse; split.seed 1)", or
+    ", 1 shot, 4 shots, all images".
+    """
+    result = runs[0].result
     split, details = result.get("split") or {}, []
+    if any(run.shots for run in runs):
+        return "".join(f", {shots_text(shots)}" for shots in ordered_shots(run.shots for run in runs))
     if _split(result)["profile"] == "full":
         return ""
     if "imbalance" in split:
@@ -87,13 +97,13 @@ def _rows(runs: list[Run]) -> tuple[list[Row], list[str]]:
     repeated = []
     for run in sorted(runs, key=lambda run: str(dict_at(run.result, "timing").get("date", ""))):
         method, setting, hyperparameters = run.result["method"], run.result["setting"], run.hyperparameters()
-        new = Row(method, setting, hyperparameters, configured=bool(run.config))
-        row = rows.setdefault(_json(method, setting, hyperparameters), new)
+        new = Row(method, setting, hyperparameters, configured=bool(run.config), shots=run.shots)
+        row = rows.setdefault(_json(method, setting, hyperparameters, run.shots), new)
         for category in run.result["categories"]:
             seeds = row.runs.setdefault(category, {})
-            if run.result["seed"] in seeds:
-                repeated.append(str(seeds[run.result["seed"]].folder))
-            seeds[run.result["seed"]] = run
+            if run.seeds in seeds:
+                repeated.append(str(seeds[run.seeds].folder))
+            seeds[run.seeds] = run
     note = f"run again with the same seed, the newest counts; left out: {shorten(repeated)}"
     return label(list(rows.values())), [note] * bool(repeated)
 
@@ -119,6 +129,8 @@ def _notes(rows: list[Row], runs: list[Run], categories: list[str]) -> Iterator[
     ]
     if beside:
         yield f"latency and images/s do not compare where other jobs ran on the machine: {shorten(beside)}"
+    if any(row.shots for row in rows):
+        yield "few shots: runs that differ in seed or split.seed (the draw of the images) are averaged"
     developed = [category for category in categories if category in DEVELOPMENT]
     if developed:
         yield f"development data: {', '.join(developed)} (defaults were chosen on them)"
@@ -132,10 +144,12 @@ def _jobs_beside(run: Run) -> int:
 
 def label(rows: list[Row]) -> list[Row]:
     """Label the rows and sort them. A label is the method, its backbone where the table has several, and every
-    hyperparameter that differs among rows of the same method, setting and backbone. A full label names the setting too.
+    hyperparameter that differs among rows of the same method, setting and backbone. A row's group is its setting, and
+    the number of shots where it differs in the table. A full label names the group too.
     """
     several = len({row.hyperparameters["backbone"] for row in rows}) > 1
     settings = {row.setting for row in rows}
+    several_shots = len({row.shots for row in rows}) > 1
     alike: dict[tuple[str, str, str, bool], list[Row]] = {}
     for row in rows:
         alike.setdefault((row.method, row.setting, row.hyperparameters["backbone"], row.configured), []).append(row)
@@ -150,8 +164,10 @@ def label(rows: list[Row]) -> list[Row]:
             if not configured and (method, setting, backbone, True) in alike:
                 details.append("configuration unknown")
             row.label = f"{name} ({', '.join(details)})" if details else name
-            row.full_label = f"{row.label} [{setting}]" if len(settings) > 1 else row.label
-    return sorted(rows, key=lambda row: (row.setting, _natural(row.label)))
+            row.line = f"{row.label} [{setting}]" if len(settings) > 1 else row.label
+            row.group = f"{setting}, {shots_text(row.shots)}" if several_shots else setting
+            row.full_label = f"{row.label} [{row.group}]" if several_shots else row.line
+    return sorted(rows, key=lambda row: (_natural(row.group), _natural(row.label)))
 
 
 def _shown(values: set[str | None]) -> dict[str | None, str]:
@@ -161,8 +177,11 @@ def _shown(values: set[str | None]) -> dict[str | None, str]:
 
 
 def _text(value: str | None) -> str:
-    text = None if value is None else json.loads(value)
-    return "–" if value is None else text if isinstance(text, str) else value
+    """A value, stored as JSON; of transforms their names."""
+    content = None if value is None else json.loads(value)
+    if isinstance(content, list) and content and all(isinstance(each, dict) and "_target_" in each for each in content):
+        return ", ".join(str(each["_target_"]).rpartition(".")[2] for each in content)
+    return "–" if value is None else content if isinstance(content, str) else value
 
 
 def _json(*values: Any) -> str:

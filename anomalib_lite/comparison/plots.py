@@ -18,13 +18,17 @@ STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": Fal
 
 
 def write_plots(folder: Path, tables: Sequence[Table]) -> None:
-    """`<metric>.png` and `curves_<category>.png`, with the table's number in front where there are several."""
+    """`<metric>.png`, `curves_<category>.png` and with few shots `shots_<metric>.png`, with the table's number in front
+    where there are several.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
         for number, table in enumerate(tables, 1):
             prefix = f"{number}_" * (len(tables) > 1)
             for metric in table.metrics:
                 plot_metric(folder / f"{prefix}{_safe(metric)}.png", table, metric)
+                if table.shots:
+                    plot_shots(folder / f"{prefix}shots_{_safe(metric)}.png", table, metric)
             names = [_safe(category) for category in table.categories]
             for at, category in enumerate(table.categories):
                 suffix = f"_{at}" * (names.count(names[at]) > 1)
@@ -60,6 +64,28 @@ def plot_metric(file: Path, table: Table, metric: str) -> None:
     intervals = any(cell.interval for row in rows for cell in table.cells(row, metric).values())
     meaning = "95 % bootstrap interval over test images" if intervals else "± standard deviation over seeds"
     figure.suptitle(f"{table.title}: {name_of(metric)} in percent, {meaning}", fontsize=9)
+    figure.savefig(file, dpi=130)
+
+
+def plot_shots(file: Path, table: Table, metric: str) -> None:
+    """The metric over the number of shots, on a logarithmic axis that ends with all images. One line per method: the
+    mean over seeds and draws with its standard deviation.
+    """
+    figure, lines = Figure(figsize=(6.4, 4), layout="constrained"), table.over_shots(metric)
+    axis = figure.subplots()
+    place = {shots: shots or 2 * max(number or 0 for number in table.shots) for shots in table.shots}
+    for number, (name, cells) in enumerate(lines.items()):
+        beside = 1.03 ** (number - (len(lines) - 1) / 2)  # so that error bars don't cover each other
+        x = [beside * place[shots] for shots in cells]
+        y, sd = [100 * cell.mean for cell in cells.values()], [100 * (cell.sd or 0) for cell in cells.values()]
+        axis.errorbar(x, y, sd, label=name, color=f"C{number % 10}", marker="o", markersize=4, capsize=2)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([*place.values()], ["all" if shots is None else str(shots) for shots in place])
+    axis.set(xlabel="training images per category", ylabel=f"{name_of(metric)} in percent")
+    axis.grid(color="#e3e6ea")
+    what = heading(list(table.columns)[-1])
+    figure.suptitle(f"{table.dataset}, {what}: {name_of(metric)}, mean ± standard deviation over seeds", fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     figure.savefig(file, dpi=130)
 
 

@@ -37,6 +37,16 @@ class Over(Enum):
 
 
 Column = str | Over
+Seeds = tuple[int, int]  # of the run, and of the draw of few shots
+
+
+def shots_text(shots: int | None) -> str:
+    return "all images" if shots is None else f"{shots} shot{'s' * (shots > 1)}"
+
+
+def ordered_shots(shots: Iterable[int | None]) -> list[int | None]:
+    """The distinct numbers of shots, all images (None) last."""
+    return sorted(set(shots), key=lambda number: (number is None, number or 0))
 
 
 @dataclass
@@ -62,25 +72,28 @@ class PairedTest(NamedTuple):
 
 @dataclass(eq=False)
 class Row:
-    """Runs that differ in nothing but seed and category."""
+    """Runs that differ in nothing but seed, category, and with few shots the draw of the images."""
 
     method: str
     setting: str
     hyperparameters: dict[str, str]
     configured: bool  # whether their configuration is still on disk
-    label: str = ""  # within its setting
+    shots: int | None = None  # training images per category; None: not few shots
+    group: str = ""  # its heading: setting, and number of shots where it differs
+    label: str = ""  # within its group
+    line: str = ""  # within the table, but the same for all numbers of shots
     full_label: str = ""  # within the table
-    runs: dict[str, dict[int, Run]] = field(default_factory=dict)  # category, seed
+    runs: dict[str, dict[Seeds, Run]] = field(default_factory=dict)  # category, seeds
 
     def all_runs(self) -> list[Run]:
         return list(dict.fromkeys(run for seeds in self.runs.values() for run in seeds.values()))
 
     def first_run(self, category: str) -> Run | None:
         """The run with the smallest seed: it stands for the row in curves and heat maps."""
-        return min(self.runs.get(category, {}).items(), default=(0, None), key=lambda of: of[0])[1]
+        return min(self.runs.get(category, {}).items(), default=((0, 0), None), key=lambda of: of[0])[1]
 
-    def values(self, category: str, metric: str) -> dict[int, float]:
-        """The metric by seed, without nulls."""
+    def values(self, category: str, metric: str) -> dict[Seeds, float]:
+        """The metric by seeds, without nulls."""
         found = {seed: run.value(category, metric) for seed, run in sorted(self.runs.get(category, {}).items())}
         return {seed: value for seed, value in found.items() if value is not None}
 
@@ -126,12 +139,12 @@ class Table:
 
     @cache  # noqa: B019  a table lives as long as the program
     def body(self, metric: str) -> Body:
-        """All cells by setting (single first) and row; the best of a column, and those that round to the same, are
-        marked.
+        """All cells by group (single first, few shots first) and row; the best of a column, and those that round to the
+        same, are marked.
         """
         body: Body = {}
-        for row in sorted(self.rows, key=lambda row: row.setting):
-            body.setdefault(row.setting, {})[row] = self._cells(row, metric)
+        for row in self.rows:
+            body.setdefault(row.group, {})[row] = self._cells(row, metric)
         for rows in body.values():
             for column in self.columns:
                 cells = [of[column] for of in rows.values() if column in of]
@@ -142,7 +155,21 @@ class Table:
 
     def cells(self, row: Row, metric: str) -> dict[Column, Cell]:
         """The row's cells by column; a mean is there if the row has all its categories."""
-        return self.body(metric)[row.setting][row]
+        return self.body(metric)[row.group][row]
+
+    @cached_property
+    def shots(self) -> list[int | None]:
+        """The numbers of shots, all images (None) last; empty where all rows have the same."""
+        found = ordered_shots(row.shots for row in self.rows)
+        return found if len(found) > 1 else []
+
+    def over_shots(self, metric: str) -> dict[str, dict[int | None, Cell]]:
+        """The cells of the last column (the mean over categories, or the only one) per method and number of shots."""
+        lines: dict[str, dict[int | None, Cell]] = {}
+        for row in self.rows:
+            if cell := self.cells(row, metric).get(list(self.columns)[-1]):
+                lines.setdefault(row.line, {})[row.shots] = cell
+        return dict(sorted(lines.items()))
 
     def means(self, row: Row, metric: str) -> dict[str, float]:
         """The mean over seeds per category."""
@@ -186,7 +213,7 @@ class Table:
 
     @cache  # noqa: B019  a table lives as long as the program
     def tests(self, metric: str) -> list[PairedTest]:
-        """Wilcoxon tests over categories of all pairs in a setting, the smallest p first, corrected by Holm."""
+        """Wilcoxon tests over categories of all pairs in a group, the smallest p first, corrected by Holm."""
         found, means = [], {row: self.means(row, metric) for row in self.rows}
         for rows in self.body(metric).values():
             for a, b in combinations(rows, 2):
@@ -208,7 +235,7 @@ class Table:
         }
 
 
-def _cell(by_seed: Sequence[dict[int, float]], draws: Sequence[np.ndarray | None]) -> Cell:
+def _cell(by_seed: Sequence[dict[Seeds, float]], draws: Sequence[np.ndarray | None]) -> Cell:
     """The mean over categories and seeds; the deviation is that of the seeds' means."""
     mean = float(np.mean([np.mean(list(values.values())) for values in by_seed]))
     same = all(values.keys() == by_seed[0].keys() for values in by_seed)

@@ -48,6 +48,9 @@ def show(
         output.print(Text(line, style="dim"), soft_wrap=True)
     output.print()
     for metric in metrics:
+        if table.shots:
+            output.print(_shots_grid(table, metric))
+            output.print()
         _show_tests(output, table, metric, f"{texts.name_of(metric)}: " * (len(metrics) > 1))
     label_width = min(max(len(row.full_label) for row in table.rows), WIDEST)
     if more:
@@ -75,6 +78,15 @@ def _show_tests(output: Console, table: Table, metric: str, name: str) -> None:
         more = f"and {len(tests) - MOST_TESTS} more pairs, which --markdown and --html show"
         output.print(Text(more, style="dim"), soft_wrap=True)
     output.print()
+
+
+def _shots_grid(table: Table, metric: str) -> Grid:
+    """One row per method and one column per number of shots."""
+    first, *headings = texts.shots_headings(table)
+    grid = _grid([f"{texts.name_of(metric)}, {first}", *headings], label_width=WIDEST)
+    for name, cells in table.over_shots(metric).items():
+        grid.add_row(Text(name), *(_cell(cells.get(shots), with_sd=True) for shots in table.shots))
+    return grid
 
 
 def _grid(headings: Sequence[str], labels: int = 1, label_width: int | None = None) -> Grid:
