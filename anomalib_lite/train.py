@@ -50,7 +50,8 @@ def train(cfg: Any) -> float | None:
     if config["data"]["check"] == "only":
         from anomalib_lite.runs.data_report import report
 
-        return report(config, run)
+        report(config, run)
+        return None
     result: dict[str, Any] | None
     with claimed(run, "hydra.run.dir") if first else contextlib.nullcontext():
         if config["resume"] and first and not folder.is_run(run) and OmegaConf.is_missing(hydra.job, "num"):

@@ -82,7 +82,8 @@ def masks_of(run: Run, root: Path, category: str) -> dict[str, Any]:
         from hydra.utils import instantiate
 
         options = reader_options(dict_at(run.config, "data"))
-        data: Any = instantiate(dict_at(run.config, "data", "reader"))(root, category, **options)
+        place = None if options.get("normal") else root
+        data: Any = instantiate(dict_at(run.config, "data", "reader"))(place, category, **options)
         return {relative_path(each.path, data.root): each for each in data.test if each.mask}
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -45,7 +45,7 @@ def lines(data: AnomalyDataModule) -> list[str]:
             kind = [sample for sample in test if sample.defect == defect]
             masks = f", {sum(sample.mask is not None for sample in kind)} masks" if kind[0].label else ""
             found.append(f"  test {defect}: {len(kind)} images{masks}")
-        headers = Counter()
+        headers: Counter[str] = Counter()
         for sample in [*train, *test]:
             header = read_header(sample.path)
             headers[f"{header.size[1]}x{header.size[0]} {header.depth} {sample.path.suffix.lower()}"] += 1

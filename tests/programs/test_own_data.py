@@ -36,7 +36,7 @@ def test_same_metrics_as_the_layout(part, tmp_path):
     assert own["categories"] == ["part"]
     [run] = read([tmp_path / "own"], [])[0]
     assert root_of(run) == apart
-    assert set(masks_of(run, None, "part")) == {"c/000.png", "c/001.png"}
+    assert set(masks_of(run, apart, "part")) == {"c/000.png", "c/001.png"}
 
     moved = tmp_path / "moved"
     shutil.move(apart, moved)

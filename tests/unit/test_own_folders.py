@@ -75,6 +75,7 @@ def test_dark_masks(phone):
     right = np.zeros((32, 32), bool)
     right[3:9, 3:9] = True
     for sample in data.test[2:]:
+        assert sample.mask is not None
         assert (load_mask(sample.mask, sample.dark_mask) == right).all()
 
 
