@@ -47,6 +47,11 @@ def train(cfg: Any) -> float | None:
     first = ranks.settle(config["hardware"])
     if not folder.checkpoint(run).is_file():  # otherwise the checkpoint holds the weights
         check_inputs(config)
+    if config["data"]["check"] == "only":
+        from anomalib_lite.runs.data_report import report
+
+        report(config, run)
+        return None
     result: dict[str, Any] | None
     with claimed(run, "hydra.run.dir") if first else contextlib.nullcontext():
         if config["resume"] and first and not folder.is_run(run) and OmegaConf.is_missing(hydra.job, "num"):

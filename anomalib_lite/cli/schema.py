@@ -22,6 +22,7 @@ from anomalib_lite.cli.key_types import (  # isort: skip
 
 OBJECTIVE = re.compile(r"validation\.((image|pixel)_(auroc|ap|f1max)|aupro_\d+)")
 Metric = Annotated[str, require(OBJECTIVE.fullmatch)]
+PLACES = "a folder, a list of folders, or a pattern such as 'parts/*/ok'"
 HELD_OUT = "a metric of held-out training images, such as validation.image_auroc: the test set chooses nothing"
 
 
@@ -41,13 +42,21 @@ class Data(Group):
     reader: Annotated[Any, Key(free=("compare",))] = None
     split: Annotated[Any, Key(free=("compare",))] = None
     root: Annotated[Text | None, Key("a folder, or null", ALWAYS)] = None
+    normal: Annotated[Names | None, Key(PLACES, ALWAYS)] = None
+    normal_test: Annotated[Names | None, Key(PLACES, ALWAYS)] = None
+    abnormal: Annotated[Names | None, Key(PLACES, ALWAYS)] = None
+    masks: Annotated[Names | None, Key(PLACES, ALWAYS)] = None
+    mask_defect: Annotated[Literal["bright", "dark"], Key("bright or dark", ("compare",))] = "bright"
+    test_fraction: Annotated[NumberFrom0, Field(lt=1), Key("a share from 0, below 1")] = 0.2
+    test_seed: Annotated[WholeFrom0, Key("a whole number from 0")] = 0
+    table: Annotated[Text | None, Key("a CSV file", ALWAYS)] = None
     category: Annotated[Names, Key("a name, a list such as [bottle,toothbrush], or all", ("compare",))]
     image_size: Annotated[Size, Key(SIZE)]
     batch_size: Annotated[Whole, Key(WHOLE)]
     eval_batch_size: Annotated[Whole, Key(WHOLE, ALWAYS)]
     workers: Annotated[Auto | WholeFrom0, Key("a whole number from 0, or auto", ALWAYS)]
     val_fraction: Annotated[NumberFrom0, Field(lt=1), Key("a share from 0, below 1")]
-    check: Annotated[Literal["fast", "thorough"], Key("fast or thorough", ALWAYS)]
+    check: Annotated[Literal["fast", "thorough", "only"], Key("fast, thorough or only", ALWAYS)]
     value_range: Annotated[Ends | None, Key("[low, high] with low < high, or null", ("compare",))] = None
     normalize: Annotated[Literal["imagenet", "none", "backbone"], Key("imagenet, none or backbone")]
     treatment: Annotated[Literal["auto", "object", "texture"], Key("auto, object or texture")] = "object"

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from anomalib_lite.comparison.find_runs import Run, dict_at
+from anomalib_lite.data.data_options import reader_options
+from anomalib_lite.data.own_folders import common_root
 from anomalib_lite.paths import relative_path
 
 OFFICIAL = ("mvtec", "visa", "synthetic")  # each is one data set wherever its root lies
@@ -58,6 +60,10 @@ def root_of(run: Run) -> Path | None:
     data = dict_at(run.config, "data")
     if data.get("root"):
         return Path(str(data["root"])).expanduser().absolute()
+    if data.get("normal"):
+        return common_root(*(data.get(key) for key in ("normal", "normal_test", "abnormal", "masks")))
+    if data.get("table"):
+        return Path(data["table"]).parent
     reader = dict_at(data, "reader")
     if str(reader.get("_target_", "")).endswith(".read_synthetic"):
         from anomalib_lite.data.synthetic import cached_root
@@ -67,16 +73,18 @@ def root_of(run: Run) -> Path | None:
     return None
 
 
-def masks_of(run: Run, root: Path, category: str) -> dict[str, Path]:
-    """The masks of a category by their images' paths below the root, as the run's reader finds them.
+def masks_of(run: Run, root: Path, category: str) -> dict[str, Any]:
+    """The samples of a category that have masks, by their images' paths below the root, as the run's reader finds them.
 
     A reader that fails gives a warning and no masks: it may be a user's, and its data may have changed.
     """
     try:
         from hydra.utils import instantiate
 
-        data: Any = instantiate(dict_at(run.config, "data", "reader"))(root, category)
-        return {relative_path(each.path, data.root): each.mask for each in data.test if each.mask}
+        options = reader_options(dict_at(run.config, "data"))
+        place = None if options.get("normal") else root
+        data: Any = instantiate(dict_at(run.config, "data", "reader"))(place, category, **options)
+        return {relative_path(each.path, data.root): each for each in data.test if each.mask}
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         run.problems.append(f"no outlines of the defects of {category}: {reason}")

@@ -112,12 +112,12 @@ def maps_by_path(run: Run) -> tuple[dict[str, np.ndarray], float]:
     return dict(zip(map(str, stored["paths"]), stored["maps"], strict=True)), float(stored["scale"])
 
 
-def thumbnail(run_of: Mapping[Path, Run], path: str, masks: Callable[[Path], dict[str, Path]]) -> str:
+def thumbnail(run_of: Mapping[Path, Run], path: str, masks: Callable[[Path], dict[str, Any]]) -> str:
     """The image with its defects outlined as a JPEG data URI; empty if the image is gone.
 
     Args:
         run_of: roots, each with a run that has its images below it.
-        masks: gives the masks below a root by the paths of their images.
+        masks: gives the samples with masks below a root by the paths of their images.
     """
     for root, run in run_of.items():
         path = path if (root / path).is_file() else file_name(path)
@@ -126,9 +126,9 @@ def thumbnail(run_of: Mapping[Path, Run], path: str, masks: Callable[[Path], dic
         with contextlib.suppress(Exception):  # a damaged image or mask does not stop the page
             image = load_rgb(root / path, dict_at(run.result, "data").get("value_range"))
             picture = np.array(Image.fromarray(image).resize((TILE, TILE), RESAMPLE, reducing_gap=2))
-            if mask := masks(root).get(path):
+            if sample := masks(root).get(path):
                 with contextlib.suppress(UserError):
-                    picture = outlined(picture, load_mask(mask))
+                    picture = outlined(picture, load_mask(sample.mask, sample.dark_mask))
             return _uri(Image.fromarray(picture), "JPEG", quality=85, subsampling=0)
     return ""
 

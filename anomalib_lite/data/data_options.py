@@ -5,6 +5,16 @@ from typing import Any
 
 from anomalib_lite.errors import UserError
 
+#: keys of the group `data` that are the reader's arguments
+READER_KEYS = (
+    "normal", "normal_test", "abnormal", "masks", "mask_defect", "test_fraction", "test_seed", "table",
+)  # fmt: skip
+
+
+def reader_options(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the group `data` that its reader takes."""
+    return {key: data[key] for key in READER_KEYS if key in data}
+
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise UserError for the first invalid argument of the DataModule."""

@@ -102,7 +102,7 @@ class AnomalyDataset(Dataset):
 
     def _load(self, sample: Sample, epoch: int, index: int) -> dict[str, Any]:
         image = self.pipeline.load(sample.path)
-        mask = np.zeros(image.shape[:2], bool) if sample.mask is None else load_mask(sample.mask)
+        mask = np.zeros(image.shape[:2], bool) if sample.mask is None else load_mask(sample.mask, sample.dark_mask)
         clean, target = self.pipeline.transform(image, mask, (self.seed, AUGMENT, epoch, index))
         shown, changed = clean, np.zeros(clean.shape[:2], bool)
         held_out = sample.defect == CORRUPTED

@@ -47,9 +47,11 @@ def check(dataset: DataSet, thorough: bool = False) -> tuple[dict[Path, Header],
         headers = {decoded.sample.path: decoded.header for decoded in [*train, *test]}
         notes = _header_notes([*train, *test])
         for category in dict.fromkeys(sample.category for sample in dataset.test):
-            sizes = {s.mask: headers[s.path].size for s in dataset.test if s.category == category and s.mask}
+            of_mask = {s.mask: s for s in dataset.test if s.category == category and s.mask}
+            sizes = {mask: headers[sample.path].size for mask, sample in of_mask.items()}
             chosen = list(sizes) if thorough else looked_at(sizes)
-            facts = dict(zip(chosen, pool.map(mask_facts, chosen), strict=True))
+            dark = [of_mask[mask].dark_mask for mask in chosen]
+            facts = dict(zip(chosen, pool.map(mask_facts, chosen, dark), strict=True))
             notes += mask_notes(category, facts, len(sizes), thorough)
     if thorough:
         notes += [*_size_notes([*train, *test]), *_duplicate_notes(train, test)]

@@ -29,20 +29,25 @@ class MaskFacts(NamedTuple):
     is_soft: bool
 
 
-def mask_facts(path: Path) -> MaskFacts:
+def mask_facts(path: Path, dark: bool = False) -> MaskFacts:
     """Raises UserError if the mask can't be decoded."""
-    mask, is_soft = read_mask(path)
+    mask, is_soft = read_mask(path, dark)
     border = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
     return MaskFacts(float(mask.mean()), float(border.mean()), is_soft)
 
 
-def read_mask(path: Path) -> tuple[np.ndarray, bool]:
+def read_mask(path: Path, dark: bool = False) -> tuple[np.ndarray, bool]:
     """The mask as bool [H, W], true where the image is defective, and whether its edges are soft.
+
+    With `dark`, values below half of white are defective. White is the largest value of the file's type, or 1.
 
     Raises UserError if the file can't be decoded.
     """
     values = read_values(path)
     values = values.max(axis=-1) if values.ndim == 3 else values
+    if dark:
+        white = 1 if values.max() <= 1 else np.iinfo(values.dtype).max if values.dtype.kind == "u" else values.max()
+        values = np.where(values < white / 2, white, 0)
     is_soft = _is_soft(values, path.suffix.lower() in LOSSY)
     return values > (values.max() / 2 if is_soft else 0), is_soft
 
@@ -91,8 +96,8 @@ def mask_notes(category: str, facts: Mapping[Path, MaskFacts], total: int, empty
         first = backwards[0]
         raise UserError(
             f"{first}: this mask marks {facts[first].share:.0%} of its image as defective, as {len(backwards)} of {of} "
-            f"of '{category}' do; defects must be white on black: invert the masks, or remove ground_truth and do "
-            "without pixel metrics"
+            f"of '{category}' do; defects must be white on black: invert the masks (data.normal=DIR has "
+            "data.mask_defect), or remove them and do without pixel metrics"
         )
     notes = []
     if empty and (blank := [path for path, mask in facts.items() if not mask.share]):

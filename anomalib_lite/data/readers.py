@@ -1,13 +1,14 @@
 """Readers: from a folder on disk to a DataSet. Each takes (root, category) with a name, a list of names, or "all"."""
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from anomalib_lite.data import mvtec_layout as layout
 from anomalib_lite.data.image_folders import listing
+from anomalib_lite.data.own_folders import Places, read_own_folders
 from anomalib_lite.data.samples import DataSet, Sample
+from anomalib_lite.data.tables import table_rows
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import readable
 
@@ -48,8 +49,21 @@ def read_visa(root: str | Path | None, category: str | Sequence[str], split_csv:
     )
 
 
-def read_folder(root: str | Path | None, category: str | Sequence[str]) -> DataSet:
-    """Any categories in the MVTec layout; without `ground_truth` masks are None. The root may be the one category."""
+def read_folder(
+    root: str | Path | None, category: str | Sequence[str], normal: Places = None, **folders_of: Any
+) -> DataSet:
+    """Any categories in the MVTec layout; without `ground_truth` masks are None. The root may be the one category.
+
+    Instead of a root, `normal` and further arguments of `read_own_folders` name the folders of one category.
+    """
+    if normal is not None and root is not None:
+        raise UserError(f"data.root={root}: data.normal names the folders already; leave one of both out")
+    if normal is not None:
+        return read_own_folders(category, normal, **folders_of)
+    if given := [key for key in ("normal_test", "abnormal", "masks") if folders_of.get(key)]:
+        raise UserError(
+            f"data.{given[0]}={folders_of[given[0]]}: goes with data.normal=DIR; give the normal images too"
+        )
     base = layout.existing_root(root)
     folders = (
         {readable(base.name or base.resolve().name): base}
@@ -107,7 +121,7 @@ def _read_visa_raw(base: Path, category: str | Sequence[str], table: Path) -> Da
     names = layout.choose(category, available, base, "" if available else "; VisA's raw layout is OBJECT/Data/Images")
     data, left_out = DataSet(base, [], []), 0
     lines: dict[Path, str] = {}
-    for where, row in _visa_rows(table):
+    for where, row in table_rows(table, VISA_COLUMNS, "take the file that comes with VisA")[1]:
         if row["object"] not in VISA:
             raise UserError(f"{where}: {row['object']!r} is no object of VisA; correct the line")
         if row["object"] not in names:
@@ -142,22 +156,6 @@ def _read_visa_raw(base: Path, category: str | Sequence[str], table: Path) -> Da
     if category == "all":
         data.notes += layout.absent_notes(data, VISA, "VisA")
     return data
-
-
-def _visa_rows(table: Path) -> list[tuple[str, dict[str, str]]]:
-    """("FILE line N", row) of each row."""
-    try:
-        reader = csv.DictReader(io.StringIO(table.read_text(encoding="utf-8-sig"), newline=""))
-        rows = [(f"{table} line {reader.line_num}", row) for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{table}: not a CSV in UTF-8 ({error}); take the file that comes with VisA") from None
-    header = reader.fieldnames or []
-    if not set(VISA_COLUMNS) <= set(header):
-        raise UserError(f"{table}: its header must be {','.join(VISA_COLUMNS)}, not {','.join(header) or 'nothing'}")
-    for where, row in rows:
-        if None in row or None in row.values():
-            raise UserError(f"{where}: {len(VISA_COLUMNS)} fields are needed; correct the line")
-    return rows
 
 
 def _visa_sample(base: Path, row: dict[str, str], where: str) -> Sample:

@@ -12,13 +12,17 @@ from anomalib_lite.data.masks import read_mask
 
 @dataclass(frozen=True)
 class Sample:
-    """One image. A normal image has the defect "good" and label 0; `mask` is None for it and where no mask exists."""
+    """One image. A normal image has the defect "good" and label 0; `mask` is None for it and where no mask exists.
+
+    The mask shows defects bright on dark, or with `dark_mask` dark on bright.
+    """
 
     path: Path
     category: str
     defect: str
     label: int
     mask: Path | None
+    dark_mask: bool = False
 
 
 @dataclass
@@ -42,9 +46,12 @@ def load_rgb(path: Path, value_range: Sequence[float] | None = None) -> np.ndarr
     return values if values.ndim == 3 else np.repeat(values[..., None], 3, axis=-1)
 
 
-def load_mask(path: Path) -> np.ndarray:
-    """The mask as bool [H, W], true where the image is defective. Raises UserError if the file can't be decoded."""
-    return read_mask(path)[0]
+def load_mask(path: Path, dark: bool = False) -> np.ndarray:
+    """The mask as bool [H, W], true where the image is defective; `dark`: where the mask is dark.
+
+    Raises UserError if the file can't be decoded.
+    """
+    return read_mask(path, dark)[0]
 
 
 def size_of(path: Path) -> tuple[int, int]:

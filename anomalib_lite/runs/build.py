@@ -1,6 +1,7 @@
 """From the resolved configuration to a run's objects: data, backbone, method, loggers, trainer."""
 
 import contextlib
+import functools
 import inspect
 import logging
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from hydra.utils import get_class, get_method, instantiate
 from lightning.pytorch.loggers import Logger
 
 from anomalib_lite.cli.annotations import check_types
+from anomalib_lite.data.data_options import READER_KEYS, reader_options
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.transforms import pair
 from anomalib_lite.data.value_range import Pixels
@@ -36,7 +38,7 @@ def make_test_set(cfg: dict[str, Any], stored: dict[str, Any]) -> AnomalyDataMod
     """The test images below data.root alone, for a run that was trained on other data of its categories."""
     reader = {"_target_": "anomalib_lite.data.readers.read_test_set", "_partial_": True}
     plain = {"val_fraction": 0.0, "split": None, "balanced": False, "category": stored["categories"], "reader": reader}
-    cfg = cfg | {"data": cfg["data"] | plain}
+    cfg = cfg | {"data": {key: value for key, value in cfg["data"].items() if key not in READER_KEYS} | plain}
     data = data_module(cfg, map_size=cfg["scoring"].get("map_size"), pixels=stored_pixels(stored))
     data.setup()
     return data
@@ -57,7 +59,10 @@ def data_module(cfg: dict[str, Any], **options: Any) -> AnomalyDataModule:
                 "data.normalize=backbone: there is no backbone of timm; give imagenet, none, or mean and std"
             )
         options["normalize"] = kind.normalisation(name)
-    return instantiate(cfg["data"], **options)
+    for_reader = reader_options(cfg["data"])
+    data = instantiate({key: value for key, value in cfg["data"].items() if key not in for_reader}, **options)
+    data.reader = functools.partial(data.reader, **for_reader)
+    return data
 
 
 def make_backbone(cfg: dict[str, Any], stored: bool = False) -> Backbone | None:

@@ -13,7 +13,10 @@ def check_inputs(config: dict[str, Any]) -> None:
     What loads them reports the same errors; this check is earlier. Readers from outside the package are not judged.
     """
     data, backbone, split = config["data"], config["backbone"], config["split"] or {}
-    if isinstance(data["reader"], dict) and str(data["reader"]["_target_"]).startswith("anomalib_lite.data.readers."):
+    reader = data["reader"]["_target_"] if isinstance(data["reader"], dict) else ""
+    if str(reader).startswith("anomalib_lite.data.readers.") and not data.get(
+        "normal"
+    ):  # which stands instead of a root
         existing_root(data["root"])
     if isinstance(path := split.get("path"), str) and not Path(path).expanduser().exists():
         raise UserError(f"split.path={path}: no such file")

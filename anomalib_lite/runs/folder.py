@@ -22,6 +22,7 @@ SCORES = "scores.csv"
 MAPS = "maps.npz"
 FIGURES = "figures"
 TRAINING_FIGURE = "training.png"  # below FIGURES
+DATA_PICTURE = "data.png"  # of data.check=only
 #: written while a run trains
 METRICS_LOG = "metrics.csv"
 CHECKPOINTS = "checkpoints"
@@ -68,6 +69,9 @@ def make_absolute(config: dict[str, Any]) -> None:
     data, backbone = config["data"], config["backbone"]
     if data["root"] is not None:
         data["root"] = absolute(data["root"])
+    for key in ("normal", "normal_test", "abnormal", "masks", "table"):
+        if places := data.get(key):
+            data[key] = absolute(places) if isinstance(places, str) else [absolute(place) for place in places]
     for split in (config["split"], data["split"]):
         if isinstance(split, dict) and isinstance(split.get("path"), str):
             split["path"] = absolute(split["path"])
