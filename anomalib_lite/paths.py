@@ -6,6 +6,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from anomalib_lite.errors import UserError
 
@@ -41,6 +42,15 @@ def relative_path(path: Path, root: str | Path | None) -> str:
 def readable(name: str) -> str:
     r"""A file's name as text that UTF-8 can hold: bytes that are not UTF-8, as of another system, become \xe4."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def readable_texts(value: Any) -> Any:
+    """A value of JSON with all its texts `readable`."""
+    if isinstance(value, dict):
+        return {readable_texts(key): readable_texts(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [readable_texts(each) for each in value]
+    return readable(value) if isinstance(value, str) else value
 
 
 def file_name(text: str) -> str:

@@ -54,7 +54,7 @@ def predict(options: dict[str, Any]) -> None:
     refuse_used(output)
 
     print(f"scoring {len(found.images)} images; importing the libraries, which can take half a minute", flush=True)
-    from anomalib_lite.data.value_range import other_depths
+    from anomalib_lite.data.value_range import other_depths, outside
     from anomalib_lite.runs.artifacts import thresholds_of
     from anomalib_lite.runs.load import load
     from anomalib_lite.runs.terminal import silence_libraries
@@ -80,7 +80,9 @@ def predict(options: dict[str, Any]) -> None:
     ]
     total = count + len(found.left_out)
     print(f"{scored_count} of {total} images scored; {output}/ holds scores.csv, heatmaps/, overlays/")
-    for note in other_depths(data.pixels, [(path, header.depth) for path, header in headers.items()]):
+    notes = other_depths(data.pixels, [(path, header.depth) for path, header in headers.items()])
+    notes += outside(data.pixels, [Path(path) for path, header in headers.items() if header.depth != "8-bit"])
+    for note in notes:
         print(f"note: {note}")
     if found.others:
         print(f"note: {len(found.others)} files are no images (first: {found.others[0]})")
@@ -92,7 +94,7 @@ def predict(options: dict[str, Any]) -> None:
 
 def refuse_used(output: Path) -> None:
     if (output / SCORES).exists():
-        raise UserError(f"{output / SCORES} exists already: choose another output=DIR, or remove the file")
+        raise UserError(f"{output / SCORES} exists already: choose another output=DIR")
 
 
 def checked(options: dict[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _is_writing(error: OSError) -> bool:
     """Whether a file could not be written: the disk is full, or the folder is not writable."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
     return bool(error.filename) and not isinstance(error, FileNotFoundError | ConnectionError | TimeoutError)
 

@@ -184,10 +184,19 @@ def check(config: dict[str, Any]) -> None:
 def check_group(values: dict[str, Any], model: type[Group], prefix: str = "") -> None:
     """Raise UserError for the first invalid value of a group: "KEY=VALUE: give …"."""
     try:
-        model.model_validate(values)
+        model.model_validate(_encodable(values))
     except ValidationError as error:
         place = error.errors(include_url=False, include_context=False)[0]["loc"]
         raise UserError(_message(values, model, place, prefix)) from None
+
+
+def _encodable(value: Any) -> Any:
+    """Paths that are not UTF-8 with another character instead: pydantic takes no other text."""
+    if isinstance(value, dict):
+        return {key: _encodable(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_encodable(each) for each in value]
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def _message(value: Any, model: Any, place: tuple[int | str, ...], key: str) -> str:

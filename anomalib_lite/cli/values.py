@@ -26,25 +26,30 @@ def as_typed(override: str) -> str:
     def quote(text: str) -> str:
         return QuotedString(text, Quote.double).with_quotes()
 
+    def parsed(override: str) -> Any:
+        """Ellipsis for what Hydra can't read, such as an open bracket or letters that are not ASCII."""
+        try:
+            return read(override)
+        except HydraException:
+            return ...
+
+    def keep(part: re.Match[str]) -> str:
+        bare = part[0].strip()
+        typed = parsed(f"key={bare}")
+        stays = isinstance(typed, str) or (typed is None and type(None) in types)
+        return part[0] if stays else part[0].replace(bare, quote(bare))
+
     key, _, text = override.partition("=")
-    try:
-        value = read(override)
-    except HydraException:  # such as an open bracket
-        value = ...
-    if not text or all(isinstance(each, str | QuotedString) for each in getattr(value, "list", [value])):
+    value = parsed(override)
+    is_text = value is not ... and all(isinstance(each, str | QuotedString) for each in getattr(value, "list", [value]))
+    if not text or (is_text and text == text.strip()):
         return override
     from anomalib_lite.cli import schema  # here: pydantic takes a while
 
     types = schema.types_of(key.lstrip("+"))
-    if str in types and list not in types and (value is ... or isinstance(value, list | dict)):
-        return f"{key}={quote(text)}"
-    if str not in types or value is ... or (isinstance(value, Sweep) and not isinstance(value, ChoiceSweep)):
+    if str not in types or (isinstance(value, Sweep) and not isinstance(value, ChoiceSweep)):
         return override
-
-    def keep(part: re.Match[str]) -> str:
-        bare = part[0].strip()
-        typed = read(f"key={bare}")
-        stays = isinstance(typed, str) or (typed is None and type(None) in types)
-        return part[0] if stays else part[0].replace(bare, quote(bare))
-
-    return f"{key}={PART.sub(keep, text)}"
+    by_parts, is_list = f"{key}={PART.sub(keep, text)}", text.startswith("[") and text.endswith("]")
+    if text != text.strip() or parsed(by_parts) is ... or (list not in types and isinstance(value, list | dict)):
+        return override if is_list and list in types else f"{key}={quote(text)}"
+    return by_parts

@@ -156,7 +156,8 @@ class AnomalyDataModule(L.LightningDataModule):
         else:
             found = [(path, header.depth) for path, header in headers.items()]
             notes = value_ranges.other_depths(self.pixels, found)
-        self.notes += notes
+        deep = [sample.path for sample in data.test if headers[sample.path].depth != "8-bit"]
+        self.notes += [*notes, *value_ranges.outside(self.pixels, deep)]
         self.root = data.root
         self.fingerprint = fingerprint(data)
         self._build_pipelines(self.categories)

@@ -180,4 +180,6 @@ def decoding(path: Path) -> Iterator[None]:
     except Exception as error:  # decoders raise nearly anything for a damaged file: OSError, SyntaxError, struct.error
         text = " ".join(str(error).split())
         why = "its content is no image" if "cannot identify" in text else text or "damaged"
+        if path.suffix.lower() in (".tif", ".tiff") and "cannot identify" in text:
+            why = "no TIFF, or one whose kind of pixels is not read: use 8 or 16 bits, or 32-bit floats of one channel"
         raise UserError(f"{path}: can't be decoded as an image ({why}); replace or remove the file") from None

@@ -25,10 +25,12 @@ OTHER_FORMATS = {
 NORMAL = {
     "good", "goods", "ok", "okay", "oks", "io", "normal", "normals", "nominal", "healthy", "intact", "clean",
     "flawless", "fine", "pass", "passed", "negative", "negatives", "nodefect", "nodefects", "defectfree", "defectless",
-    "nondefective", "undamaged", "noanomaly", "nonanomalous", "regular", "gut", "correct",
+    "nondefective", "undamaged", "noanomaly", "nonanomalous", "regular", "gut", "correct", "accept", "accepted",
+    "none", "perfect", "clear", "faultless", "withoutdefect", "withoutdefects", "gutteile", "bon", "bons", "conforme",
+    "bueno", "buenos", "正常", "良品", "合格", "正品",
 }  # fmt: skip
 BESIDE = {
-    "all", "data", "image", "images", "img", "imgs", "part", "parts", "photo", "photos", "picture", "pictures",
+    "all", "class", "data", "image", "images", "img", "imgs", "part", "parts", "photo", "photos", "picture", "pictures",
     "sample", "samples", "test", "train",
 }  # fmt: skip
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 
 from anomalib_lite.data.image_files import read_values
@@ -16,6 +17,7 @@ from anomalib_lite.errors import UserError
 LOSSY = (".avif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".webp")  # formats in which two values may not stay two
 HALF = 127  # of 8 bits; a lossy mask below it holds class numbers
 CLASSES = 10, 64  # soft masks have more values than 10 (VisA's classes are 1..9); more than 64 values are no classes
+NOISE = 1 / 16  # of the largest value
 REVERSED = 0.5, 0.9  # a mask is taken for reversed if it marks more than 0.5 of its image and 0.9 of the border
 NEARLY_ALL = 0.9  # share of a category's masks
 PIXELS = 10**8  # masks of a category are looked at up to so many pixels, unless the check is thorough
@@ -53,9 +55,10 @@ def read_mask(path: Path, dark: bool = False) -> tuple[np.ndarray, bool]:
 
 
 def _is_soft(values: np.ndarray, lossy: bool) -> bool:
-    """Whether the values [H, W] between 0 and the largest are those of an edge.
+    """Whether the values [H, W] between 0 and the largest are those of an edge, or noise of a lossy format.
 
-    Classes fill areas: most of their pixels belong to a block of 2×2 equal ones. Edges have few such blocks.
+    Classes fill areas: most of their pixels belong to a block of 2×2 equal ones. Edges and noise have few such blocks.
+    A pixel of an edge has a brighter one beside it; noise is near 0. Thin lines of a class are neither.
     """
     largest = values.max()
     between = (values > 0) & (values < largest)
@@ -64,7 +67,7 @@ def _is_soft(values: np.ndarray, lossy: bool) -> bool:
     number = len(np.unique(values[between])) + 2
     if number > CLASSES[1] or (lossy and largest > HALF):
         return True
-    if number <= CLASSES[0]:
+    if number <= CLASSES[0] and largest <= HALF:
         return False
     equal = between[:-1, :-1].copy()
     for other in (values[1:, :-1], values[:-1, 1:], values[1:, 1:]):
@@ -73,7 +76,10 @@ def _is_soft(values: np.ndarray, lossy: bool) -> bool:
     for rows in (slice(-1), slice(1, None)):
         for columns in (slice(-1), slice(1, None)):
             in_block[rows, columns] |= equal
-    return bool(in_block[between].mean() < 0.5)
+    if number > CLASSES[0]:
+        return bool(in_block[between].mean() < 0.5)
+    brighter = cv2.dilate(values.astype(np.float32), np.ones((3, 3))) > values
+    return bool((~in_block & (brighter | (values <= NOISE * largest)))[between].mean() >= 0.5)
 
 
 def looked_at(sizes: Mapping[Path, tuple[int, int]]) -> list[Path]:
@@ -94,8 +100,9 @@ def mask_notes(category: str, facts: Mapping[Path, MaskFacts], total: int, empty
     backwards = [path for path, mask in facts.items() if mask.share > much and mask.border > border]
     if backwards and len(backwards) >= NEARLY_ALL * len(facts):
         first = backwards[0]
+        none = ", because none of its pixels is 0" * (facts[first].share == 1)
         raise UserError(
-            f"{first}: this mask marks {facts[first].share:.0%} of its image as defective, as {len(backwards)} of {of} "
+            f"{first}: this mask marks {facts[first].share:.0%} of its image as defective{none}, as {len(backwards)} of {of} "
             f"of '{category}' do; defects must be white on black: invert the masks (data.normal=DIR has "
             "data.mask_defect), or remove them and do without pixel metrics"
         )

@@ -12,6 +12,7 @@ from anomalib_lite.data.transforms import Pipeline, parts, transform_error
 from anomalib_lite.errors import UserError
 
 TRIES = 3  # of transforms that draw random numbers
+DRAWS = 8  # of a transform that may draw random numbers
 
 
 def try_out(data: Any, sizes: Mapping[Path, tuple[int, int]]) -> None:
@@ -25,6 +26,8 @@ def try_out(data: Any, sizes: Mapping[Path, tuple[int, int]]) -> None:
             or `data.corrupt` does.
     """
     train = _extremes(data.train_samples, sizes)
+    if data.transform is not None and train:
+        _refuse_random(data.eval_pipeline, sizes[train[0].path])
     for sample in train + _extremes(data.test_samples, sizes):
         expected = None if data.test_size == "original" else data.test_size
         _check_size(data, "test", sample, _apply(data.eval_pipeline, sample), expected)
@@ -42,6 +45,25 @@ def _extremes(samples: Sequence[Sample], sizes: Mapping[Path, tuple[int, int]]) 
     orders = (lambda h, w: h, lambda h, w: w, lambda h, w: -h * w)
     chosen = [samples[0], *(min(samples, key=lambda s: order(*sizes[s.path])) for order in orders)]
     return list({sizes[sample.path]: sample for sample in reversed(chosen)}.values())
+
+
+def _refuse_random(pipeline: Pipeline, size: tuple[int, int]) -> None:
+    """Raise UserError for a transform of all images that draws random numbers: a test image, its mask and its stored
+    features would be different draws.
+    """
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    for key, step in pipeline.steps:
+        results = []
+        is_random = any(0 < part.p < 1 for part in parts([step]))
+        for seed in range(0 if is_random else DRAWS):
+            step.set_random_state(np.random.default_rng(seed), random.Random(seed))
+            try:
+                results.append(step(image=noise, mask=np.zeros(noise.shape[:2], np.uint8))["image"])
+            except Exception:  # `_apply` reports it
+                return
+        if is_random or any(not np.array_equal(results[0], other) for other in results[1:]):
+            raise UserError(f"{key}: {type(step).__name__} draws random numbers; move it to data.augment")
+        noise = results[0]
 
 
 def _apply(pipeline: Pipeline, sample: Sample) -> tuple[np.ndarray, str]:

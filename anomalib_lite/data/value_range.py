@@ -21,6 +21,8 @@ Range = tuple[float, float]
 SCALES: tuple[Range, ...] = ((0, 1), (-1, 1), *((0, 2**bits - 1) for bits in (8, 10, 12, 14, 16)))
 OVERSHOOT = 0.01  # interpolation leaves a scale by about so much of it
 FILLED = 0.25  # share of a scale that the images must fill; otherwise their own range has a better contrast
+DARK = 1 / 12  # an image without values above this share of the range may have another scale; 12 of 16 bits are 1/16
+LOOKED_AT = 32
 RARE = 1e-4  # share of an image's pixels, at either end, that may lie outside: defective pixels of the sensor
 log = logging.getLogger(__name__)
 
@@ -47,20 +49,25 @@ def settle(data: DataSet, headers: Mapping[Path, Header], given: Sequence[float]
     for sample in [*data.train, *data.test]:
         if headers[sample.path].depth != depth:
             raise UserError(
-                f"{sample.path}: its pixels are {DEPTHS[headers[sample.path].depth]}, those of {train[0].name} "
+                f"{sample.path}: its pixels are {DEPTHS[headers[sample.path].depth]}, those of {train[0]} "
                 f"{DEPTHS[depth]}; convert the images to one kind, or give data.value_range=[low,high] for all that "
                 "have more than 8 bits"
             )
     if depth == "8-bit":
         return Pixels(depth), []
     log.info("finding the range of the values in %d training images", len(train))
-    low, high = extremes(train)
+    low, high, broken = extremes(train)
     chosen = customary(low, high)
     note = (
         f"data.value_range=[{chosen[0]:g},{chosen[1]:g}] assumed: the pixels of the {len(train)} training images are "
         f"{DEPTHS[depth]}, nearly all of them from {low:g} to {high:g}; values outside the range are clipped"
     )
-    return Pixels(depth, chosen), [note]
+    notes = [note]
+    if broken:
+        notes.append(
+            f"{len(broken)} training images hold NaN or infinite values, which become black (first: {broken[0]})"
+        )
+    return Pixels(depth, chosen), notes
 
 
 def other_depths(pixels: Pixels, found: Sequence[tuple[Path | str, str]]) -> list[str]:
@@ -75,14 +82,43 @@ def other_depths(pixels: Pixels, found: Sequence[tuple[Path | str, str]]) -> lis
     ]
 
 
-def extremes(files: Sequence[Path]) -> Range:
-    """The smallest and the largest value in the files, without NaN, infinities and each image's rarest values.
+def outside(pixels: Pixels, files: Sequence[Path]) -> list[str]:
+    """A note on images with more than 8 bits per channel mostly outside the range, or in its lowest part.
+
+    At most LOOKED_AT of the files are read, evenly spread.
+    """
+    if pixels.value_range is None or not files:
+        return []
+    (low, high), strange = pixels.value_range, []
+    margin = OVERSHOOT * (high - low)
+    chosen = [files[i * len(files) // min(len(files), LOOKED_AT)] for i in range(min(len(files), LOOKED_AT))]
+    for file in chosen:
+        values = read_values(file).astype(np.float64)
+        values = values[np.isfinite(values)] if not np.isfinite(values).all() else values
+        clipped = ((values < low - margin) | (values > high + margin)).mean()
+        if not values.size or clipped > 0.5 or values.max() < low + DARK * (high - low):
+            strange.append((file, values.min(initial=np.inf), values.max(initial=-np.inf)))
+    if not strange:
+        return []
+    file, least, most = strange[0]
+    return [
+        f"{len(strange)} of {len(chosen)} images looked at do not fit data.value_range=[{low:g},{high:g}] of the "
+        f"training images (first: {file}, values from {least:g} to {most:g}); their scores mean little: give images of "
+        "the same scale"
+    ]
+
+
+def extremes(files: Sequence[Path]) -> tuple[float, float, list[Path]]:
+    """The smallest and the largest value in the files, without NaN, infinities and each image's rarest values; and the
+    files that hold NaN or infinities.
 
     Raises UserError if there is one value only.
     """
 
     def ends(file: Path) -> tuple[float, float]:
         values = read_values(file)
+        if not np.isfinite(values).all():
+            broken.append(file)
         values = values[np.isfinite(values)].astype(np.float64)
         rare = int(np.ceil(RARE * values.size)) if values.size > 2 else 0
         if not values.size:
@@ -90,6 +126,7 @@ def extremes(files: Sequence[Path]) -> Range:
         ordered = np.partition(values, [rare, values.size - 1 - rare])
         return float(ordered[rare]), float(ordered[values.size - 1 - rare])
 
+    broken: list[Path] = []
     with ThreadPoolExecutor(4) as pool:
         found = np.array(list(pool.map(ends, files)))
     low, high = float(found[:, 0].min()), float(found[:, 1].max())
@@ -98,7 +135,7 @@ def extremes(files: Sequence[Path]) -> Range:
         raise UserError(
             f"data.value_range: the training images hold {what}; give their range, data.value_range=[low,high]"
         )
-    return low, high
+    return low, high, sorted(broken)
 
 
 def customary(low: float, high: float) -> Range:

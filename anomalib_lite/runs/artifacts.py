@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from anomalib_lite.errors import UserError
-from anomalib_lite.paths import replacing, write_text
+from anomalib_lite.paths import readable_texts, replacing, write_text
 from anomalib_lite.runs import folder
 
 SCHEMA = 1
@@ -24,7 +24,7 @@ NORMAL_KEYS = {
 
 def write_result(run: Path, result: dict[str, Any]) -> None:
     """Write result.json. ValueError for a NaN or infinity in it, which is an error of this package."""
-    write_text(run / folder.RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_text(run / folder.RESULT, json.dumps(readable_texts(result), indent=1, allow_nan=False) + "\n")
 
 
 def read_result(run: Path) -> dict[str, Any]:

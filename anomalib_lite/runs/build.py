@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,13 @@ def data_module(cfg: dict[str, Any], **options: Any) -> AnomalyDataModule:
             )
         options["normalize"] = kind.normalisation(name)
     for_reader = reader_options(cfg["data"])
-    data = instantiate({key: value for key, value in cfg["data"].items() if key not in for_reader}, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        data = instantiate({key: value for key, value in cfg["data"].items() if key not in for_reader}, **options)
+    for warning in caught:
+        text = " ".join(str(warning.message).split())
+        if "not valid for transform" in text:  # albumentations ignores such options
+            raise UserError(f"data.transform or data.augment: {text}; correct the option's name")
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     data.reader = functools.partial(data.reader, **for_reader)
     return data
 

@@ -57,6 +57,8 @@ def execute(
         check_batch_size(cfg["data"]["batch_size"], hardware["devices"] * hardware["num_nodes"])
     used = checkpoint.is_file() and (cfg["resume"] or not fit)  # a new run uses no checkpoint, whatever lies there
     stored = read_checkpoint(checkpoint, cfg) if used else {}
+    if not fit and not stored.get("finished", True):
+        raise UserError(f"{checkpoint}: its training has not ended; resume=true hydra.run.dir={checkpoint.parents[1]}")
     L.seed_everything(cfg["seed"], workers=True, verbose=False)
 
     data, other = read_data(cfg, stored, checkpoint, may_differ)

@@ -141,7 +141,7 @@ class Started:
             time.sleep(0.005)
 
     def end(self) -> Outcome:
-        out, err = self.process.communicate(timeout=100)
+        out, err = self.process.communicate(timeout=300)
         self.until(lambda: not self.alive(), 20)
         return Outcome(self.process.returncode, out, err)
 

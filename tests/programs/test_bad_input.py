@@ -107,6 +107,9 @@ OPTIONS = {
     "data.value_range=4095": "data.value_range=4095: give",
     "data.drop_last=maybe": "data.drop_last=maybe: give true or false",
     "data.transform=[foo]": r"data.transform=\['foo'\] must be a list of albumentations",
+    "data.transform=[{_target_: albumentations.HorizontalFlip, p: 0.5}]": "HorizontalFlip draws random numbers",
+    "data.transform=[{_target_: albumentations.RandomRotate90, p: 1}]": "RandomRotate90 draws random numbers; move it",
+    "data.augment=[{_target_: albumentations.Blur, blur: 3}]": r"Argument\(s\) 'blur' are not valid for transform Blur",
     "data.transform=[{_target_: albumentations.CenterCrop, height: 24, width: 24}]": (
         "data.transform: CenterCrop leaves test images of 24×24 pixels, but data.image_size is 32×32; give"
     ),

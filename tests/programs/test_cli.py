@@ -88,7 +88,7 @@ def test_missing_files_are_reported_before_torch_is_imported(arguments, tmp_path
 def test_help_lists_what_a_user_may_choose(tmp_path):
     outcome = train("--help", small=False)
     groups = dict(line.split(": ", 1) for line in outcome.out.splitlines() if re.match(r"\w+: \w+, ", line))
-    assert groups["data"] == "folder, mvtec, synthetic, visa"
+    assert groups["data"] == "folder, mvtec, synthetic, table, visa"
     assert "ltad_small" in groups["experiments"].split(", ")
     assert not re.search(r"[ ,]_\w+[,\n]", outcome.out)
 
@@ -243,6 +243,11 @@ AS_TYPED = {
     "data.root={a: 1}": "{a: 1}",
     "data.root=/photos (1)": "/photos (1)",
     "data.root=null": None,
+    "data.root=trail ": "trail ",
+    "data.category=日本": "日本",
+    "data.category=x=y": "x=y",
+    "data.category=[bold]z": "[bold]z",
+    "data.category=[日本,ä]": ["日本", "ä"],
     'data.root="null"': "null",
     "split.path=1.50": "1.50",
     "backbone.weights=7": "7",
@@ -272,6 +277,7 @@ def test_paths_and_names_stay_as_typed(override):
         ("data.root=choice(1,a)", ["1", "a"]),
         ("data.category=range(1,3)", [1, 2]),
         ("seed=1,1e3", [1, 1000.0]),
+        ("data.category=日本,b", ["日本", "b"]),
     ],
 )
 def test_values_of_a_sweep_stay_as_typed(override, expected):

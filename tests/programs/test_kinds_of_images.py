@@ -87,6 +87,22 @@ def test_images_of_another_depth(plain, deep, trained, tmp_path):
     assert wanted == pytest.approx({key: own[key] for key in own if key.startswith("good")}, rel=0.03)
 
 
+def test_images_outside_the_range(deep, trained, tmp_path):
+    """16-bit images for a run of 12 bits, and the other way round: noted, in predict and for another test set."""
+    bright = tmp_path / "bright"
+    shutil.copytree(deep, bright)
+    for path in bright.rglob("*/[0-9][0-9][0-9].png"):
+        cv2.imwrite(str(path), cv2.imread(str(path), cv2.IMREAD_UNCHANGED).astype(np.uint16) * 16)
+    outcome = predict(f"run={trained}", f"input={bright / 'bottle/test/good'}", f"output={tmp_path / 'out'}")
+    assert "note: 3 of 3 images looked at do not fit data.value_range=[0,4095]" in outcome.out
+    outcome = evaluate(f"run={trained}", f"output={tmp_path / 'other'}", f"data.root={bright}")
+    assert "do not fit data.value_range=[0,4095]" in outcome.out
+    result = result_of(*folder_data(bright), run_dir=tmp_path / "run")
+    assert not any("do not fit" in note for note in result["notes"])
+    outcome = predict(f"run={tmp_path / 'run'}", f"input={deep / 'bottle/test/good'}", f"output={tmp_path / 'out2'}")
+    assert "note: 3 of 3 images looked at do not fit data.value_range=[0,65535]" in outcome.out
+
+
 def test_a_given_range(deep, tmp_path):
     """Half the range is twice as bright: by the formula on the pixels that a method sees."""
     result = result_of(*folder_data(deep), "data.value_range=[0,2047]", run_dir=tmp_path)
@@ -103,7 +119,7 @@ def latin(folder: Path, old: str, new: bytes) -> None:
 
 def test_names_that_are_not_utf8(plain, tmp_path):
     """Files, folders of defects and categories: scored alike, and readable in every table."""
-    root = shutil.copytree(plain, tmp_path / "data")
+    root = shutil.copytree(plain, tmp_path / os.fsdecode(b"d\xe4ta"))
     latin(root / "bottle", "test/good/000.png", b"test/good/b\xe4r.png")
     latin(root / "bottle", "test/broken", b"test/br\xfcche")
     latin(root / "bottle", "ground_truth/broken", b"ground_truth/br\xfcche")

@@ -93,6 +93,8 @@ def test_resume_with_moved_files(with_checkpoint, root, files, tmp_path):
     run, budget = tmp_path / "run", ("trainer.max_epochs=3", "trainer.log_every=1", "trainer.checkpoint_minutes=0")
     with interrupted_after(2):
         runs.train(*options(root, files), *budget, f"hydra.run.dir={run}")
+    else_where = f"output={tmp_path / 'none'}"
+    assert_refused(runs.evaluate(f"run={run}", else_where), "its training has not ended; resume=true hydra.run.dir=")
     if not with_checkpoint:  # as if it had been killed before the first one
         (run / "checkpoints" / "last.ckpt").unlink()
     moved = files.rename(tmp_path / "second")

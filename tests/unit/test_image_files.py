@@ -117,6 +117,7 @@ def test_numbers_that_are_none(tmp_path):
     values[0, :3] = (np.nan, np.inf, -np.inf)
     path = make(tmp_path, [values] * 3, lambda path, a: Image.fromarray(a).save(path))
     assert load_rgb(path, module(tmp_path).pixels.value_range)[0, :3, 0].tolist() == [0, 255, 0]
+    assert any("hold NaN or infinite values" in note for note in module(tmp_path).notes)
     for name, value, message in (("nan", np.nan, "no finite number"), ("one", 7, "the value 7 only")):
         make(tmp_path / name, [np.full((9, 9), value, np.float32)] * 3, lambda p, a: Image.fromarray(a).save(p))
         with pytest.raises(UserError, match=rf"data.value_range: the training images hold {message}; give"):
@@ -136,9 +137,10 @@ def test_files_of_different_depths(tmp_path):
     plain = make(tmp_path, pictures, lambda path, a: Image.fromarray(a).save(path), ".png")
     deep = plain.with_name("deep.png")
     gray(12, deep, pictures[0])
+    train = tmp_path / "part" / "train" / "good" / "000.png"
     with pytest.raises(UserError) as caught:
         module(tmp_path)
-    wanted = f"{deep}: its pixels are integers of more than 8 bits, those of 000.png 8 bits per channel; convert"
+    wanted = f"{deep}: its pixels are integers of more than 8 bits, those of {train} 8 bits per channel; convert"
     assert re.match(re.escape(wanted), str(caught.value))
     data = module(tmp_path, value_range=[0, 4095])
     assert (data.eval_pipeline.load(plain) == pictures[-1]).all()
@@ -162,6 +164,16 @@ def blurred(radius: float) -> Image.Image:
     return disc().filter(ImageFilter.GaussianBlur(radius))
 
 
+def few_values(noise: int = 0) -> Image.Image:
+    """Edges of at most ten values, as PNGs of smoothed masks have them; or a two-valued mask with some noise."""
+    if noise:
+        rng, values = np.random.default_rng(0), np.asarray(disc()).astype(int)
+        off = rng.integers(0, noise + 1, values.shape)
+        return Image.fromarray(np.where(values > 0, 255 - off, off).astype(np.uint8))
+    edges = np.asarray(disc(scale=4).resize((200, 200), Image.Resampling.BOX)).astype(float)
+    return Image.fromarray((np.rint(edges / 255 * 6) * 42.5).astype(np.uint8))
+
+
 #: (picture, suffix, options of save): soft ones of the disc
 SOFT: dict[str, tuple[Image.Image, str, dict[str, Any]]] = {
     "JPEG": (disc(), ".jpg", {"quality": 75}),
@@ -172,6 +184,9 @@ SOFT: dict[str, tuple[Image.Image, str, dict[str, Any]]] = {
     "wide blur": (blurred(6), ".png", {}),
     "smooth edge": (disc(scale=4).resize((200, 200), Image.Resampling.BOX), ".png", {}),
     "enlarged": (disc().resize((67, 67)).resize((200, 200), Image.Resampling.BILINEAR), ".png", {}),
+    "seven values": (few_values(), ".png", {}),
+    "noise of 1": (few_values(1), ".png", {}),
+    "noise of 3": (few_values(3), ".png", {}),
     "floats": (Image.fromarray(np.asarray(blurred(3)).astype(np.float32) / 255), ".tif", {}),
 }
 
@@ -199,6 +214,8 @@ HARD = {
     "two values": np.asarray(disc()),
     "classes": classes(1),
     "spread classes": classes(28),
+    "three spread classes": classes(1) // 3 * 85,
+    "three thin classes": classes(1, width=1) // 3 * 85,
     "thin classes": classes(25, width=1)[:140],
     "classes and 255": np.maximum(classes(1), np.pad(np.full((1, 200), 255, np.uint8), ((0, 199), (0, 0)))),
     "colours": classes(1)[..., None] * np.array([28, 0, 5], np.uint8),

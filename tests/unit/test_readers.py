@@ -126,6 +126,10 @@ PASSED_OVER = {
         r"test/ok: its images would count as defective, .*rename it to 'good'",
     ),
     "test/Good images": (rename("test/broken", "test/Good images"), r"test/Good images: its images would count"),
+    **{
+        f"test/{name}": (rename("test/good", f"test/{name}"), f"test/{name}: its images would count")
+        for name in ("class_ok", "without_defects", "正常")
+    },
     "test/no_defect": (rename("test/good", "test/no_defect"), r"test/no_defect: its images would count"),
     "train/OK": (rename("train/good", "train/OK"), r"train/OK: the folder of normal images must be called 'good'"),
     "Ground Truth": (rename("ground_truth", "Ground Truth"), r"Ground Truth: the folder must be called 'ground_truth'"),
