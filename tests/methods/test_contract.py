@@ -41,6 +41,7 @@ CASES = {
     "norm_occ": Case("norm_occ"),
     "norm_occ shell": Case("norm_occ", (2,), ("method.target=shell",)),
     "norm_occ_closed_form": Case("norm_occ_closed_form", (0,)),
+    "subspace_ad": Case("subspace_ad", (0,)),
     "patchcore": Case("patchcore", (0,)),
     "recontrast one_class": Case("recontrast", (3,), ("method.encoder_bn=train",)),
     "recontrast unified": Case("recontrast", (2,), ("data.drop_last=true",), BOTH),
@@ -57,6 +58,7 @@ CASES = {
 SWITCHES = {
     "norm_occ": ["method.target=shell", "method.target=zero", "method.squared=false", "method.norm=2", "method.dim=8"],
     "norm_occ_closed_form": ["method.norm=2", "method.residual=0.5"],
+    "subspace_ad": ["method.variance=0.5"],
     "patchcore": ["method.coreset=0.3", "method.neighbours=1", "scoring.image_score=max"],
     "recontrast one_class": ["method.encoder_bn=eval", "method.mining=null", "method.encoder_lr=1e-2",
                              "method.variant=unified"],

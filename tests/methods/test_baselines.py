@@ -1,0 +1,110 @@
+"""The baselines without training, and reverse distillation, each against a literal reading in float64."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+from torch import Tensor, nn
+
+from anomalib_lite.errors import UserError
+from anomalib_lite.methods.patches import patch_features
+from anomalib_lite.methods.subspace_ad import SubspaceAD
+
+IMAGES, SIDE = 7, 4
+
+
+class Levels(nn.Module):
+    """Stands where the backbone does: levels are parts of the image's channels, the `halved` ones at half the size."""
+
+    frozen = True
+
+    def __init__(self, channels: tuple[int, ...] = (3, 2), halved: tuple[int, ...] = (1,)):
+        super().__init__()
+        self.channels, self.halved = list(channels), halved
+        self.reductions = [2 if i in halved else 1 for i in range(len(channels))]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        parts = images.split(self.channels, 1)
+        return [x[..., ::2, ::2] if i in self.halved else x for i, x in enumerate(parts)]
+
+
+CNN, VIT = ((3, 2), (1,)), ((5, 5, 5), ())
+
+
+def make_images(kind: tuple[tuple[int, ...], tuple[int, ...]], seed: int = 0, count: int = IMAGES) -> Tensor:
+    """Correlated channels with a mean, [count, C, SIDE, SIDE]."""
+    channels = sum(kind[0])
+    rng = np.random.default_rng(seed)
+    mix = np.random.default_rng(9).normal(size=(channels, channels)) * 0.5 ** np.arange(channels)
+    images = np.einsum("dc,nchw->ndhw", mix, rng.normal(size=(count, channels, SIDE, SIDE)))
+    return torch.from_numpy(images + 3).float()
+
+
+def fitted(method: Any, kind: tuple[tuple[int, ...], tuple[int, ...]], images: Tensor, **options: Any) -> Any:
+    """The method, fitted to batches of 3 images."""
+    torch.manual_seed(0)
+    model = method(backbone=Levels(*kind), image_size=(SIDE, SIDE), **options)
+    parts = [images[i : i + 3] for i in range(0, len(images), 3)]
+    index = torch.arange(len(images)).split(3)
+    batches = [{"image": part, "index": at} for part, at in zip(parts, index, strict=True)]
+    data = SimpleNamespace(fit_dataloader=lambda: batches, train_samples=images)
+    model.trainer = SimpleNamespace(datamodule=data, strategy=SimpleNamespace(lightning_module=model))
+    model.transfer_batch_to_device = lambda batch, device, index: batch
+    model.on_fit_start()
+    return model.eval()
+
+
+def scored(model: Any, images: Tensor, is_train_image: bool = False) -> np.ndarray:
+    with torch.no_grad():
+        batch = {"image": images, "index": torch.arange(len(images)), "is_train_image": is_train_image}
+        found = model.anomaly_map(batch)
+    assert found.dtype == torch.float32
+    return found.numpy()
+
+
+# --- SubspaceAD ---
+
+
+def patches_of(kind: tuple[tuple[int, ...], tuple[int, ...]], images: Tensor) -> np.ndarray:
+    """[N·h·w, C] in float64: the mean of a transformer's levels, a CNN's levels beside each other."""
+    levels = Levels(*kind)(images.double())
+    features = sum(levels) / len(levels) if kind is VIT else patch_features(levels)
+    return features.movedim(1, -1).flatten(0, 2).numpy()
+
+
+@pytest.mark.parametrize("kind", [CNN, VIT], ids=["cnn", "vit"])
+@pytest.mark.parametrize("variance", [0.5, 0.9, 0.99])
+def test_subspace_ad_is_the_residual_of_a_pca(kind, variance):
+    train, test = make_images(kind), make_images(kind, seed=1) + 0.5
+    pca = PCA(variance, svd_solver="full").fit(patches_of(kind, train))
+    x = patches_of(kind, test)
+    expected = np.square(x - pca.inverse_transform(pca.transform(x))).sum(1).reshape(-1, SIDE, SIDE)
+    assert 0 < pca.n_components_ < 5
+    found = scored(fitted(SubspaceAD, kind, train, variance=variance), test)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_subspace_ad_scores_a_fold_by_the_others():
+    images = make_images(CNN)
+    model = fitted(SubspaceAD, CNN, images, folds=3)
+    np.testing.assert_allclose(scored(model, images), scored(fitted(SubspaceAD, CNN, images), images), rtol=1e-4)
+    found = scored(model, images, is_train_image=True)
+    for fold in range(3):
+        own = np.arange(IMAGES) % 3 == fold
+        others = fitted(SubspaceAD, CNN, images[~own])
+        np.testing.assert_allclose(found[own], scored(others, images[own]), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (SubspaceAD, {"variance": 1}, r"method\.variance=1: give a share above 0"),
+        (SubspaceAD, {"folds": 1}, r"method\.folds=1: give 0"),
+    ],
+)
+def test_options_that_mean_nothing(method, options, message):
+    with pytest.raises(UserError, match=message):
+        fitted(method, CNN, make_images(CNN), **options)
