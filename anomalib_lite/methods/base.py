@@ -30,6 +30,9 @@ class AnomalyModule(L.LightningModule):
     - `uses_backbone = False`: the method needs no backbone and ignores a configured one, as in a sweep over methods;
     - `frozen_features = True`: training and test see a frozen backbone's outputs, which `self.features(batch)` returns.
       These features are computed once and shared by runs, unless training crops, augments or corrupts its images;
+    - `uses_tokens = True`: `self.tokens(batch)` returns the class and register tokens of a transformer;
+    - `kept(levels)`: what the method keeps of the backbone's outputs, such as means of levels, and the text `keeps`,
+      which names it in the key of the stored features;
     - `uses_images = False` with frozen_features: training uses neither `image` nor `mask`. If features are stored, no
       training image is decoded, and training batches come without these keys;
     - `own_image_score = True`: `anomaly_map` returns (maps, image scores [B]) for scoring.image_score=own.
@@ -55,6 +58,8 @@ class AnomalyModule(L.LightningModule):
     frozen_features = False
     uses_images = True
     own_image_score = False
+    uses_tokens = False
+    keeps = ""
     phases = 1
     stopped_early = False
 
@@ -107,12 +112,33 @@ class AnomalyModule(L.LightningModule):
         """The budget of all training phases together, in batches."""
         return self.phases * self.steps
 
+    def kept(self, levels: list[Tensor]) -> list[Tensor]:
+        """What the method keeps of the backbone's outputs for a batch, maps [B, C_i, H_i, W_i]. Features store this.
+
+        The outputs are L maps, followed by L token maps [B, C_i, 1, T] if the backbone has T > 0 tokens. The result has
+        the same order: maps, then as many token maps.
+        """
+        return levels
+
     def features(self, batch: Batch) -> list[Tensor]:
-        """The backbone's outputs for a batch, list of float32 [B, C_i, H_i, W_i]: read from the batch, or computed."""
+        """The kept maps of a batch, list of float32 [B, C_i, H_i, W_i]: read from the batch, or computed."""
+        return self.features_and_tokens(batch)[0]
+
+    def tokens(self, batch: Batch) -> list[Tensor]:
+        """The kept tokens of a batch, list of float32 [B, T, C_i], the class token first; empty without tokens."""
+        return self.features_and_tokens(batch)[1]
+
+    def features_and_tokens(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+        """`features(batch)` and `tokens(batch)`, for which the backbone runs once at most."""
         if "features" in batch:
-            return [level.float().contiguous().movedim(-1, 1) for level in batch["features"]]
-        assert self.backbone is not None
-        return self.backbone(batch["image"])
+            levels = [level.float().contiguous().movedim(-1, 1) for level in batch["features"]]
+        else:
+            assert self.backbone is not None
+            levels = self.kept(self.backbone(batch["image"]))
+        if not getattr(self.backbone, "tokens", 0):
+            return levels, []
+        half = len(levels) // 2
+        return levels[:half], [level.flatten(2).mT for level in levels[half:]]
 
     def autocast(self) -> torch.autocast:
         """A context for operations that tolerate bf16: bf16 if hardware.precision and the device allow it."""

@@ -177,7 +177,7 @@ def with_features(
     assert model.backbone is not None
     cache = cfg.get("cache") or {"enabled": False}  # a stored run of an earlier version has none
     memory_gb = cfg["hardware"]["feature_memory_gb"]
-    stored, report = precompute(trainer, data, model.backbone, cache, memory_gb, fit=fit)
+    stored, report = precompute(trainer, data, model.backbone, cache, memory_gb, fit, model.kept, model.keeps)
     return data.with_features(stored, model.uses_images), report
 
 
