@@ -12,11 +12,6 @@ def patch_features(levels: list[Tensor]) -> Tensor:
     return torch.cat([pooled[0], *(F.interpolate(x, size, mode="bilinear") for x in pooled[1:])], 1)
 
 
-def fused(levels: list[Tensor]) -> Tensor:
-    """The mean of levels of one shape, as of a transformer's blocks, [B, C, H, W]; `patch_features` of others."""
-    return torch.stack(levels).mean(0) if len({x.shape for x in levels}) == 1 else patch_features(levels)
-
-
 def projection(weight: Tensor, levels: list[Tensor], origin: Tensor | None = None) -> Tensor:
     """Pφ − c of P [dim, ΣC_i, 1, 1] and c [dim] or 0, [B, dim, H_0, W_0].
 

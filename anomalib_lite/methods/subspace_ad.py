@@ -14,7 +14,7 @@ from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
 from anomalib_lite.methods.fitted_buffers import register_fitted
 from anomalib_lite.methods.moments import check_folds, moments
-from anomalib_lite.methods.patches import fused
+from anomalib_lite.methods.patches import patch_features
 
 
 class SubspaceAD(AnomalyModule):
@@ -36,13 +36,21 @@ class SubspaceAD(AnomalyModule):
         if not 0 < variance < 1:
             raise UserError(f"method.variance={variance}: give a share above 0 and below 1, such as 0.99")
         check_folds(folds)
+        assert self.backbone is not None
+        shapes = set(zip(self.backbone.channels, self.backbone.reductions, strict=True))
+        self.keeps = "mean" if len(shapes) == 1 else ""
         self.variance, self.folds = variance, folds
         # μ [1 + folds, C] and the components that are not in C, as columns beside zeros, [1 + folds, C, C]
         register_fitted(self, mean=torch.empty(0), minor=torch.empty(0))
 
+    def kept(self, levels: list[Tensor]) -> list[Tensor]:
+        """The mean of levels of one shape."""
+        return [torch.stack(levels).mean(0)] if self.keeps else levels
+
     def patches(self, batch: Batch) -> Tensor:
-        """x of every position, [B, h, w, D]."""
-        return fused(self.features(batch)).movedim(1, -1)
+        """x of every position, [B, h, w, C]."""
+        levels = self.features(batch)
+        return (levels[0] if self.keeps else patch_features(levels)).movedim(1, -1)
 
     @torch.no_grad()
     def on_fit_start(self) -> None:

@@ -10,6 +10,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
+from anomalib_lite.methods.padim import PaDiM
 from anomalib_lite.methods.patches import patch_features
 from anomalib_lite.methods.subspace_ad import SubspaceAD
 
@@ -17,24 +18,28 @@ IMAGES, SIDE = 7, 4
 
 
 class Levels(nn.Module):
-    """Stands where the backbone does: levels are parts of the image's channels, the `halved` ones at half the size."""
+    """Stands where the backbone does: levels are parts of the image's channels, the `halved` ones at half the size.
+
+    Class and register tokens are the first pixels of the last row.
+    """
 
     frozen = True
 
-    def __init__(self, channels: tuple[int, ...] = (3, 2), halved: tuple[int, ...] = (1,)):
+    def __init__(self, channels: tuple[int, ...] = (3, 2), halved: tuple[int, ...] = (1,), tokens: int = 0):
         super().__init__()
-        self.channels, self.halved = list(channels), halved
+        self.channels, self.halved, self.tokens, self.class_token = list(channels), halved, tokens, tokens > 0
         self.reductions = [2 if i in halved else 1 for i in range(len(channels))]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         parts = images.split(self.channels, 1)
-        return [x[..., ::2, ::2] if i in self.halved else x for i, x in enumerate(parts)]
+        maps = [x[..., ::2, ::2] if i in self.halved else x for i, x in enumerate(parts)]
+        return maps + [x[:, :, -1:, : self.tokens] for x in maps] * bool(self.tokens)
 
 
-CNN, VIT = ((3, 2), (1,)), ((5, 5, 5), ())
+CNN, VIT, CLASS = ((3, 2), (1,)), ((5, 5, 5), ()), ((5, 5), (), 2)  # CLASS: with a class token and a register token
 
 
-def make_images(kind: tuple[tuple[int, ...], tuple[int, ...]], seed: int = 0, count: int = IMAGES) -> Tensor:
+def make_images(kind: Any, seed: int = 0, count: int = IMAGES) -> Tensor:
     """Correlated channels with a mean, [count, C, SIDE, SIDE]."""
     channels = sum(kind[0])
     rng = np.random.default_rng(seed)
@@ -43,14 +48,15 @@ def make_images(kind: tuple[tuple[int, ...], tuple[int, ...]], seed: int = 0, co
     return torch.from_numpy(images + 3).float()
 
 
-def fitted(method: Any, kind: tuple[tuple[int, ...], tuple[int, ...]], images: Tensor, **options: Any) -> Any:
+def fitted(method: Any, kind: Any, images: Tensor, **options: Any) -> Any:
     """The method, fitted to batches of 3 images."""
     torch.manual_seed(0)
     model = method(backbone=Levels(*kind), image_size=(SIDE, SIDE), **options)
     parts = [images[i : i + 3] for i in range(0, len(images), 3)]
     index = torch.arange(len(images)).split(3)
     batches = [{"image": part, "index": at} for part, at in zip(parts, index, strict=True)]
-    data = SimpleNamespace(fit_dataloader=lambda: batches, train_samples=images)
+    same = {"corrupt": None, "train_pipeline": None, "eval_pipeline": None}  # no augmentation
+    data = SimpleNamespace(fit_dataloader=lambda: batches, train_samples=images, **same)
     model.trainer = SimpleNamespace(datamodule=data, strategy=SimpleNamespace(lightning_module=model))
     model.transfer_batch_to_device = lambda batch, device, index: batch
     model.on_fit_start()
@@ -68,7 +74,7 @@ def scored(model: Any, images: Tensor, is_train_image: bool = False) -> np.ndarr
 # --- SubspaceAD ---
 
 
-def patches_of(kind: tuple[tuple[int, ...], tuple[int, ...]], images: Tensor) -> np.ndarray:
+def patches_of(kind: Any, images: Tensor) -> np.ndarray:
     """[N·h·w, C] in float64: the mean of a transformer's levels, a CNN's levels beside each other."""
     levels = Levels(*kind)(images.double())
     features = sum(levels) / len(levels) if kind is VIT else patch_features(levels)
@@ -98,11 +104,60 @@ def test_subspace_ad_scores_a_fold_by_the_others():
         np.testing.assert_allclose(found[own], scored(others, images[own]), rtol=1e-4)
 
 
+# --- PaDiM ---
+
+
+def mahalanobis(images: np.ndarray, x: np.ndarray, regularisation: float) -> float:
+    """Of x [d] to the Gaussian of images [N, d], by equations 1 and 2."""
+    covariance = regularisation * np.eye(len(x))
+    if len(images) > 1:
+        covariance += np.cov(images.T)
+    offset = x - images.mean(0)
+    return np.sqrt(offset @ np.linalg.inv(covariance) @ offset)
+
+
+def embeddings(model: PaDiM, images: Tensor) -> np.ndarray:
+    """The chosen channels at every position, [N, h, w, d] in float64; the second level is half as large."""
+    first, second = (level.numpy() for level in Levels(*CNN)(images.double()))
+    joined = np.empty((len(images), 5, SIDE, SIDE))
+    for y in range(SIDE):
+        for x in range(SIDE):
+            joined[:, :, y, x] = np.concatenate([first[:, :, y, x], second[:, :, y // 2, x // 2]], 1)
+    return joined[:, model.subset.numpy()].transpose(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, IMAGES])
+def test_padim_is_the_distance_to_a_gaussian_of_every_position(count):
+    train, test = make_images(CNN, count=count), make_images(CNN, seed=1)
+    model = fitted(PaDiM, CNN, train, dim=3, regularisation=0.02)
+    assert len(set(model.subset.tolist())) == 3
+    seen, new = embeddings(model, train), embeddings(model, test)
+    found, own = scored(model, test), scored(model, train, is_train_image=True)
+    for y in range(SIDE):
+        for x in range(SIDE):
+            expected = [mahalanobis(seen[:, y, x], each, 0.02) for each in new[:, y, x]]
+            np.testing.assert_allclose(found[:, y, x], expected, rtol=1e-3)
+            if count > 1:  # a training image is scored by the others, whose regularisation is larger
+                larger = 0.02 * (count - 1) / max(count - 2, 1)
+                rest = [np.delete(seen[:, y, x], i, 0) for i in range(count)]
+                expected = [mahalanobis(others, seen[i, y, x], larger) for i, others in enumerate(rest)]
+                np.testing.assert_allclose(own[:, y, x], expected, rtol=1e-3)
+
+
+def test_padim_with_augmented_images_leaves_none_out():
+    images = make_images(CNN)
+    model = fitted(PaDiM, CNN, images, dim=3)
+    model.fitted.zero_()
+    np.testing.assert_array_equal(scored(model, images, is_train_image=True), scored(model, images))
+
+
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
         (SubspaceAD, {"variance": 1}, r"method\.variance=1: give a share above 0"),
         (SubspaceAD, {"folds": 1}, r"method\.folds=1: give 0"),
+        (PaDiM, {"dim": 6}, r"method\.dim=6: the levels have 5 channels together"),
+        (PaDiM, {"dim": 3, "regularisation": 0}, r"method\.regularisation=0: give a number above 0"),
     ],
 )
 def test_options_that_mean_nothing(method, options, message):

@@ -42,6 +42,7 @@ CASES = {
     "norm_occ shell": Case("norm_occ", (2,), ("method.target=shell",)),
     "norm_occ_closed_form": Case("norm_occ_closed_form", (0,)),
     "subspace_ad": Case("subspace_ad", (0,)),
+    "padim": Case("padim", (0,), ("method.dim=16",)),
     "patchcore": Case("patchcore", (0,)),
     "recontrast one_class": Case("recontrast", (3,), ("method.encoder_bn=train",)),
     "recontrast unified": Case("recontrast", (2,), ("data.drop_last=true",), BOTH),
@@ -59,6 +60,7 @@ SWITCHES = {
     "norm_occ": ["method.target=shell", "method.target=zero", "method.squared=false", "method.norm=2", "method.dim=8"],
     "norm_occ_closed_form": ["method.norm=2", "method.residual=0.5"],
     "subspace_ad": ["method.variance=0.5"],
+    "padim": ["method.dim=8", "method.regularisation=1.0"],
     "patchcore": ["method.coreset=0.3", "method.neighbours=1", "scoring.image_score=max"],
     "recontrast one_class": ["method.encoder_bn=eval", "method.mining=null", "method.encoder_lr=1e-2",
                              "method.variant=unified"],
@@ -214,7 +216,7 @@ def test_the_fake_gpu_notices_a_tensor_on_the_cpu():
         torch.randn(3, device="cuda") + torch.randn(3)
 
 
-@pytest.mark.parametrize("name", ["rlr", "uniad", "ltad"])
+@pytest.mark.parametrize("name", ["rlr", "uniad", "ltad", "padim"])
 def test_fixed_grids_refuse_other_sizes_in_test(name, arguments):
     for size, shown in (("original", "original"), ((64, 64), "64×64")):
         message = rf"^data.texture_size={shown}: \w+ has a fixed grid.*data.image_size=32×32, or data.treatment=object"
