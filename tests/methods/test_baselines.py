@@ -10,8 +10,10 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
+from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.methods.padim import PaDiM
 from anomalib_lite.methods.patches import patch_features
+from anomalib_lite.methods.rd4ad import RD4AD
 from anomalib_lite.methods.subspace_ad import SubspaceAD
 
 IMAGES, SIDE = 7, 4
@@ -149,6 +151,36 @@ def test_padim_with_augmented_images_leaves_none_out():
     model = fitted(PaDiM, CNN, images, dim=3)
     model.fitted.zero_()
     np.testing.assert_array_equal(scored(model, images, is_train_image=True), scored(model, images))
+
+
+# --- RD4AD ---
+
+
+def test_rd4ad_loss_and_map_are_cosines():
+    torch.manual_seed(0)
+    backbone = Backbone("test_resnet.r160_in1k", [1, 2, 3], "none", "32", [(32, 64)])
+    model = RD4AD(backbone=backbone, image_size=(32, 64), precision="32").eval()
+    batch = {"image": torch.randn(2, 3, 32, 64)}
+    pairs = [(t.detach().double(), r.detach().double()) for t, r in model.pairs(batch)]
+    assert all(t.shape == r.shape for t, r in pairs)
+    losses, maps = [], []
+    for image in range(2):
+        total, heat = 0.0, torch.zeros(32, 64, dtype=torch.float64)
+        for t, r in pairs:
+            flat, other = t[image].flatten(), r[image].flatten()
+            total += 1 - float(flat @ other / (flat.norm() * other.norm()))
+            level = torch.zeros(t.shape[2:], dtype=torch.float64)
+            for y in range(level.shape[0]):
+                for x in range(level.shape[1]):
+                    a, b = t[image, :, y, x], r[image, :, y, x]
+                    level[y, x] = 1 - a @ b / (a.norm() * b.norm())
+            heat += nn.functional.interpolate(level[None, None], (32, 64), mode="bilinear", align_corners=True)[0, 0]
+        losses.append(total)
+        maps.append(heat)
+    torch.testing.assert_close(model.losses(batch).detach().double(), torch.tensor(losses).double(), rtol=1e-5, atol=0)
+    with torch.no_grad():
+        assert float(model.training_step(batch, 0)) == pytest.approx(sum(losses) / 2, rel=1e-5)
+        torch.testing.assert_close(model.anomaly_map(batch).double(), torch.stack(maps), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ CASES = {
     "subspace_ad": Case("subspace_ad", (0,)),
     "padim": Case("padim", (0,), ("method.dim=16",)),
     "patchcore": Case("patchcore", (0,)),
+    "rd4ad": Case("rd4ad", (1, 3)),
     "recontrast one_class": Case("recontrast", (3,), ("method.encoder_bn=train",)),
     "recontrast unified": Case("recontrast", (2,), ("data.drop_last=true",), BOTH),
     "recontrast stable": Case("recontrast", (1, 3), RESET),
