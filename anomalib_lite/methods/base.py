@@ -24,6 +24,7 @@ class AnomalyModule(L.LightningModule):
     - `on_fit_start()`, which computes a closed form before training: `for batch in self.fit_batches(): ...`;
     - `configure_optimizers()`, if `optimizer` and `scheduler` from the configuration are not enough;
     - `visualize(batch)` -> {title: [B, 1 or 3, H, W] in [0, 1]}: images for the figures, such as reconstructions;
+    - `notes()` -> list of str: what result.json should say of the fitted method, such as its size;
     - `held_out_loss(batch)` -> [B]: the loss that is logged over held-out images (data.val_fraction) after every epoch;
     - `phases`, set in the constructor: the number of training phases, each of which has the whole budget;
     - `stopped_early`: a property that ends training after the current batch if it is True;
@@ -106,6 +107,10 @@ class AnomalyModule(L.LightningModule):
     def held_out_loss(self, batch: Batch) -> Tensor | None:
         """The loss of every image of a batch without random noise, [B]; None if the method defines no such loss."""
         return None
+
+    def notes(self) -> list[str]:
+        """Notes on the fitted method for result.json."""
+        return []
 
     @property
     def total_steps(self) -> int:

@@ -189,7 +189,7 @@ def measured_batch_size(cfg: dict[str, Any], data: AnomalyDataModule, cache: dic
 
 
 def notes_of(cfg: dict[str, Any], data: AnomalyDataModule, model: AnomalyModule) -> list[str]:
-    notes = list(data.notes)
+    notes = [*data.notes, *model.notes()]
     if model.backbone is not None and cfg["backbone"]["weights"] == "none":
         notes.append("the backbone's weights are random")
     if data.balanced and not model.total_steps:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.features.backbones import Backbone
+from anomalib_lite.methods import rad
 from anomalib_lite.methods.padim import PaDiM
 from anomalib_lite.methods.patches import patch_features
+from anomalib_lite.methods.rad import RAD
 from anomalib_lite.methods.rd4ad import RD4AD
 from anomalib_lite.methods.subspace_ad import SubspaceAD
 
@@ -153,6 +155,78 @@ def test_padim_with_augmented_images_leaves_none_out():
     np.testing.assert_array_equal(scored(model, images, is_train_image=True), scored(model, images))
 
 
+# --- RAD ---
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x)
+
+
+def literal_rad(kind: Any, train: Tensor, images: Tensor, k: int, r: int, without: bool) -> np.ndarray:
+    """Every image, position and neighbour in a loop, with patches of the bank rounded to bf16."""
+    backbone = Levels(*kind)
+    count = len(kind[0])
+
+    def parts(image: Tensor) -> tuple[list[Tensor], np.ndarray]:
+        outputs = [x[0] for x in backbone(image[None])]
+        last = outputs[-1][:, 0, 0] if len(kind) == 3 else outputs[-1].mean((1, 2))
+        return outputs[:count], unit(last.double().numpy())
+
+    bank = [parts(image) for image in train]
+    maps = []
+    for number, image in enumerate(images):
+        levels, descriptor = parts(image)
+        others = [i for i in range(len(train)) if not (without and i == number)] or [number]
+        nearest = sorted(others, key=lambda i: -float(descriptor @ bank[i][1]))[:k]
+        heat = torch.zeros(SIDE, SIDE, dtype=torch.float64)
+        for level, x in enumerate(levels):
+            h, w = x.shape[1:]
+            distances = torch.empty(h, w, dtype=torch.float64)
+            for row in range(h):
+                for column in range(w):
+                    patch, cosines = unit(x[:, row, column].double().numpy()), []
+                    for i in nearest:
+                        for y in range(max(0, row - r), min(h, row + r + 1)):
+                            for z in range(max(0, column - r), min(w, column + r + 1)):
+                                stored = nn.functional.normalize(bank[i][0][level][:, y, z], dim=0).bfloat16()
+                                cosines.append(patch @ stored.double().numpy())
+                    distances[row, column] = 1 - max(cosines)
+            heat += nn.functional.interpolate(distances[None, None], (SIDE, SIDE), mode="bilinear")[0, 0]
+        maps.append(heat / count)
+    return torch.stack(maps).numpy()
+
+
+@pytest.mark.parametrize("is_train_image", [False, True])
+@pytest.mark.parametrize(("kind", "k", "r"), [(CNN, 3, 1), (CLASS, 2, 0), (CLASS, 1, 2), (CLASS, 150, 1)])
+def test_rad_is_the_brute_force(kind, k, r, is_train_image, monkeypatch):
+    """Also in blocks of three rows of positions."""
+    train = make_images(kind) - 3
+    images = train if is_train_image else make_images(kind, seed=1) - 3
+    model = fitted(RAD, kind, train, k=k, r=r)
+    expected = literal_rad(kind, train, images, k, r, is_train_image)
+    np.testing.assert_allclose(scored(model, images, is_train_image), expected, rtol=0, atol=2e-6)
+    monkeypatch.setattr(rad, "LIMITS", (3 * 4 * SIDE * 5 * (IMAGES + IMAGES * (2 * r + 1) ** 2), 0))
+    np.testing.assert_allclose(scored(model, images, is_train_image), expected, rtol=0, atol=2e-6)
+
+
+def test_rad_with_one_image():
+    """It has no other image to be compared with."""
+    image = make_images(CLASS, count=1) - 3
+    assert np.abs(scored(fitted(RAD, CLASS, image), image, is_train_image=True)).max() < 0.01
+
+
+def test_rad_refuses_a_bank_that_does_not_fit(monkeypatch):
+    images = make_images(CNN)
+    size = IMAGES * 2 * (3 * 16 + 2 * 4)
+    monkeypatch.setattr(rad, "free_memory", lambda device: size)
+    assert sum(bank.nbytes for bank in fitted(RAD, CNN, images).banks) == size
+    monkeypatch.setattr(rad, "free_memory", lambda device: size - 1)
+    with pytest.raises(UserError, match=r"^method=rad: the bank of 7 training images needs 0\.0 GB.*give a smaller"):
+        fitted(RAD, CNN, images)
+    monkeypatch.undo()
+    assert 2**20 < rad.free_memory(torch.device("cpu")) < 2**50
+
+
 # --- RD4AD ---
 
 
@@ -188,6 +262,7 @@ def test_rd4ad_loss_and_map_are_cosines():
     [
         (SubspaceAD, {"variance": 1}, r"method\.variance=1: give a share above 0"),
         (SubspaceAD, {"folds": 1}, r"method\.folds=1: give 0"),
+        (RAD, {"k": 0}, r"method\.k=0, method\.r=1: give k from 1"),
         (PaDiM, {"dim": 6}, r"method\.dim=6: the levels have 5 channels together"),
         (PaDiM, {"dim": 3, "regularisation": 0}, r"method\.regularisation=0: give a number above 0"),
     ],
