@@ -36,6 +36,7 @@ class AnomalyModule(L.LightningModule):
       which names it in the key of the stored features;
     - `uses_images = False` with frozen_features: training uses neither `image` nor `mask`. If features are stored, no
       training image is decoded, and training batches come without these keys;
+    - `clip`, set in the constructor: the largest norm of a step's gradient;
     - `own_image_score = True`: `anomaly_map` returns (maps, image scores [B]) for scoring.image_score=own.
 
     A batch is a dict: `image` float32 [B, 3, H, W], `mask` bool [B, H, W], `label` int64 [B], `category` int64 [B],
@@ -63,6 +64,7 @@ class AnomalyModule(L.LightningModule):
     keeps = ""
     phases = 1
     stopped_early = False
+    clip: float | None = None
 
     def __init__(
         self,
@@ -170,6 +172,10 @@ class AnomalyModule(L.LightningModule):
         if optimizer is None or self.scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        if self.clip is not None:
+            self.clip_gradients(optimizer, self.clip, "norm")
 
     def make_optimizer(self, parameters: list[Any], **options: Any) -> torch.optim.Optimizer | None:
         """The configured optimizer for parameters or parameter groups; `options` override the configured options."""

@@ -86,10 +86,6 @@ class UniAD(AnomalyModule):
         errors = torch.linalg.vector_norm(self.reconstructed(tokens) - tokens, dim=-1).unflatten(1, self.grid)
         return F.interpolate(errors[:, None], self.image_size, mode="bilinear", align_corners=True)[:, 0]
 
-    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        if self.clip is not None:
-            self.clip_gradients(optimizer, self.clip, "norm")
-
     def configure_optimizers(self) -> Any:
         optimizer, drop = super().configure_optimizers(), self.drop
         if drop is None or not isinstance(optimizer, torch.optim.Optimizer):

@@ -52,6 +52,11 @@ CASES = {
     "rlr": Case("rlr", (2,), (), BOTH),
     "rlr zero_fill": Case("rlr", (3,), ("method.zero_fill=true",)),
     "uniad": Case("uniad", (1, 3), ("method.drop.at=0.7",), BOTH),
+    "dinomaly": Case("dinomaly", (1, 3), ("data.batch_size=4", "method.mining.warm_up=2"), BOTH),
+    "dinomaly v2": Case("dinomaly", (2,), ("method.variant=v2", "data.image_size=[32,48]", "data.batch_size=4")),
+    "dinomaly cnn": Case("dinomaly", (3,), ("method.groups=1", "backbone.name=test_resnet.r160_in1k",
+                                            "backbone.layers=[1,2,3]")),
+    "inp_former": Case("inp_former", (1, 3), ("data.image_size=[48,32]", "data.batch_size=4"), BOTH),
     "ssae": Case("ssae"),
     "ltad": Case("ltad", (1, 3), ("method.fill=largest",), BOTH),
     "ltad align": Case("ltad", (3,), ("method.fill=largest", "backbone.layers=[1,2]"), BOTH, "align"),
@@ -69,6 +74,12 @@ SWITCHES = {
                              "method.variant=unified"],
     "rlr": ["method.zero_fill=true", "method.jitter=0", "method.mix=[1,1]", "method.learnable_key=false"],
     "uniad": ["method.jitter=0", "method.neighbours=null", "method.clip=null", "method.drop=null", "method.dropout=0"],
+    "dinomaly": ["method.variant=v2", "method.mining=null", "method.groups=1", "method.heads=2", "method.clip=null",
+                 "method.variants.v1.dropout=0", "method.variants.v1.eps=1e-2", "method.variants.v1.recentre=true",
+                 "method.variants.v1.narrow=8", "method.variants.v1.optimizer.amsgrad=false", "method.warm_up=1"],
+    "dinomaly v2": ["method.variants.v2.first_lr=null", "method.variants.v2.final=0"],
+    "inp_former": ["method.prototypes=2", "method.coherence=0", "method.power=0", "method.dropout=0.5",
+                   "method.groups=4", "method.final=1"],
     "ssae": ["method.skip=concat", "method.skip=none", "method.corrupted_weight=0.1"],
     "ltad": ["method.class_names=fixed", "method.fill=null", "method.classifier_weight=0", "method.strong=1"],
     "ltad clip": ["method.class_names=fixed", "method.fill=null"],
@@ -98,6 +109,13 @@ def arguments(root, checkpoints):
             backbone = [f"backbone={case.text}", f"backbone.name={checkpoints[case.text]}", "backbone.weights=auto"]
         if case.method == "recontrast":
             backbone = ["backbone=resnet18", "backbone.name=mobilenetv3_small_050", "backbone.weights=none"]
+        if case.method in ("dinomaly", "inp_former"):
+            backbone = [
+                "backbone=dinov2_small",
+                "backbone.name=test_vit",
+                "backbone.weights=none",
+                "backbone.layers=[1,2,3,4]",
+            ]
         if case.method == "ssae":
             backbone = ["method.width=4"]
         steps = 2 if case.method == "ltad" else 4
@@ -179,7 +197,9 @@ def built(command: list[str], categories: list[str], **context: Any) -> AnomalyM
         with initialize_config_dir(str(runs.ROOT / "conf"), version_base="1.3"):
             cfg: Any = OmegaConf.to_container(compose("train", [*runs.defaults(*command), *command]), resolve=True)
         uses = get_class(cfg["method"]["_target_"]).uses_backbone  # type: ignore[attr-defined]
-        backbone = instantiate(cfg["backbone"], precision="auto") if uses else None
+        tokens = get_class(cfg["method"]["_target_"]).uses_tokens  # type: ignore[attr-defined]
+        tokens = {"tokens": True} if tokens else {}
+        backbone = instantiate(cfg["backbone"], precision="auto", **tokens) if uses else None
         context = {"image_size": (SIDE, SIDE), "categories": categories, "precision": "auto"} | context
         return instantiate(cfg["method"], backbone=backbone, scoring=cfg["scoring"], **context, _convert_="all")
 

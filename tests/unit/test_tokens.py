@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.readers import read_mvtec
@@ -16,6 +18,7 @@ from anomalib_lite.features.cache import key
 from anomalib_lite.features.precompute import precompute
 from anomalib_lite.methods.base import AnomalyModule
 from tests.helpers.image_trees import make_mvtec
+from tests.helpers.run_programs import ROOT
 
 VIT = "test_vit"  # of timm's own tests: 64 channels in 6 blocks, patches of 16, a class token
 DINO2, DINO3 = "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"  # a class token and 4 registers
@@ -58,6 +61,43 @@ def test_tokens_and_maps_are_those_of_the_whole_model(name, patch, size, norm):
     backbone.tokens = 0
     for level, same in zip(backbone(images), found[:2], strict=True):
         assert torch.equal(level, same)
+
+
+@pytest.mark.parametrize("grid", [(28, 28), (7, 9)])
+def test_the_position_embedding_is_resampled_to_the_grid(grid):
+    """From 37² by size, bicubic and antialiased. The published code gives a scale of (28 + 0.1) / 37 and antialiases
+    nothing, which differs a little."""
+    torch.manual_seed(0)
+    backbone = Backbone("vit_small_patch14_dinov2", [0], "none", "32", [(14 * grid[0], 14 * grid[1])])
+    model = backbone.net.model
+    embedding = model.pos_embed  # [1, 1 + 37 · 37, 384], as in the weights file
+    with torch.no_grad():
+        found = model._pos_embed(torch.zeros(1, *grid, 384))[0]
+    own = embedding[0, 1:].mT.view(1, 384, 37, 37).double()
+    expected = F.interpolate(own, grid, mode="bicubic", antialias=True)[0].flatten(1).mT
+    torch.testing.assert_close(found[1:].double(), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found[0], (model.cls_token + embedding[:, :1])[0, 0])
+    if grid == (28, 28):
+        scale = (28 + 0.1) / 37
+        published = F.interpolate(own, scale_factor=scale, mode="bicubic")[0].flatten(1).mT
+        assert published.shape == expected.shape
+        assert 0 < float((published - expected).std() / expected.std()) < 0.7  # of white noise, the hardest case
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "conf" / "backbone").glob("*.yaml")), ids=lambda file: file.stem)
+def test_ready_backbones_have_their_layers(file):
+    """Without memory for weights; Dinomaly's blocks have one shape."""
+    cfg: Any = OmegaConf.load(file)
+    if cfg.name is None or not cfg._target_.endswith("backbones.Backbone"):
+        return
+    with torch.device("meta"):
+        net: Any = timm.create_model(cfg.name, pretrained=False, features_only=True, out_indices=list(cfg.layers))
+    info = net.feature_info
+    assert len(info.channels()) == len(cfg.layers)
+    if file.stem.startswith("dino"):
+        assert (len(cfg.layers), len(net.model.blocks)) == (8, cfg.layers[-1] + 1)
+        assert set(info.channels()) == {{"small": 384, "base": 768, "large": 1024}[file.stem.rpartition("_")[2]]}
+        assert set(info.reduction()) == {16 if "dinov3" in file.stem else 14}
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "swin_tiny_patch4_window7_224"])
