@@ -247,3 +247,44 @@ def test_fixed_grids_refuse_other_sizes_in_test(name, arguments):
             built(arguments(CASES[name]), ["bottle", "tile"], test_size=size)
         assert re.match(message, str(error.value.__cause__))
     assert built(arguments(CASES[name]), ["bottle", "tile"], test_size=(SIDE, SIDE)).test_size == (SIDE, SIDE)
+
+
+VIT = ("backbone.name=test_vit.r160_in1k", "backbone.layers=[1,2,4]")
+GRIDS = {
+    "vit 2×2": (*VIT, "data.image_size=32"),
+    "vit 3×5": (*VIT, "data.image_size=[48,80]"),
+    "resnet 8×16": ("backbone.name=test_resnet.r160_in1k", "data.image_size=[32,64]"),
+}
+#: options for methods whose own ones are for other levels or larger grids
+FOR_GRIDS = {
+    "dinomaly": ("method.groups=1",), "inp_former": ("method.groups=1",), "padim": ("method.dim=16",),
+    "rlr": ("method.windows=[1,1,1]",),
+}  # fmt: skip
+METHODS = sorted(path.stem for path in (runs.ROOT / "conf" / "method").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_grids_are_fitted_and_predicted_or_refused(method, root, tmp_path):
+    """A transformer's levels of one size, and grids that are rectangular and no powers of two."""
+    needs = [option for option in runs.method(method) if not option.startswith("backbone.")]
+    for number, (name, options) in enumerate(GRIDS.items()):
+        run = tmp_path / str(number)
+        given = [*needs, *FOR_GRIDS.get(method, ()), "backbone=resnet18", *options, "trainer.max_epochs=null"]
+        given += ["trainer.max_steps=2", "hardware.threads=1", f"hydra.run.dir={run}"]
+        outcome = runs.train(*runs.folder_data(root), *given)
+        if name.startswith("vit") and method in ("rd4ad", "recontrast"):
+            assert outcome.code == 2
+            assert re.fullmatch(r"error: backbone.layers=\[1, 2, 4\]: give three levels, each half .*\n", outcome.err)
+            continue
+        assert outcome.code == 0, outcome.err
+        photos, out = root / "bottle" / "test" / "broken", tmp_path / f"out{number}"
+        assert runs.predict(f"run={run}", f"input={photos}", f"output={out}").code == 0
+        evaluated = {Path(path).name: score for path, score in scores_of(run).items() if "broken" in path}
+        assert scores_of(out) == pytest.approx(evaluated, rel=1e-4)
+
+
+def test_a_bank_that_does_not_fit_is_one_line(root, tmp_path, monkeypatch):
+    monkeypatch.setattr("anomalib_lite.methods.rad.free_memory", lambda device: 0)
+    outcome = runs.train("method=rad", *runs.folder_data(root), f"hydra.run.dir={tmp_path / 'run'}")
+    assert outcome.code == 2
+    assert re.fullmatch(r"error: method=rad: the bank of 6 training images needs .* training images\n", outcome.err)
