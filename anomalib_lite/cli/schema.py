@@ -107,6 +107,7 @@ class Backbone(Group):
         Key("timm's out_indices in ascending order, such as [2,3]", ("compare",)),
     ]
     weights: Annotated[Text, Key("auto, none, or a file", ("compare", "moved"))]
+    norm: Annotated[bool, Key(FLAG, ("compare",))] = False
 
     @model_validator(mode="after")
     def _has_layers(self) -> "Backbone":

@@ -94,7 +94,9 @@ class Run:
         }
         backbone = dict_at(self.result, "backbone")
         found |= {"variant": self.result.get("variant"), "weights": self.result.get("weights")}
-        found |= {"backbone": backbone.get("name"), "layers": backbone.get("layers")}
+        found |= {
+            key: backbone.get(name) for key, name in (("backbone", "name"), ("layers", "layers"), ("norm", "norm"))
+        }
         found |= flat(self.result["protocol"].get("scoring"), "scoring")
         return {key: json.dumps(value, ensure_ascii=False, sort_keys=True) for key, value in sorted(found.items())}
 

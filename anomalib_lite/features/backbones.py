@@ -1,5 +1,6 @@
 """Frozen or trainable feature extractors from timm."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.features.timm_models import SizeError, create_for_sizes, feature_maps, normalisation
+from anomalib_lite.features.transformers import maps_and_tokens, prefix_tokens
 
 
 class Backbone(nn.Module):
@@ -23,14 +25,26 @@ class Backbone(nn.Module):
         precision: "auto" (bf16 if the hardware supports it), "bf16" or "32".
         image_sizes: the (H, W) of the images; a transformer with a fixed image size is built for the first one. Empty:
             the model's own size.
+        norm: whether the model's final norm is applied to the output of every chosen block; transformers only.
+        tokens: whether `forward` also returns the class token and the register tokens, where the model has them.
 
     Attributes:
         channels, reductions: C_i, and H / H_i by timm's statement. grids: {(H, W) of images: (H_i, W_i) of the maps}.
+        tokens: T, the number of class and register tokens of a level that `forward` returns. If T > 0, the L maps are
+            followed by L token maps [B, C_i, 1, T], the class token first. The other attributes speak of the L maps.
+        class_token: whether the model has a class token.
+
+    Blocks of a transformer after the last chosen one are removed, so they cost nothing.
 
     Raises:
         UserError: the model or a layer is unknown; the weights are missing, damaged or of another architecture; the
-            model can't take images of this size. Pretrained weights are never silently replaced by random weights.
+            model can't take images of this size, or has no final norm. Pretrained weights are never silently replaced
+            by random weights.
     """
+
+    tokens: int = 0
+    class_token: bool = False
+    norm: bool = False
 
     grids: dict[tuple[int, int], list[tuple[int, int]]]
 
@@ -41,11 +55,16 @@ class Backbone(nn.Module):
         weights: str = "auto",
         precision: str = "auto",
         image_sizes: Sequence[Sequence[int]] = (),
+        norm: bool = False,
+        tokens: bool = False,
     ):
         super().__init__()
         self.name, self.layers, self.weights, self.precision = name, list(layers), str(weights), str(precision)
+        self.norm = norm
         sizes = [(height, width) for height, width in image_sizes]
-        self.net, self.channels_last, self.grids = create_for_sizes(name, self.layers, self.weights, sizes)
+        self.net, self.channels_last, self.grids = create_for_sizes(name, self.layers, self.weights, sizes, norm)
+        count, self.class_token = prefix_tokens(self.net)
+        self.tokens = count if tokens else 0
         self.channels: list[int] = list(self.net.feature_info.channels())
         self.reductions: list[int] = list(self.net.feature_info.reduction())
         self.frozen = True
@@ -78,19 +97,24 @@ class Backbone(nn.Module):
         return [level.float() for level in levels] if low else levels
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """The model's outputs as [B, C_i, H_i, W_i]: some transformers (Swin) give [B, H_i, W_i, C_i]."""
+        """The model's outputs as [B, C_i, H_i, W_i], and the token maps behind them.
+
+        Some transformers (Swin) give [B, H_i, W_i, C_i].
+        """
         size = tuple(images.shape[-2:])
+        net = functools.partial(maps_and_tokens, self.net) if self.tokens else self.net
         if size in self.grids:
-            levels = list(self.net(images))
+            levels = list(net(images))
         else:
             try:
-                levels = feature_maps(self.net, images)
+                levels = feature_maps(net, images)
             except SizeError as error:
                 raise UserError(
                     f"images of {size[0]}×{size[1]}: {self.name} can't take this size ({error}); give all images one "
                     "size (data.texture_size, data.transform)"
                 ) from error
-        return [x.movedim(-1, 1) if last else x for x, last in zip(levels, self.channels_last, strict=True)]
+        turned = [x.movedim(-1, 1) if last else x for x, last in zip(levels, self.channels_last, strict=False)]
+        return [*turned, *levels[len(turned) :]]
 
 
 def has_bf16(device: torch.device) -> bool:

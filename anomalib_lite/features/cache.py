@@ -37,8 +37,10 @@ CHUNK_IMAGES, CHUNK_BYTES = 1000, 2**28  # Limits of a file's size: a killed ext
 FILES = "*.safetensors"
 
 
-def key(backbone: Backbone, pipeline: Pipeline, device: torch.device, dtype: str) -> dict[str, Any]:
+def key(backbone: Backbone, pipeline: Pipeline, device: torch.device, dtype: str, keeps: str = "") -> dict[str, Any]:
     """Everything that features depend on to the last bit, except the image, as plain Python values.
+
+    `keeps` says what a method keeps of the backbone's outputs; it is empty if the method keeps them as they are.
 
     Raises:
         TypeError, NotImplementedError: a transform has no description.
@@ -47,6 +49,13 @@ def key(backbone: Backbone, pipeline: Pipeline, device: torch.device, dtype: str
     for name, tensor in backbone.net.state_dict().items():
         weights.update(name.encode())
         weights.update(_bytes(tensor.cpu().contiguous().flatten()))
+    # Keys of what earlier versions could not store. They are absent elsewhere, so that earlier files stay valid.
+    later = {
+        "turned": any(getattr(backbone, "channels_last", ())),
+        "norm": backbone.norm,
+        "tokens": backbone.tokens,
+        "keeps": keeps,
+    }
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "version": VERSION,
@@ -55,9 +64,7 @@ def key(backbone: Backbone, pipeline: Pipeline, device: torch.device, dtype: str
         "weights": weights.hexdigest(),
         "pipeline": pipeline.description(),
         "bf16": backbone.low_precision(device),
-        **(
-            {"turned": True} if any(getattr(backbone, "channels_last", ())) else {}
-        ),  # earlier versions stored these maps unturned
+        **{name: value for name, value in later.items() if value},
         "type": dtype,
         "computed": [f"torch {torch.__version__}", f"timm {timm.__version__}", on]
         + ([] if device.type == "cuda" else [f"{torch.get_num_threads()} threads"]),

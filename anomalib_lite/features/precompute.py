@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from anomalib_lite.progress import ProgressBar
 
 log = logging.getLogger(__name__)
 
+Levels = list[Tensor]  # [B, C_i, H_i, W_i]
 BATCH = 16  # images of every forward pass: with another number a network's output may differ in its last bit
 
 
@@ -29,12 +30,17 @@ def precompute(
     cache: dict[str, Any],
     memory_gb: float,
     fit: bool = True,
+    kept: Callable[[Levels], Levels] = list,
+    keeps: str = "",
 ) -> tuple[StoredFeatures, dict[str, Any]]:
     """Compute the features of all training and test images, and return them with a report for result.json.
 
     The features are stored in files that runs share (the `cache` group of the configuration). Without such files, the
     training images' features are held in memory if they need at most `memory_gb`; otherwise none are stored, and every
     batch computes its own. If `fit` is False, only features that the cache already holds are used.
+
+    What is stored is what `kept` makes of the backbone's outputs for a batch. The text `keeps` identifies it in the
+    files' key; it is empty if the outputs are kept as they are.
 
     Every rank must call this function, after the process group has been joined. Features of training images that are
     cropped, augmented or corrupted are not stored.
@@ -44,18 +50,27 @@ def precompute(
     paths = list(dict.fromkeys([*train, *(str(sample.path) for sample in data.test_samples)]))
     stored, report = StoredFeatures(data.eval_pipeline), {"used": False}
     if cache["enabled"]:
-        extraction = Extraction(trainer, data, backbone.to(trainer.strategy.root_device), cache)
+        extraction = Extraction(trainer, data, backbone.to(trainer.strategy.root_device), cache, kept, keeps)
         stored, report = extraction.shared(paths) if fit else extraction.from_cache(paths)
     if fit and train and not report["used"]:
-        stored = in_memory(trainer, data, backbone.to(trainer.strategy.root_device), train, memory_gb * 2**30)
+        stored = in_memory(trainer, data, backbone.to(trainer.strategy.root_device), train, memory_gb * 2**30, kept)
     return stored, report
 
 
 class Extraction:
     """Fills the files that runs share. After a problem on one rank, no rank uses the cache."""
 
-    def __init__(self, trainer: L.Trainer, data: AnomalyDataModule, backbone: Backbone, cache: dict[str, Any]):
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        data: AnomalyDataModule,
+        backbone: Backbone,
+        cache: dict[str, Any],
+        kept: Callable[[Levels], Levels],
+        keeps: str,
+    ):
         self.trainer, self.data, self.backbone, self.cache = trainer, data, backbone, cache
+        self.kept, self.keeps = kept, keeps
         self.problem = ""
 
     def agreed(self) -> bool:
@@ -75,7 +90,8 @@ class Extraction:
         """The features that the files already hold."""
         stored = StoredFeatures(self.data.eval_pipeline)
         with self.noting_problems():
-            about = key(self.backbone, self.data.eval_pipeline, self.trainer.strategy.root_device, self.cache["dtype"])
+            device = self.trainer.strategy.root_device
+            about = key(self.backbone, self.data.eval_pipeline, device, self.cache["dtype"], self.keeps)
             root = Path(self.cache["folder"] or cache_folder() / "features").expanduser()
             self.files = FeatureFiles(root, about)
             self.keys = {path: image_key(path) for path in paths}
@@ -118,7 +134,7 @@ class Extraction:
         rows: list[Tensor] = []
         shapes: list[tuple[int, ...]] = []
         with ProgressBar("features", sum(map(len, batches)), quiet=not self.trainer.is_global_zero) as bar:
-            for number, (batch, levels) in enumerate(outputs(self.data, self.backbone, batches)):
+            for number, (batch, levels) in enumerate(outputs(self.data, self.backbone, batches, self.kept)):
                 if not number:
                     shapes, dtype = shapes_of(levels), TYPES.get(self.cache["dtype"]) or smallest_type(levels)
                     row_bytes = row_size(shapes) * dtype.itemsize
@@ -141,13 +157,18 @@ class Extraction:
 
 
 def in_memory(
-    trainer: L.Trainer, data: AnomalyDataModule, backbone: Backbone, paths: list[str], limit: float
+    trainer: L.Trainer,
+    data: AnomalyDataModule,
+    backbone: Backbone,
+    paths: list[str],
+    limit: float,
+    kept: Callable[[Levels], Levels],
 ) -> StoredFeatures:
     """Features of these images, held in memory; an empty store if they need more than `limit` bytes."""
     batches = [paths[at : at + BATCH] for at in range(0, len(paths), BATCH)]
     stored, table = StoredFeatures(data.eval_pipeline), torch.empty(0)
     with ProgressBar("features", len(paths), quiet=not trainer.is_global_zero) as bar:
-        for batch, levels in outputs(data, backbone, batches):
+        for batch, levels in outputs(data, backbone, batches, kept):
             if not stored.rows:
                 dtype, stored.shapes = smallest_type(levels), shapes_of(levels)
                 needed = len(paths) * row_size(stored.shapes) * dtype.itemsize
@@ -167,14 +188,14 @@ def in_memory(
 
 
 def outputs(
-    data: AnomalyDataModule, backbone: Backbone, batches: list[list[str]]
-) -> Iterator[tuple[list[str], list[Tensor]]]:
-    """(paths, levels) of each batch. A short batch is padded, so that every forward pass has BATCH images."""
+    data: AnomalyDataModule, backbone: Backbone, batches: list[list[str]], kept: Callable[[Levels], Levels]
+) -> Iterator[tuple[list[str], Levels]]:
+    """(paths, kept levels) of each batch. A short batch is padded, so that every forward pass has BATCH images."""
     full = [batch + batch[-1:] * (BATCH - len(batch)) for batch in batches]
     loader = data.plain_dataloader([path for batch in full for path in batch], BATCH)
     device = next(backbone.parameters()).device
     for batch, loaded in zip(batches, loader, strict=True):
-        yield batch, backbone(loaded["image"].to(device))
+        yield batch, kept(backbone(loaded["image"].to(device)))
 
 
 def shapes_of(levels: Sequence[Tensor]) -> list[tuple[int, ...]]:

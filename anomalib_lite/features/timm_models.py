@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from anomalib_lite.errors import NO_MEMORY, UserError
 from anomalib_lite.features.hub import hub_or_cache, line_of
+from anomalib_lite.features.transformers import NormedGetter
+from anomalib_lite.features.weights import lenient_load, read_weights
 
 Size = tuple[int, int]  # (H, W)
 SOURCES = ("hf_hub:", "hf-hub:", "local-dir:")  # names with a config.json of their own, on the hub or in a folder
@@ -26,7 +28,7 @@ class SizeError(Exception):
     """The model can't take images of this size; the text is the model's reason."""
 
 
-def feature_maps(net: nn.Module, images: Tensor) -> list[Tensor]:
+def feature_maps(net: Callable[[Tensor], Any], images: Tensor) -> list[Tensor]:
     """The outputs of a timm model. Raise SizeError if it can't take this image size."""
     try:
         return list(net(images))
@@ -37,11 +39,12 @@ def feature_maps(net: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def create_for_sizes(
-    name: str, layers: list[int], weights: str, sizes: Sequence[Size]
+    name: str, layers: list[int], weights: str, sizes: Sequence[Size], norm: bool = False
 ) -> tuple[Any, list[bool], dict[Size, list[Size]]]:
     """A model for images of these sizes, tested with one image of each size.
 
-    A model that takes only its own image size is built for these sizes; its positions are resampled.
+    A model that takes only its own image size is built for these sizes; its positions are resampled. With `norm`, a
+    transformer's final norm is applied to the output of every chosen block.
 
     Returns:
         (model, for each layer whether its output has channels last, {size: (H_i, W_i) of each layer's map}).
@@ -49,7 +52,8 @@ def create_for_sizes(
     Raises:
         UserError: see `create`; the model can't take a size; an output is no feature map.
     """
-    net = create(name, layers, weights)
+    normed = {"feature_cls": NormedGetter} if norm else {}
+    net = create(name, layers, weights, **normed)
     own = _own_size(net)
     fixed = bool(net.pretrained_cfg.get("fixed_input_size"))
     sizes = list(sizes) or [own if fixed else (128, 128)]
@@ -61,7 +65,7 @@ def create_for_sizes(
     for option in FOR_OTHER_SIZES:
         value = {"dynamic_img_size": True, "strict_img_size": False, "img_size": sizes[0]}[option]
         try:
-            net = create(name, layers, weights, **{option: value})
+            net = create(name, layers, weights, **{option: value}, **normed)
             return net, *_tested(net, name, sizes, whole=True)
         except (SizeError, TypeError) as error:  # TypeError: the model has no such option
             if isinstance(error, SizeError) and option != "img_size":
@@ -131,16 +135,17 @@ def create(name: str, layers: list[int], weights: str, **options: Any) -> Any:
     """A timm model whose forward pass gives the chosen layers' maps; `options` go to its constructor.
 
     Raises:
-        UserError: the model or a layer is unknown; the weights are missing, damaged or of another architecture.
+        UserError: the model or a layer is unknown; the weights are missing, damaged or of another architecture;
+            the model has no final norm for NormedGetter.
         TypeError: the model's constructor has no such option.
     """
     sourced, what = check_name(name), f"backbone.weights={weights}"
     overlay: dict[str, Any] = {}
     if weights not in ("auto", "none"):
-        overlay = {"state_dict": _read_weights(Path(weights).expanduser())}
+        overlay = {"state_dict": read_weights(Path(weights).expanduser())}
     asks_hub = name.lower().startswith(SOURCES[:2]) or (weights == "auto" and not sourced)
     try:
-        with _lenient_load() as (missing, foreign), hub_or_cache() if asks_hub else contextlib.nullcontext():
+        with lenient_load() as (missing, foreign), hub_or_cache() if asks_hub else contextlib.nullcontext():
             net = timm.create_model(
                 name,
                 pretrained=weights != "none",
@@ -149,7 +154,7 @@ def create(name: str, layers: list[int], weights: str, **options: Any) -> Any:
                 out_indices=layers,
                 **options,
             )
-    except TypeError:
+    except (TypeError, UserError):
         raise
     except Exception as error:  # without a network, hub clients raise exceptions of many classes
         if message := _explained(error, name, layers, weights):
@@ -235,42 +240,3 @@ def _explained(error: Exception, name: str, layers: list[int], weights: str) -> 
         f"{what}: the weights of {name} were not found in the hub or its cache ({why}); give a local file, or none for "
         "random weights"
     )
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"backbone.weights={path}: no such file; give a weights file, auto, or none")
-    try:
-        return timm.models.load_state_dict(str(path))
-    except Exception as error:
-        raise UserError(f"backbone.weights={path}: damaged, or not a weights file ({line_of(error)})") from error
-
-
-@contextlib.contextmanager
-def _lenient_load() -> Iterator[tuple[set[int], list[str]]]:
-    """Let timm load weights files that lack layers. Yields the ids of missing tensors and the names of surplus ones.
-
-    timm loads strictly before it removes unused layers from the model, so it would refuse a file that lacks an unused
-    layer. Removing layers keeps the tensor objects, so the ids show later which tensors the chosen layers miss.
-    Surplus tensors outside the model's own parts (a classifier) are accepted. Surplus tensors inside them (layer1.2 of
-    a resnet34 in a resnet18) are yielded: the file is of another architecture.
-    """
-    missing: set[int] = set()
-    foreign: list[str] = []
-    strict_load = nn.Module.load_state_dict
-
-    def load(self: nn.Module, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        own = self.state_dict(keep_vars=True)
-        found = strict_load(self, state_dict, strict=False, assign=assign)
-        # `strict` is ignored: timm itself sets it to False for a model without its classifier.
-        # Old files lack the counters of batches; a missing counter is accepted because nothing reads it.
-        missing.update(id(own[key]) for key in found.missing_keys if not key.endswith("num_batches_tracked"))
-        parts = {key.partition(".")[0] for key in own}
-        foreign.extend(key for key in found.unexpected_keys if key.partition(".")[0] in parts)
-        return found
-
-    nn.Module.load_state_dict = load  # type: ignore[method-assign]
-    try:
-        yield missing, foreign
-    finally:
-        nn.Module.load_state_dict = strict_load  # type: ignore[method-assign]

@@ -24,14 +24,19 @@ class AnomalyModule(L.LightningModule):
     - `on_fit_start()`, which computes a closed form before training: `for batch in self.fit_batches(): ...`;
     - `configure_optimizers()`, if `optimizer` and `scheduler` from the configuration are not enough;
     - `visualize(batch)` -> {title: [B, 1 or 3, H, W] in [0, 1]}: images for the figures, such as reconstructions;
+    - `notes()` -> list of str: what result.json should say of the fitted method, such as its size;
     - `held_out_loss(batch)` -> [B]: the loss that is logged over held-out images (data.val_fraction) after every epoch;
     - `phases`, set in the constructor: the number of training phases, each of which has the whole budget;
     - `stopped_early`: a property that ends training after the current batch if it is True;
     - `uses_backbone = False`: the method needs no backbone and ignores a configured one, as in a sweep over methods;
     - `frozen_features = True`: training and test see a frozen backbone's outputs, which `self.features(batch)` returns.
       These features are computed once and shared by runs, unless training crops, augments or corrupts its images;
+    - `uses_tokens = True`: `self.tokens(batch)` returns the class and register tokens of a transformer;
+    - `kept(levels)`: what the method keeps of the backbone's outputs, such as means of levels, and the text `keeps`,
+      which names it in the key of the stored features;
     - `uses_images = False` with frozen_features: training uses neither `image` nor `mask`. If features are stored, no
       training image is decoded, and training batches come without these keys;
+    - `clip`, set in the constructor: the largest norm of a step's gradient;
     - `own_image_score = True`: `anomaly_map` returns (maps, image scores [B]) for scoring.image_score=own.
 
     A batch is a dict: `image` float32 [B, 3, H, W], `mask` bool [B, H, W], `label` int64 [B], `category` int64 [B],
@@ -55,8 +60,11 @@ class AnomalyModule(L.LightningModule):
     frozen_features = False
     uses_images = True
     own_image_score = False
+    uses_tokens = False
+    keeps = ""
     phases = 1
     stopped_early = False
+    clip: float | None = None
 
     def __init__(
         self,
@@ -102,17 +110,42 @@ class AnomalyModule(L.LightningModule):
         """The loss of every image of a batch without random noise, [B]; None if the method defines no such loss."""
         return None
 
+    def notes(self) -> list[str]:
+        """Notes on the fitted method for result.json."""
+        return []
+
     @property
     def total_steps(self) -> int:
         """The budget of all training phases together, in batches."""
         return self.phases * self.steps
 
+    def kept(self, levels: list[Tensor]) -> list[Tensor]:
+        """What the method keeps of the backbone's outputs for a batch, maps [B, C_i, H_i, W_i]. Features store this.
+
+        The outputs are L maps, followed by L token maps [B, C_i, 1, T] if the backbone has T > 0 tokens. The result has
+        the same order: maps, then as many token maps.
+        """
+        return levels
+
     def features(self, batch: Batch) -> list[Tensor]:
-        """The backbone's outputs for a batch, list of float32 [B, C_i, H_i, W_i]: read from the batch, or computed."""
+        """The kept maps of a batch, list of float32 [B, C_i, H_i, W_i]: read from the batch, or computed."""
+        return self.features_and_tokens(batch)[0]
+
+    def tokens(self, batch: Batch) -> list[Tensor]:
+        """The kept tokens of a batch, list of float32 [B, T, C_i], the class token first; empty without tokens."""
+        return self.features_and_tokens(batch)[1]
+
+    def features_and_tokens(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+        """`features(batch)` and `tokens(batch)`, for which the backbone runs once at most."""
         if "features" in batch:
-            return [level.float().contiguous().movedim(-1, 1) for level in batch["features"]]
-        assert self.backbone is not None
-        return self.backbone(batch["image"])
+            levels = [level.float().contiguous().movedim(-1, 1) for level in batch["features"]]
+        else:
+            assert self.backbone is not None
+            levels = self.kept(self.backbone(batch["image"]))
+        if not getattr(self.backbone, "tokens", 0):
+            return levels, []
+        half = len(levels) // 2
+        return levels[:half], [level.flatten(2).mT for level in levels[half:]]
 
     def autocast(self) -> torch.autocast:
         """A context for operations that tolerate bf16: bf16 if hardware.precision and the device allow it."""
@@ -142,6 +175,10 @@ class AnomalyModule(L.LightningModule):
         if optimizer is None or self.scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        if self.clip is not None:
+            self.clip_gradients(optimizer, self.clip, "norm")
 
     def make_optimizer(self, parameters: list[Any], **options: Any) -> torch.optim.Optimizer | None:
         """The configured optimizer for parameters or parameter groups; `options` override the configured options."""

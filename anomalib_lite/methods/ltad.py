@@ -160,7 +160,7 @@ class LTAD(UniAD):
 
     def second_phase(self, batch: Batch) -> Tensor:
         """MSE of Π on jittered tokens, real and synthetic, and the classifier's binary cross-entropy."""
-        tokens, classes = self.filled_up(self.tokens(batch), batch["category"])
+        tokens, classes = self.filled_up(self.joined_tokens(batch), batch["category"])
         loss = F.mse_loss(self.reconstructed(jitter(tokens, self.jitter)), tokens)
         if not self.classifier_weight:
             return loss
@@ -209,7 +209,7 @@ class LTAD(UniAD):
         sums = torch.zeros(3, len(self.categories), dtype=torch.float64, device=self.device)
         self.eval()
         for batch in self.train_eval_batches():
-            errors = self.errors(self.tokens(batch)).double()
+            errors = self.errors(self.joined_tokens(batch)).double()
             each = torch.stack((torch.ones_like(errors), errors, errors.square())).sum(-1)
             sums.index_add_(1, batch["category"], each)
         self.train()
@@ -219,7 +219,7 @@ class LTAD(UniAD):
         self.error_std.copy_((squares / count - mean.square()).clamp_min(0).sqrt().clamp_min(1e-12))
 
     def anomaly_map(self, batch: Batch) -> Tensor:
-        tokens, classes = self.tokens(batch), batch["category"]
+        tokens, classes = self.joined_tokens(batch), batch["category"]
         score = (self.errors(tokens) - self.error_mean[classes, None]) / self.error_std[classes, None]
         if self.classifier_weight:
             score = score + self.classifier_weight * self.logits(tokens, classes).sigmoid()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
+from anomalib_lite.methods.moments import check_folds, moments
 from anomalib_lite.methods.patches import patch_features, projection
 
 
@@ -118,8 +119,7 @@ class NormOCCClosedForm(AnomalyModule):
         super().__init__(**context)
         if not 0 < residual <= 1 or norm < 0:
             raise UserError(f"method.residual={residual}, method.norm={norm}: 0 < residual ≤ 1 and the norm ≥ 0")
-        if folds < 0 or folds == 1:
-            raise UserError(f"method.folds={folds}: give 0 or a number from 2")
+        check_folds(folds)
         assert self.backbone is not None
         channels = sum(self.backbone.channels)
         self.norm, self.residual, self.folds = norm, residual, folds
@@ -131,23 +131,10 @@ class NormOCCClosedForm(AnomalyModule):
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
-        channels, parts = len(self.solution), max(1, self.folds)
-        moments = torch.zeros(parts, channels, channels, dtype=torch.float64, device=self.device)
-        means, counts = moments[:, 0].clone(), [0] * parts
-        for batch in self.fit_batches():
-            features = patch_features(self.features(batch)).movedim(1, -1)
-            for part in range(parts):
-                phi = (features[batch["index"] % parts == part] if self.folds else features).reshape(-1, channels)
-                moments[part] += (phi.T @ phi).double()
-                means[part] += phi.double().sum(0)
-                counts[part] += len(phi)
-        if self.folds and not all(counts):
-            raise UserError(f"method.folds={self.folds}: more folds than training images; give fewer, or 0")
-        moment, mean, count = moments.sum(0), means.sum(0), sum(counts)
-        self.decay, self.solution, self.radius2 = self.solved(moment / count, mean / count)
-        for part in range(self.folds):
-            rest = count - counts[part]
-            model = self.solved((moment - moments[part]) / rest, (mean - means[part]) / rest)
+        fits = moments(self, lambda batch: patch_features(self.features(batch)).movedim(1, -1), self.folds)
+        models = [self.solved(*fit) for fit in fits]
+        self.decay, self.solution, self.radius2 = models[0]
+        for part, model in enumerate(models[1:]):
             for buffer, value in zip((self.fold_decay, self.fold_solution, self.fold_radius2), model, strict=True):
                 buffer[part] = value
 

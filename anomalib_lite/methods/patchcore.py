@@ -17,6 +17,7 @@ from torch import Tensor
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
 from anomalib_lite.methods.coreset import greedy_coreset
+from anomalib_lite.methods.fitted_buffers import register_fitted
 from anomalib_lite.methods.patches import patch_features
 
 
@@ -46,9 +47,9 @@ class PatchCore(AnomalyModule):
             )
         assert self.backbone is not None
         self.coreset, self.neighbours = coreset, neighbours
-        self.register_buffer("bank", torch.empty(0, sum(self.backbone.channels)))
-        self.register_buffer("owners", torch.empty(0, dtype=torch.long))  # indices of the bank's training images
-        self.register_load_state_dict_pre_hook(_make_room)
+        # `owners`: indices of the bank's training images
+        bank = torch.empty(0, sum(self.backbone.channels))
+        register_fitted(self, bank=bank, owners=torch.empty(0, dtype=torch.long))
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
@@ -98,9 +99,3 @@ def neighbours(x: Tensor, bank: Tensor, without: Tensor | None = None) -> tuple[
     # ‖x‖² is the same for all rows of the bank
     nearest = torch.cat([torch.addmm(size, part, bank.T, alpha=-2).argmin(1) for part in x.split(1024)])
     return torch.linalg.vector_norm(x - bank[nearest], dim=1), nearest
-
-
-def _make_room(module: PatchCore, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Resize the buffers before loading: a checkpoint's bank has a size of its own."""
-    for name in ("bank", "owners"):
-        setattr(module, name, torch.empty_like(state[f"{prefix}{name}"], device=module.bank.device))

@@ -18,6 +18,7 @@ from anomalib_lite.errors import UserError
 from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.methods.base import AnomalyModule, Batch
 from anomalib_lite.methods.batch_norm import stabilise, sum_over_ranks, world_size
+from anomalib_lite.methods.cosine import cosine, distance, products
 from anomalib_lite.methods.reverse_distillation import Bottleneck, Decoder, blocks_of, check_levels, initialise
 from anomalib_lite.methods.schedules import with_drop
 
@@ -176,22 +177,6 @@ def freeze_unused(encoder: Backbone, image_size: Sequence[int]) -> None:
     for parameter in encoder.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None
-
-
-def products(target: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """⟨t, r⟩, ‖t‖² and ‖r‖² over channels, [B, H, W] each, at least in float32."""
-    kind = torch.promote_types(target.dtype, torch.float32)
-    t, r = target.to(kind), reconstruction.to(kind)
-    return (t * r).sum(1), (t * t).sum(1), (r * r).sum(1)
-
-
-def cosine(dot: Tensor, target2: Tensor, reconstruction2: Tensor) -> Tensor:
-    return dot / (target2.sqrt() * reconstruction2.sqrt()).clamp_min(1e-8)
-
-
-def distance(target: Tensor, reconstruction: Tensor) -> Tensor:
-    """1 − cos over channels, [B, H, W]."""
-    return 1 - cosine(*products(target, reconstruction))
 
 
 def cosine_loss(target: Tensor, reconstruction: Tensor, alpha: float | None) -> Tensor:

@@ -1,9 +1,16 @@
 """Learning rates over the training budget."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+
+def per_step(optimizer: torch.optim.Optimizer, rate: Callable[[int], float]) -> dict[str, Any]:
+    """Lightning's dictionary of an optimizer whose learning rates are multiplied by `rate(step)`, from step 0 on."""
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def with_drop(
@@ -19,5 +26,14 @@ def with_drop(
     def rate(step: int) -> float:
         return drop["factor"] if step and step >= int(drop["at"] * total_steps()) else 1.0
 
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    return per_step(optimizer, rate)
+
+
+def warm_up_then_cosine(step: int, total: int, warm_up: int, final: float) -> float:
+    """Dinomaly's factor of the learning rate: linspace(0, 1, warm_up), then half a cosine from 1 down to `final`.
+
+    f + ½(1 − f)(1 + cos π(i − w)/(T − w)) at step i ≥ w of T, with f = final and w = warm_up. A final of 1 keeps 1.
+    """
+    if step < warm_up:
+        return step / max(1, warm_up - 1)
+    return final + (1 - final) * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up))) / 2

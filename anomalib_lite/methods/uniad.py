@@ -59,7 +59,7 @@ class UniAD(AnomalyModule):
         channels = sum(self.backbone.channels)
         self.net = ReconstructionTransformer(channels, self.grid, dim, layers, heads, hidden, dropout, neighbours)
 
-    def tokens(self, batch: Batch) -> Tensor:
+    def joined_tokens(self, batch: Batch) -> Tensor:
         """Clean tokens [B, L, ΣC] of a batch."""
         return self.joined(self.features(batch))
 
@@ -74,21 +74,17 @@ class UniAD(AnomalyModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean squared error between clean tokens and the reconstruction of jittered ones."""
-        tokens = self.tokens(batch)
+        tokens = self.joined_tokens(batch)
         return F.mse_loss(self.reconstructed(jitter(tokens, self.jitter)), tokens)
 
     def held_out_loss(self, batch: Batch) -> Tensor:
-        tokens = self.tokens(batch)
+        tokens = self.joined_tokens(batch)
         return (self.reconstructed(tokens) - tokens).square().mean((1, 2))
 
     def anomaly_map(self, batch: Batch) -> Tensor:
-        tokens = self.tokens(batch)
+        tokens = self.joined_tokens(batch)
         errors = torch.linalg.vector_norm(self.reconstructed(tokens) - tokens, dim=-1).unflatten(1, self.grid)
         return F.interpolate(errors[:, None], self.image_size, mode="bilinear", align_corners=True)[:, 0]
-
-    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        if self.clip is not None:
-            self.clip_gradients(optimizer, self.clip, "norm")
 
     def configure_optimizers(self) -> Any:
         optimizer, drop = super().configure_optimizers(), self.drop

@@ -80,8 +80,11 @@ def make_backbone(cfg: dict[str, Any], stored: bool = False) -> Backbone | None:
     if cfg["backbone"]["name"] is None or not getattr(_method_class(cfg), "uses_backbone", True):
         return None
     options: dict[str, Any] = {"weights": "none"} if stored else {}
-    if "image_sizes" in inspect.signature(get_method(cfg["backbone"]["_target_"])).parameters:  # a user's may have none
+    known = inspect.signature(get_method(cfg["backbone"]["_target_"])).parameters
+    if "image_sizes" in known:  # a user's backbone may have no such argument
         options["image_sizes"] = image_sizes(cfg["data"])
+    if "tokens" in known and getattr(_method_class(cfg), "uses_tokens", False):
+        options["tokens"] = True
     return instantiate(cfg["backbone"], precision=cfg["hardware"]["precision"], **options)
 
 

@@ -179,7 +179,7 @@ def with_features(
     assert model.backbone is not None
     cache = cfg.get("cache") or {"enabled": False}  # a stored run of an earlier version has none
     memory_gb = cfg["hardware"]["feature_memory_gb"]
-    stored, report = precompute(trainer, data, model.backbone, cache, memory_gb, fit=fit)
+    stored, report = precompute(trainer, data, model.backbone, cache, memory_gb, fit, model.kept, model.keeps)
     return data.with_features(stored, model.uses_images), report
 
 
@@ -191,7 +191,7 @@ def measured_batch_size(cfg: dict[str, Any], data: AnomalyDataModule, cache: dic
 
 
 def notes_of(cfg: dict[str, Any], data: AnomalyDataModule, model: AnomalyModule) -> list[str]:
-    notes = list(data.notes)
+    notes = [*data.notes, *model.notes()]
     if model.backbone is not None and cfg["backbone"]["weights"] == "none":
         notes.append("the backbone's weights are random")
     if data.balanced and not model.total_steps:

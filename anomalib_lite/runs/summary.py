@@ -43,6 +43,7 @@ def describe(
     default = [] if data.test_size == "original" else default
     elsewhere = ("quantile", "fpr_limits", "map_size")
     backbone = model.backbone
+    norm = {"norm": True} if getattr(backbone, "norm", False) else {}
     return {
         "schema": SCHEMA,
         "method": names["method"],
@@ -53,7 +54,7 @@ def describe(
         "split": {"name": names["split"]}
         | {key: value for key, value in cfg["split"].items() if not key.startswith("_")}
         | data.kept.describe(),
-        "backbone": None if backbone is None else {"name": backbone.name, "layers": backbone.layers},
+        "backbone": None if backbone is None else {"name": backbone.name, "layers": backbone.layers} | norm,
         "weights": None if backbone is None else Path(cfg["backbone"]["weights"]).name,
         "seed": cfg["seed"],
         "protocol": {

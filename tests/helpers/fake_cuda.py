@@ -31,6 +31,7 @@ def fake_cuda() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.cuda.is_bf16_supported", lambda *_, **__: True)
         patch.setattr("torch.cuda.current_device", lambda: 0)
+        patch.setattr("torch.cuda.mem_get_info", lambda *_: (2**36, 2**36))
         patch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
         with FakeTensorMode(allow_non_fake_inputs=True), Answers():
             yield

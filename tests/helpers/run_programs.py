@@ -28,6 +28,8 @@ NEEDS = {
     "recontrast": ("backbone.name=mobilenetv3_small_050",),  # a resnet18's decoder is 60 times as large
     "rlr": ("method.windows=[3,1,1]", "method.dims=[16,16,16]", "method.layers=1", "scoring.image_smooth=same"),
     "ltad": ("method.neighbours=1", "method.dim=16", "method.hidden=16", "scoring.image_smooth=same"),
+    "dinomaly": ("method.blocks=4", "method.warm_up=2", "scoring.map_size=null"),
+    "inp_former": ("method.blocks=4", "method.warm_up=2", "scoring.map_size=null"),
     "uniad": ("method.neighbours=1", "method.dim=16", "method.hidden=16", "scoring.image_smooth=same"),
 }
 

@@ -41,13 +41,22 @@ CASES = {
     "norm_occ": Case("norm_occ"),
     "norm_occ shell": Case("norm_occ", (2,), ("method.target=shell",)),
     "norm_occ_closed_form": Case("norm_occ_closed_form", (0,)),
+    "subspace_ad": Case("subspace_ad", (0,)),
+    "padim": Case("padim", (0,), ("method.dim=16",)),
     "patchcore": Case("patchcore", (0,)),
+    "rad": Case("rad", (0,), (), BOTH),
+    "rd4ad": Case("rd4ad", (1, 3)),
     "recontrast one_class": Case("recontrast", (3,), ("method.encoder_bn=train",)),
     "recontrast unified": Case("recontrast", (2,), ("data.drop_last=true",), BOTH),
     "recontrast stable": Case("recontrast", (1, 3), RESET),
     "rlr": Case("rlr", (2,), (), BOTH),
     "rlr zero_fill": Case("rlr", (3,), ("method.zero_fill=true",)),
     "uniad": Case("uniad", (1, 3), ("method.drop.at=0.7",), BOTH),
+    "dinomaly": Case("dinomaly", (1, 3), ("data.batch_size=4", "method.mining.warm_up=2"), BOTH),
+    "dinomaly v2": Case("dinomaly", (2,), ("method.variant=v2", "data.image_size=[32,48]", "data.batch_size=4")),
+    "dinomaly cnn": Case("dinomaly", (3,), ("method.groups=1", "backbone.name=test_resnet.r160_in1k",
+                                            "backbone.layers=[1,2,3]")),
+    "inp_former": Case("inp_former", (1, 3), ("data.image_size=[48,32]", "data.batch_size=4"), BOTH),
     "ssae": Case("ssae"),
     "ltad": Case("ltad", (1, 3), ("method.fill=largest",), BOTH),
     "ltad align": Case("ltad", (3,), ("method.fill=largest", "backbone.layers=[1,2]"), BOTH, "align"),
@@ -57,11 +66,20 @@ CASES = {
 SWITCHES = {
     "norm_occ": ["method.target=shell", "method.target=zero", "method.squared=false", "method.norm=2", "method.dim=8"],
     "norm_occ_closed_form": ["method.norm=2", "method.residual=0.5"],
+    "subspace_ad": ["method.variance=0.5"],
+    "padim": ["method.dim=8", "method.regularisation=1.0"],
+    "rad": ["method.k=1", "method.r=0"],
     "patchcore": ["method.coreset=0.3", "method.neighbours=1", "scoring.image_score=max"],
     "recontrast one_class": ["method.encoder_bn=eval", "method.mining=null", "method.encoder_lr=1e-2",
                              "method.variant=unified"],
     "rlr": ["method.zero_fill=true", "method.jitter=0", "method.mix=[1,1]", "method.learnable_key=false"],
     "uniad": ["method.jitter=0", "method.neighbours=null", "method.clip=null", "method.drop=null", "method.dropout=0"],
+    "dinomaly": ["method.variant=v2", "method.mining=null", "method.groups=1", "method.heads=2", "method.clip=null",
+                 "method.variants.v1.dropout=0", "method.variants.v1.eps=1e-2", "method.variants.v1.recentre=true",
+                 "method.variants.v1.narrow=8", "method.variants.v1.optimizer.amsgrad=false", "method.warm_up=1"],
+    "dinomaly v2": ["method.variants.v2.first_lr=null", "method.variants.v2.final=0"],
+    "inp_former": ["method.prototypes=2", "method.coherence=0", "method.power=0", "method.dropout=0.5",
+                   "method.groups=4", "method.final=1"],
     "ssae": ["method.skip=concat", "method.skip=none", "method.corrupted_weight=0.1"],
     "ltad": ["method.class_names=fixed", "method.fill=null", "method.classifier_weight=0", "method.strong=1"],
     "ltad clip": ["method.class_names=fixed", "method.fill=null"],
@@ -91,6 +109,13 @@ def arguments(root, checkpoints):
             backbone = [f"backbone={case.text}", f"backbone.name={checkpoints[case.text]}", "backbone.weights=auto"]
         if case.method == "recontrast":
             backbone = ["backbone=resnet18", "backbone.name=mobilenetv3_small_050", "backbone.weights=none"]
+        if case.method in ("dinomaly", "inp_former"):
+            backbone = [
+                "backbone=dinov2_small",
+                "backbone.name=test_vit",
+                "backbone.weights=none",
+                "backbone.layers=[1,2,3,4]",
+            ]
         if case.method == "ssae":
             backbone = ["method.width=4"]
         steps = 2 if case.method == "ltad" else 4
@@ -172,7 +197,9 @@ def built(command: list[str], categories: list[str], **context: Any) -> AnomalyM
         with initialize_config_dir(str(runs.ROOT / "conf"), version_base="1.3"):
             cfg: Any = OmegaConf.to_container(compose("train", [*runs.defaults(*command), *command]), resolve=True)
         uses = get_class(cfg["method"]["_target_"]).uses_backbone  # type: ignore[attr-defined]
-        backbone = instantiate(cfg["backbone"], precision="auto") if uses else None
+        tokens = get_class(cfg["method"]["_target_"]).uses_tokens  # type: ignore[attr-defined]
+        tokens = {"tokens": True} if tokens else {}
+        backbone = instantiate(cfg["backbone"], precision="auto", **tokens) if uses else None
         context = {"image_size": (SIDE, SIDE), "categories": categories, "precision": "auto"} | context
         return instantiate(cfg["method"], backbone=backbone, scoring=cfg["scoring"], **context, _convert_="all")
 
@@ -212,7 +239,7 @@ def test_the_fake_gpu_notices_a_tensor_on_the_cpu():
         torch.randn(3, device="cuda") + torch.randn(3)
 
 
-@pytest.mark.parametrize("name", ["rlr", "uniad", "ltad"])
+@pytest.mark.parametrize("name", ["rlr", "uniad", "ltad", "padim"])
 def test_fixed_grids_refuse_other_sizes_in_test(name, arguments):
     for size, shown in (("original", "original"), ((64, 64), "64×64")):
         message = rf"^data.texture_size={shown}: \w+ has a fixed grid.*data.image_size=32×32, or data.treatment=object"
@@ -220,3 +247,44 @@ def test_fixed_grids_refuse_other_sizes_in_test(name, arguments):
             built(arguments(CASES[name]), ["bottle", "tile"], test_size=size)
         assert re.match(message, str(error.value.__cause__))
     assert built(arguments(CASES[name]), ["bottle", "tile"], test_size=(SIDE, SIDE)).test_size == (SIDE, SIDE)
+
+
+VIT = ("backbone.name=test_vit.r160_in1k", "backbone.layers=[1,2,4]")
+GRIDS = {
+    "vit 2×2": (*VIT, "data.image_size=32"),
+    "vit 3×5": (*VIT, "data.image_size=[48,80]"),
+    "resnet 8×16": ("backbone.name=test_resnet.r160_in1k", "data.image_size=[32,64]"),
+}
+#: options for methods whose own ones are for other levels or larger grids
+FOR_GRIDS = {
+    "dinomaly": ("method.groups=1",), "inp_former": ("method.groups=1",), "padim": ("method.dim=16",),
+    "rlr": ("method.windows=[1,1,1]",),
+}  # fmt: skip
+METHODS = sorted(path.stem for path in (runs.ROOT / "conf" / "method").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_grids_are_fitted_and_predicted_or_refused(method, root, tmp_path):
+    """A transformer's levels of one size, and grids that are rectangular and no powers of two."""
+    needs = [option for option in runs.method(method) if not option.startswith("backbone.")]
+    for number, (name, options) in enumerate(GRIDS.items()):
+        run = tmp_path / str(number)
+        given = [*needs, *FOR_GRIDS.get(method, ()), "backbone=resnet18", *options, "trainer.max_epochs=null"]
+        given += ["trainer.max_steps=2", "hardware.threads=1", f"hydra.run.dir={run}"]
+        outcome = runs.train(*runs.folder_data(root), *given)
+        if name.startswith("vit") and method in ("rd4ad", "recontrast"):
+            assert outcome.code == 2
+            assert re.fullmatch(r"error: backbone.layers=\[1, 2, 4\]: give three levels, each half .*\n", outcome.err)
+            continue
+        assert outcome.code == 0, outcome.err
+        photos, out = root / "bottle" / "test" / "broken", tmp_path / f"out{number}"
+        assert runs.predict(f"run={run}", f"input={photos}", f"output={out}").code == 0
+        evaluated = {Path(path).name: score for path, score in scores_of(run).items() if "broken" in path}
+        assert scores_of(out) == pytest.approx(evaluated, rel=1e-4)
+
+
+def test_a_bank_that_does_not_fit_is_one_line(root, tmp_path, monkeypatch):
+    monkeypatch.setattr("anomalib_lite.methods.rad.free_memory", lambda device: 0)
+    outcome = runs.train("method=rad", *runs.folder_data(root), f"hydra.run.dir={tmp_path / 'run'}")
+    assert outcome.code == 2
+    assert re.fullmatch(r"error: method=rad: the bank of 6 training images needs .* training images\n", outcome.err)

@@ -245,7 +245,7 @@ def literal_logits(ltad: Any, tokens: torch.Tensor, classes: torch.Tensor) -> to
 def test_second_phase_literally(weight):
     ltad, given = model(fill=None, jitter=0.0, strong=5.0, classifier_weight=weight), batch()
     ltad.share = 0.0
-    tokens = ltad.tokens(given).double()
+    tokens = ltad.joined_tokens(given).double()
     rebuilt = copy.deepcopy(ltad.net).double()(tokens)
     expected = ((rebuilt - tokens) ** 2).mean()
     torch.manual_seed(7)
@@ -320,7 +320,7 @@ def test_score_literally():
     ltad.error_mean.copy_(torch.tensor([1.0, 2.0, 3.0]))
     ltad.error_std.copy_(torch.tensor([0.5, 2.0, 1.0]))
     maps = ltad.anomaly_map(given)
-    tokens = ltad.tokens(given).double()
+    tokens = ltad.joined_tokens(given).double()
     errors = ((copy.deepcopy(ltad.net).double()(tokens) - tokens) ** 2).sum(-1)
     classes = given["category"]
     score = (errors - torch.tensor([1.0, 2.0, 3.0])[:, None]) / torch.tensor([0.5, 2.0, 1.0])[:, None]
@@ -336,7 +336,7 @@ def test_the_score_is_standardised_on_training_patches():
     ltad.train_eval_batches = lambda: given
     ltad.on_train_end()
     ltad.eval()
-    errors = [ltad.errors(ltad.tokens(x)).double() for x in given]
+    errors = [ltad.errors(ltad.joined_tokens(x)).double() for x in given]
     for c, parts in enumerate(([errors[0][0]], [errors[0][1], *errors[1]], [errors[0][2]])):
         patches = torch.cat(parts)
         assert ltad.error_mean[c].item() == pytest.approx(patches.mean().item(), rel=1e-5)

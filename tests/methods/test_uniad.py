@@ -170,7 +170,7 @@ def test_map_and_loss_literally():
     uniad, given = model(jitter=0.0, dropout=0.0), batch()
     double = copy.deepcopy(uniad.net).double().eval()
     tokens = literal_tokens(given["image"])
-    torch.testing.assert_close(uniad.tokens(given).double(), tokens, atol=1e-5, rtol=0)
+    torch.testing.assert_close(uniad.joined_tokens(given).double(), tokens, atol=1e-5, rtol=0)
     found = literal(double, tokens, literal_mask(4, 4, 3))
     assert uniad.training_step(given, 0).item() == pytest.approx(((found - tokens) ** 2).mean().item(), rel=1e-5)
     root = ((found - tokens) ** 2).sum(-1).sqrt().view(3, 1, 4, 4)

@@ -1,0 +1,20 @@
+"""Cosine distances of feature maps."""
+
+import torch
+from torch import Tensor
+
+
+def products(target: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """⟨t, r⟩, ‖t‖² and ‖r‖² over channels, [B, H, W] each, at least in float32."""
+    kind = torch.promote_types(target.dtype, torch.float32)
+    t, r = target.to(kind), reconstruction.to(kind)
+    return (t * r).sum(1), (t * t).sum(1), (r * r).sum(1)
+
+
+def cosine(dot: Tensor, target2: Tensor, reconstruction2: Tensor) -> Tensor:
+    return dot / (target2.sqrt() * reconstruction2.sqrt()).clamp_min(1e-8)
+
+
+def distance(target: Tensor, reconstruction: Tensor) -> Tensor:
+    """1 − cos over channels, [B, H, W]."""
+    return 1 - cosine(*products(target, reconstruction))
