@@ -102,9 +102,9 @@ def mask_notes(category: str, facts: Mapping[Path, MaskFacts], total: int, empty
         first = backwards[0]
         none = ", because none of its pixels is 0" * (facts[first].share == 1)
         raise UserError(
-            f"{first}: this mask marks {facts[first].share:.0%} of its image as defective{none}, as {len(backwards)} of {of} "
-            f"of '{category}' do; defects must be white on black: invert the masks (data.normal=DIR has "
-            "data.mask_defect), or remove them and do without pixel metrics"
+            f"{first}: this mask marks {facts[first].share:.0%} of its image as defective{none}, as "
+            f"{len(backwards)} of {of} of '{category}' do; defects must be white on black: invert the masks "
+            "(data.normal=DIR has data.mask_defect), or remove them and do without pixel metrics"
         )
     notes = []
     if empty and (blank := [path for path, mask in facts.items() if not mask.share]):
