@@ -92,7 +92,7 @@ def test_images_outside_the_range(deep, trained, tmp_path):
     bright = tmp_path / "bright"
     shutil.copytree(deep, bright)
     for path in bright.rglob("*/[0-9][0-9][0-9].png"):
-        cv2.imwrite(str(path), cv2.imread(str(path), cv2.IMREAD_UNCHANGED).astype(np.uint16) * 16)
+        cv2.imwrite(str(path), np.asarray(Image.open(path)).astype(np.uint16) * 16)
     outcome = predict(f"run={trained}", f"input={bright / 'bottle/test/good'}", f"output={tmp_path / 'out'}")
     assert "note: 3 of 3 images looked at do not fit data.value_range=[0,4095]" in outcome.out
     outcome = evaluate(f"run={trained}", f"output={tmp_path / 'other'}", f"data.root={bright}")

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import cv2
@@ -58,6 +59,8 @@ def folder(tmp_path_factory) -> Path:
         make_visa(home / "DIR", category)
     make_mvtec(home / "run_data")
     runs.result_of(*runs.folder_data(home / "run_data"), *runs.SMALL, run_dir=home / "RUN")
+    for name, part in (("OK", "train/good"), ("BAD", "test/broken"), ("MASKS", "ground_truth/broken")):
+        shutil.copytree(home / "DIR" / "screws" / part, home / name)
     (home / "PHOTOS").mkdir()
     image = np.random.default_rng(0).integers(0, 255, (40, 48, 3), np.uint8)
     for name in (home / "PHOTOS" / "photo.png", home / "photo.png"):
