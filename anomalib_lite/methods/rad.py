@@ -38,14 +38,16 @@ class RAD(AnomalyModule):
     uses_images = False
     uses_tokens = True
     descriptors: Tensor
+    owners: Tensor
 
     def __init__(self, k: int = 150, r: int = 1, **context: Any):
         super().__init__(**context)
         if k < 1 or r < 0:
             raise UserError(f"method.k={k}, method.r={r}: give k from 1 and r from 0")
         self.k, self.r, self.levels = k, r, len(token_grids(self))
-        # descriptors [N, C] of N training images, and for each level patch tokens [H_i·W_i, N, C_i]; all of norm 1
-        register_fitted(self, descriptors=torch.empty(0))
+        # descriptors [N, C] and indices [N] of N training images (of copies with data.copies), and for each level patch
+        # tokens [H_i·W_i, N, C_i]; descriptors and tokens have the norm 1
+        register_fitted(self, descriptors=torch.empty(0), owners=torch.empty(0, dtype=torch.long))
         register_fitted(self, **{f"bank{i}": torch.empty(0, dtype=torch.bfloat16) for i in range(self.levels)})
 
     @property
@@ -66,7 +68,7 @@ class RAD(AnomalyModule):
     @torch.no_grad()
     def on_fit_start(self) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        count, done, descriptors = len(data.train_samples), 0, list[Tensor]()
+        count, done, descriptors, owners = len(data.train_samples) * data.copies, 0, list[Tensor](), list[Tensor]()
         for batch in self.fit_batches():
             levels, descriptor = self.patches(batch)
             if not done:
@@ -77,16 +79,20 @@ class RAD(AnomalyModule):
             for bank, level in zip(self.banks, levels, strict=True):
                 bank[:, done : done + len(level)] = level.flatten(1, 2).transpose(0, 1)
             descriptors.append(descriptor)
+            owners.append(batch["index"])
             done += len(descriptor)
-        self.descriptors = torch.cat(descriptors)
+        self.descriptors, self.owners = torch.cat(descriptors), torch.cat(owners)
         log.info(*self.notes())
 
     def retrieved(self, descriptor: Tensor, without: Tensor | None) -> Tensor:
-        """Whether an image [N] is one of the k nearest of a batch's images, bool [B, N]; image without[i] is not."""
+        """Whether an image [N] is one of the k nearest of a batch's images, bool [B, N].
+
+        Copies of image without[i] are not, unless no other image would remain.
+        """
         similar = descriptor @ self.descriptors.T
-        if without is not None and similar.shape[1] > 1:
-            images = torch.arange(similar.shape[1], device=similar.device)
-            similar = similar.masked_fill(images == without[:, None], -torch.inf)
+        if without is not None:
+            own = self.owners == without[:, None]
+            similar = similar.masked_fill(own & ~own.all(1, keepdim=True), -torch.inf)
         nearest = similar.topk(min(self.k, similar.shape[1])).indices
         return torch.zeros_like(similar, dtype=torch.bool).scatter(1, nearest, True) & (similar > -torch.inf)
 

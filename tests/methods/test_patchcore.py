@@ -128,7 +128,7 @@ def test_the_bank_holds_every_copy_and_an_image_is_scored_without_its_own(tmp_pa
     assert own.max() < 1e-3 < others.mean()
 
 
-@pytest.mark.parametrize("method", ["patchcore", "norm_occ_closed_form"])
+@pytest.mark.parametrize("method", ["patchcore", "norm_occ_closed_form", "rad"])
 @pytest.mark.parametrize(("preset", "copies"), [("rotations_45", 8), ("rotations_random", 31)])
 def test_rotations_of_few_shots(method, preset, copies, tmp_path):
     make_mvtec(tmp_path / "data", "bottle")
@@ -141,6 +141,9 @@ def test_rotations_of_few_shots(method, preset, copies, tmp_path):
         state = torch.load(tmp_path / "turned/checkpoints/last.ckpt", weights_only=True)["state_dict"]
         assert len(state["bank"]) == int(0.1 * copies * 2 * 4 * 4)
         assert set(state["owners"].tolist()) == {0, 1}
+    if method == "rad":
+        state = torch.load(tmp_path / "turned/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        assert state["owners"].tolist() == [0, 1] * copies
 
 
 def test_a_run(tmp_path):
