@@ -19,10 +19,10 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise UserError(f"data.{option}={options[option]}: choose {' or '.join(choices)}")
     if options["transform"] is not None and options["treatment"] == "texture":
         raise UserError("data.treatment=texture: goes without data.transform; give data.texture_size and data.augment")
-    if options["transform"] is not None and options["map_size"] is not None:
+    if options["transform"] is not None and options["map_size"] == "original":
         raise UserError(
-            f"scoring.map_size={options['map_size']}: goes without data.transform, which may crop or turn the image; "
-            "give scoring.map_size=null"
+            "scoring.map_size=original: goes without data.transform, which may crop or turn the image; give "
+            "scoring.map_size=null, or a size to which the transformed masks are resized"
         )
     limits = options["value_range"]
     if limits is not None and not (len(limits) == 2 and limits[0] < limits[1]):

@@ -121,7 +121,8 @@ class AnomalyDataset(Dataset):
             item["size"] = mask.shape
         if self.map_size is not None:
             size = mask.shape if isinstance(self.map_size, str) else self.map_size
-            item["gt_mask"] = torch.from_numpy(resize_mask(target if held_out else mask, size))
+            own = mask if self.pipeline.only_resizes and not held_out else target
+            item["gt_mask"] = torch.from_numpy(resize_mask(own, size))
         return item
 
 

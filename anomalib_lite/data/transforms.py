@@ -129,6 +129,8 @@ class Pipeline:
             ):
                 raise UserError(f"data.{option}={value} must be a list of albumentations transforms, each a _target_")
         self.compose = A.Compose([*transforms, *augment])
+        #: whether every part of an image stays where it was, so that masks can be resized from their own size
+        self.only_resizes = all(isinstance(each, Resize) for each in transforms)
         self.steps = [("data.transform", each) for each in transforms] + [("data.augment", each) for each in augment]
         mean, std = (normalize["mean"], normalize["std"]) if isinstance(normalize, dict) else NORMALIZE[normalize]
         self.mean = torch.tensor(mean).view(3, 1, 1)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import albumentations as A
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.data.readers import read_mvtec
 from anomalib_lite.metrics.functional import image_metrics, pixel_metrics
 from anomalib_lite.runs.folder import read_run
 from tests.helpers.image_trees import make_mvtec
@@ -194,6 +197,21 @@ def test_a_transform_that_may_crop(root, tmp_path):
     outcome = train(*folder_data(root), transform, "scoring.map_size=original", f"hydra.run.dir={tmp_path}")
     assert outcome.code == 2
     assert "scoring.map_size=original: goes without data.transform" in outcome.err
+
+
+def test_masks_of_a_transform_at_a_map_size(root, tmp_path):
+    """What the crop leaves of a mask is resized, not the mask of the whole image; predict draws such a run's maps."""
+    crop = "data.transform=[{_target_: albumentations.CenterCrop, height: 32, width: 32}]"
+    result = result_of(*folder_data(root), crop, "scoring.map_size=16", run_dir=tmp_path / "run")
+    assert result["protocol"]["data"]["map_size"] == [16, 16]
+    data = AnomalyDataModule(read_mvtec, root, "bottle", image_size=32, transform=[A.CenterCrop(32, 32)], map_size=16)
+    data.setup()
+    dataset: Any = data.test_dataloader().dataset
+    for item in (dataset[i] for i, sample in enumerate(data.test_samples) if sample.mask):
+        shrunk = Image.fromarray(item["mask"].numpy().astype(np.uint8)).resize((16, 16), Image.Resampling.NEAREST)
+        assert np.array_equal(item["gt_mask"].numpy(), np.array(shrunk) > 0)
+    outcome = predict(f"run={tmp_path / 'run'}", f"input={root / 'bottle' / 'test'}", f"output={tmp_path / 'out'}")
+    assert outcome.code == 0, outcome.err
 
 
 def test_a_choice_of_hardware_and_numbers(trained, tmp_path):
