@@ -107,6 +107,7 @@ class Backbone(Group):
         Key("timm's out_indices in ascending order, such as [2,3]", ("compare",)),
     ]
     weights: Annotated[Text, Key("auto, none, or a file", ("compare", "moved"))]
+    blocks: Annotated[list[WholeFrom0] | None, Key("the default of backbone.layers for a transformer")] = None
     norm: Annotated[bool, Key(FLAG, ("compare",))] = False
 
     @model_validator(mode="after")

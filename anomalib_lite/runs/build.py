@@ -85,7 +85,8 @@ def make_backbone(cfg: dict[str, Any], stored: bool = False) -> Backbone | None:
         options["image_sizes"] = image_sizes(cfg["data"])
     if "tokens" in known and getattr(_method_class(cfg), "uses_tokens", False):
         options["tokens"] = True
-    return instantiate(cfg["backbone"], precision=cfg["hardware"]["precision"], **options)
+    given = {key: value for key, value in cfg["backbone"].items() if key != "blocks"}  # layers were chosen by it
+    return instantiate(given, precision=cfg["hardware"]["precision"], **options)
 
 
 def image_sizes(data: dict[str, Any]) -> list[list[int]]:

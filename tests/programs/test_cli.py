@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -141,7 +142,9 @@ def test_everything_composes(method):
         assert set(cfg) >= {"data", "split", "hardware", "trainer", "backbone", "scoring", "logger", "method", "seed"}
         assert cfg["data"]["name"] == data
         assert cfg["data"]["seed"] == cfg["seed"]
-        assert (cfg["backbone"]["name"] or "none").split("/")[-1].startswith(backbone)
+        chosen = yaml.safe_load((ROOT / "conf" / "backbone" / f"{backbone}.yaml").read_text())
+        assert cfg["backbone"]["name"] == chosen["name"]
+        assert cfg["backbone"]["layers"] == chosen.get("blocks", cfg["backbone"]["layers"])
         assert cfg["hardware"]["accelerator"] == (hardware if hardware in ("cpu", "gpu") else "auto")
         schema.check(cfg)
 
