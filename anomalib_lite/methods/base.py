@@ -213,8 +213,9 @@ class AnomalyModule(L.LightningModule):
         if raw.shape[-2:] != size:
             raw = F.interpolate(raw[:, None], size, mode="bilinear", align_corners=False)[:, 0]
         pixels, image = self.scoring["pixel_smooth"], self.scoring["image_smooth"]
-        maps = smooth(raw, pixels)
-        for_score = maps if image in ("same", pixels) else smooth(raw, image)
+        with torch.autocast(raw.device.type, enabled=False):  # hardware.precision=bf16 would round scores to 8 bits
+            maps = smooth(raw, pixels)
+            for_score = maps if image in ("same", pixels) else smooth(raw, image)
         return {"map": maps, "score": image_scores(for_score, self.scoring["image_score"])}
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:

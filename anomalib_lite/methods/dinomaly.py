@@ -31,7 +31,8 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (by_heads(part, self.heads) for part in self.qkv(x).chunk(3, -1))
-        q, k = F.elu(q) + 1, F.elu(k) + 1
+        exact = torch.promote_types(q.dtype, torch.float32)  # in bf16, 1 + elu is 0 from −6 on
+        q, k = F.elu(q.to(exact)) + 1, F.elu(k.to(exact)) + 1
         out = (q @ (k.mT @ v)) / (q @ k.sum(-2, keepdim=True).mT + self.eps)
         return self.project(out.transpose(1, 2).flatten(2))
 

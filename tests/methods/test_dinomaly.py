@@ -64,7 +64,8 @@ def dinomaly(variant: str = "v1", **options: Any) -> Any:
 
 def inp_former(**options: Any) -> Any:
     torch.manual_seed(0)
-    model = INPFormer(backbone=Encoder(tokens=0), blocks=4, heads=2, precision=32, **options).double()
+    options = {"blocks": 4, "heads": 2, "precision": 32} | options
+    model = INPFormer(backbone=Encoder(tokens=0), **options).double()
     scramble(model)
     return at_step(model, 500)
 
@@ -372,3 +373,16 @@ def test_levels_of_different_shapes():
     torch.testing.assert_close(joined, torch.cat([F.avg_pool2d(fine, 2), coarse], 1))
     assert (model.dim, model.keeps) == (24, "joined")
     assert distance(joined.flatten(2).mT, joined.flatten(2).mT).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["v1", "inp_former"])
+def test_bf16_leaves_map_and_loss_in_float32(kind):
+    """Also where everything runs under autocast: distances near 0 are differences of nearly equal numbers."""
+    model = inp_former(precision="bf16") if kind == "inp_former" else dinomaly(kind, precision="bf16")
+    model, batch = model.float().eval(), {"image": images()["image"].float()}
+    with torch.autocast("cpu", torch.bfloat16):
+        low, loss = model.anomaly_map(batch), model.training_step(batch, 0)
+    assert (low.dtype, loss.dtype) == (torch.float32, torch.float32)
+    assert not torch.equal(low, low.bfloat16().float())
+    model.precision = "32"
+    torch.testing.assert_close(low, model.anomaly_map(batch), atol=0.05, rtol=0)

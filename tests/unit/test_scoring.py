@@ -3,6 +3,7 @@ import pytest
 import torch
 from scipy import ndimage
 
+from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.methods.scoring import image_scores, smooth
 
 
@@ -111,3 +112,19 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+def test_autocast_rounds_no_score(maps):
+    """Under hardware.precision=bf16 the whole test runs in an autocast context."""
+
+    class Given(AnomalyModule):
+        uses_backbone = False
+
+        def anomaly_map(self, batch):
+            return torch.from_numpy(maps).float()
+
+    model = Given(image_size=(50, 37), scoring={"pixel_smooth": 4})
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.score({})
+    for key, expected in model.score({}).items():
+        assert torch.equal(found[key], expected)
