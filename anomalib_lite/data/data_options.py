@@ -11,6 +11,13 @@ READER_KEYS = (
 )  # fmt: skip
 
 
+def checked(options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the reader. Raises TypeError for one that is none of READER_KEYS."""
+    if unknown := options.keys() - set(READER_KEYS):
+        raise TypeError(f"AnomalyDataModule.__init__() got an unexpected keyword argument '{min(unknown)}'")
+    return options
+
+
 def reader_options(data: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the group `data` that its reader takes."""
     return {key: data[key] for key in READER_KEYS if key in data}

@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from anomalib_lite.data import integrity as checks
 from anomalib_lite.data import splits
 from anomalib_lite.data import value_range as value_ranges
-from anomalib_lite.data.data_options import check_options
+from anomalib_lite.data.data_options import check_options, checked
 from anomalib_lite.data.dataset import AnomalyDataset, MapSize, NewImages, collate_readable
 from anomalib_lite.data.held_out import fingerprint, hold_out
 from anomalib_lite.data.loader import AnomalyLoader, StoredFeatures, worker_count
@@ -47,7 +47,7 @@ class AnomalyDataModule(L.LightningDataModule):
         normalize: "imagenet", "none" ([0, 1]), or {"mean": [R, G, B], "std": [R, G, B]}.
         resample: Filter of the default transform.
         check: "fast" (headers and file ends) or "thorough" (decode everything).
-        drop_last: Leave out an epoch's last incomplete batch.
+        drop_last: Leave out an incomplete last batch.
         corrupt: (uint8 image, rng) -> (image, mask), such as `corruptions.corrupt` with its parameters: training
             batches then carry the corrupted `image`, `clean` and `corruption_mask`; None leaves them as they are.
         treatment: "object": images are resized to `image_size`. "texture": training sees random crops of that size,
@@ -60,10 +60,10 @@ class AnomalyDataModule(L.LightningDataModule):
         ranks: Gives this process's rank and the number of ranks, when a loader is made.
         value_range: [low, high] of images with more than 8 bits per channel; None: found over the training images.
         pixels: Depth and value range as a trained run stores them: nothing is found then.
+        for_reader: Further arguments of the reader, those of `data_options.READER_KEYS`.
 
     `with_features` gives a copy whose loaders add a frozen backbone's stored features to their batches. A Trainer needs
-    `use_distributed_sampler=False`: the DataModule itself shares the batches out to the ranks. User errors
-    are raised as UserError, also from loader processes.
+    `use_distributed_sampler=False`: the DataModule shares the batches out to the ranks. User errors are UserErrors.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class AnomalyDataModule(L.LightningDataModule):
         ranks: Callable[[], tuple[int, int]] = rank_and_world,
         value_range: Sequence[float] | None = None,
         pixels: value_ranges.Pixels | None = None,
+        **for_reader: Any,
     ):
         super().__init__()
         self.reader, self.root, self.category, self.name = reader, root, category, name
@@ -105,7 +106,7 @@ class AnomalyDataModule(L.LightningDataModule):
         self.drop_last, self.balanced, self.copies = drop_last, balanced, copies
         self.corrupt, self.treatment, self.texture_size = corrupt, treatment, texture_size
         self.transform, self.augment, self.normalize, self.resample = transform, augment or (), normalize, resample
-        self.notes: list[str] = []
+        self.notes, self.for_reader = list[str](), checked(for_reader)
         self.value_range, self.stored_pixels = value_range, pixels
         self.pixels = pixels or value_ranges.Pixels()
         check_options(vars(self))
@@ -113,8 +114,7 @@ class AnomalyDataModule(L.LightningDataModule):
         self._build_pipelines([] if category == "all" else [str(name) for name in names])
         self.first_batch, self.ranks = first_batch, ranks
         self.stored: StoredFeatures | None = None
-        self.uses_images = True
-        self._ready = False
+        self.uses_images, self._ready = True, False
 
     def _build_pipelines(self, categories: list[str]) -> None:
         """The transforms, once it is known whether the categories are textures."""
@@ -141,7 +141,7 @@ class AnomalyDataModule(L.LightningDataModule):
         """Read, check, split and hold out, once; `stage` does not matter."""
         if self._ready:
             return
-        data = self.reader(self.root, self.category)
+        data = self.reader(self.root, self.category, **self.for_reader)
         self.categories = list(dict.fromkeys(s.category for s in data.train)) or list(self.category)
         self.kept = (self.split or splits.full)(data)
         if none := [name for name, number in self.kept.counts.items() if not number]:

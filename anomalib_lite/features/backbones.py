@@ -26,6 +26,7 @@ class Backbone(nn.Module):
         image_sizes: the (H, W) of the images; a transformer with a fixed image size is built for the first one. Empty:
             the model's own size.
         norm: whether the model's final norm is applied to the output of every chosen block; transformers only.
+        blocks: of a transformer, from which a configuration takes `layers` unless it says otherwise; not used here.
         tokens: whether `forward` also returns the class token and the register tokens, where the model has them.
 
     Attributes:
@@ -57,6 +58,7 @@ class Backbone(nn.Module):
         image_sizes: Sequence[Sequence[int]] = (),
         norm: bool = False,
         tokens: bool = False,
+        blocks: Sequence[int] | None = None,
     ):
         super().__init__()
         self.name, self.layers, self.weights, self.precision = name, list(layers), str(weights), str(precision)

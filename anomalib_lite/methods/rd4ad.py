@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
 from anomalib_lite.methods.cosine import cosine, distance, products
 from anomalib_lite.methods.reverse_distillation import Bottleneck, Decoder, blocks_of, check_levels
@@ -42,7 +43,13 @@ class RD4AD(AnomalyModule):
         return torch.stack([1 - cosine(*level) for level in sums]).sum(0)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.losses(batch).mean()
+        try:
+            return self.losses(batch).mean()
+        except ValueError as error:  # of torch's batch norm
+            raise UserError(
+                "data.batch_size: batch norm can't use a batch of one image whose last level is 1×1; give "
+                "data.drop_last=true, or a larger data.image_size"
+            ) from error
 
     def held_out_loss(self, batch: Batch) -> Tensor:
         return self.losses(batch)

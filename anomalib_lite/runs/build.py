@@ -1,7 +1,6 @@
 """From the resolved configuration to a run's objects: data, backbone, method, loggers, trainer."""
 
 import contextlib
-import functools
 import inspect
 import logging
 import warnings
@@ -16,7 +15,7 @@ from hydra.utils import get_class, get_method, instantiate
 from lightning.pytorch.loggers import Logger
 
 from anomalib_lite.cli.annotations import check_types
-from anomalib_lite.data.data_options import READER_KEYS, reader_options
+from anomalib_lite.data.data_options import READER_KEYS
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.transforms import pair
 from anomalib_lite.data.value_range import Pixels
@@ -60,15 +59,13 @@ def data_module(cfg: dict[str, Any], **options: Any) -> AnomalyDataModule:
                 "data.normalize=backbone: there is no backbone of timm; give imagenet, none, or mean and std"
             )
         options["normalize"] = kind.normalisation(name)
-    for_reader = reader_options(cfg["data"])
     with warnings.catch_warnings(record=True) as caught:
-        data = instantiate({key: value for key, value in cfg["data"].items() if key not in for_reader}, **options)
+        data = instantiate(cfg["data"], **options)
     for warning in caught:
         text = " ".join(str(warning.message).split())
         if "not valid for transform" in text:  # albumentations ignores such options
             raise UserError(f"data.transform or data.augment: {text}; correct the option's name")
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    data.reader = functools.partial(data.reader, **for_reader)
     return data
 
 
@@ -85,8 +82,7 @@ def make_backbone(cfg: dict[str, Any], stored: bool = False) -> Backbone | None:
         options["image_sizes"] = image_sizes(cfg["data"])
     if "tokens" in known and getattr(_method_class(cfg), "uses_tokens", False):
         options["tokens"] = True
-    given = {key: value for key, value in cfg["backbone"].items() if key != "blocks"}  # layers were chosen by it
-    return instantiate(given, precision=cfg["hardware"]["precision"], **options)
+    return instantiate(cfg["backbone"], precision=cfg["hardware"]["precision"], **options)
 
 
 def image_sizes(data: dict[str, Any]) -> list[list[int]]:

@@ -431,11 +431,11 @@ def test_trial_of_the_smallest_image(tmp_path):
     """The first image is large enough; the probabilities of transforms stay."""
     folder = make_mvtec(tmp_path, size=32)
     flip = A.HorizontalFlip(p=0.25)
-    options: dict[str, Any] = {"transform": [flip, A.RandomCrop(24, 24)], "image_size": 24}
+    options: dict[str, Any] = {"transform": [A.CenterCrop(24, 24)], "augment": [flip], "image_size": 24}
     module(tmp_path, **options)
     assert flip.p == 0.25
     save_image(folder / "test" / "good" / "001.png", size=20)
-    with pytest.raises(UserError, match=r"data.transform: RandomCrop can't be applied"):
+    with pytest.raises(UserError, match=r"data.transform: CenterCrop can't be applied"):
         module(tmp_path, **options)
 
 
