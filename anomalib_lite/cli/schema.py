@@ -47,8 +47,8 @@ class Data(Group):
     abnormal: Annotated[Names | None, Key(PLACES, ALWAYS)] = None
     masks: Annotated[Names | None, Key(PLACES, ALWAYS)] = None
     mask_defect: Annotated[Literal["bright", "dark"], Key("bright or dark", ("compare",))] = "bright"
-    test_fraction: Annotated[NumberFrom0, Field(lt=1), Key("a share from 0, below 1")] = 0.2
-    test_seed: Annotated[WholeFrom0, Key("a whole number from 0")] = 0
+    test_fraction: Annotated[NumberFrom0, Field(lt=1), Key("a share from 0, below 1", ("compare",))] = 0.2
+    test_seed: Annotated[WholeFrom0, Key("a whole number from 0", ("compare",))] = 0
     table: Annotated[Text | None, Key("a CSV file", ALWAYS)] = None
     category: Annotated[Names, Key("a name, a list such as [bottle,toothbrush], or all", ("compare",))]
     image_size: Annotated[Size, Key(SIZE)]
@@ -107,7 +107,9 @@ class Backbone(Group):
         Key("timm's out_indices in ascending order, such as [2,3]", ("compare",)),
     ]
     weights: Annotated[Text, Key("auto, none, or a file", ("compare", "moved"))]
-    blocks: Annotated[list[WholeFrom0] | None, Key("the default of backbone.layers for a transformer")] = None
+    blocks: Annotated[
+        list[WholeFrom0] | None, Key("the default of backbone.layers for a transformer", ("resume", "compare"))
+    ] = None
     norm: Annotated[bool, Key(FLAG, ("compare",))] = False
 
     @model_validator(mode="after")
@@ -257,6 +259,20 @@ def _group(field: Any) -> Any:
     """The model of a group, also of an optional one; None for a value."""
     kinds = getattr(field.annotation, "__args__", None) or (field.annotation,)
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Group)), None)
+
+
+@functools.cache
+def defaults() -> dict[str, Any]:
+    """The values of keys that a stored configuration of an earlier version may lack."""
+
+    def below(model: type[Group], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, field in model.model_fields.items():
+            if group := _group(field):
+                yield from below(group, f"{prefix}{name}.")
+            elif not field.is_required():
+                yield prefix + name, field.default
+
+    return dict(below(Config, ""))
 
 
 @functools.cache

@@ -173,9 +173,9 @@ def check_unchanged(stored: dict[str, Any], config: dict[str, Any], run: Path) -
 
 def differences(before: dict[str, Any], after: dict[str, Any], *where: str) -> Iterator[tuple[str, Any, Any]]:
     """(key, value before, value after) of the keys that differ and may not change there (see schema.Key.free)."""
-    from anomalib_lite.cli.schema import is_free
+    from anomalib_lite.cli.schema import defaults, is_free
 
-    one, two = flat(before), flat(after)
+    one, two = (defaults() | flat(config) for config in (before, after))
     for key in sorted(key for key in one.keys() | two.keys() if not key.startswith("data.split.")):  # as `split`
         if one.get(key) != two.get(key) and not any(is_free(key, place) for place in where):
             yield key, one.get(key), two.get(key)

@@ -26,10 +26,11 @@ SMALL = (
 #: what methods need on images of 32 to 48 pixels with resnet18's three levels; their own settings are for large grids
 NEEDS = {
     "recontrast": ("backbone.name=mobilenetv3_small_050",),  # a resnet18's decoder is 60 times as large
+    "rd4ad": ("backbone.name=mobilenetv3_small_050", "data.drop_last=true"),
     "rlr": ("method.windows=[3,1,1]", "method.dims=[16,16,16]", "method.layers=1", "scoring.image_smooth=same"),
     "ltad": ("method.neighbours=1", "method.dim=16", "method.hidden=16", "scoring.image_smooth=same"),
-    "dinomaly": ("method.blocks=4", "method.warm_up=2", "scoring.map_size=null"),
-    "inp_former": ("method.blocks=4", "method.warm_up=2", "scoring.map_size=null"),
+    "dinomaly": ("method.groups=1", "method.blocks=4", "method.warm_up=2", "scoring.map_size=null"),
+    "inp_former": ("method.groups=1", "method.blocks=4", "method.warm_up=2", "scoring.map_size=null"),
     "uniad": ("method.neighbours=1", "method.dim=16", "method.hidden=16", "scoring.image_smooth=same"),
 }
 

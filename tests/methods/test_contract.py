@@ -121,8 +121,9 @@ def arguments(root, checkpoints):
         steps = 2 if case.method == "ltad" else 4
         budget = [] if case.stops == (0,) else ["trainer.max_epochs=null", f"trainer.max_steps={steps}"]
         rate = ["method.optimizer.lr=1e-2"] if budget else []
+        chosen = [option for option in runs.method(case.method) if option != "method.groups=1"]  # that is for CNNs
         return [
-            *runs.method(case.method), *runs.folder_data(root, case.category), *backbone, f"data.image_size={SIDE}",
+            *chosen, *runs.folder_data(root, case.category), *backbone, f"data.image_size={SIDE}",
             *budget, *rate, "hardware.precision=32", "hardware.threads=1", "trainer.log_every=1",
             "trainer.checkpoint_minutes=0", *case.options,
         ]  # fmt: skip
@@ -257,7 +258,7 @@ GRIDS = {
 }
 #: options for methods whose own ones are for other levels or larger grids
 FOR_GRIDS = {
-    "dinomaly": ("method.groups=1",), "inp_former": ("method.groups=1",), "padim": ("method.dim=16",),
+    "padim": ("method.dim=16",),
     "rlr": ("method.windows=[1,1,1]",),
 }  # fmt: skip
 METHODS = sorted(path.stem for path in (runs.ROOT / "conf" / "method").glob("*.yaml"))

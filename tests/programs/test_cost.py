@@ -21,17 +21,10 @@ from anomalib_lite.runs.efficiency import measure_cost, no_speed, sizes
 from anomalib_lite.runs.folder import read_run
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.run_programs import ROOT, Outcome, build, evaluate, folder_data, predict, restored, result_of, train
-from tests.helpers.run_programs import method as small_method
+from tests.helpers.run_programs import method as choose
 
 METHODS = sorted(file.stem for file in (ROOT / "conf" / "method").glob("*.yaml"))
 UNTESTED = ("untested", "[untested,new]", "[untested,bottle]")  # categories without test images, alone and not
-
-
-def choose(method: str) -> list[str]:
-    """The arguments that choose a method, also one whose own settings are for transformers or large backbones."""
-    further = {"dinomaly": ("method.groups=1",), "inp_former": ("method.groups=1",)}
-    further["rd4ad"] = ("backbone.name=mobilenetv3_small_050", "data.drop_last=true")
-    return [*small_method(method), *further.get(method, ())]
 
 
 @pytest.fixture(scope="module")
