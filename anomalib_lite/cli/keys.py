@@ -58,6 +58,15 @@ def text_of(value: Any) -> Any:
     return str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, int | float) else value
 
 
+def encodable(value: Any) -> Any:
+    """Paths that are not UTF-8 with another character instead: pydantic takes no other text."""
+    if isinstance(value, dict):
+        return {key: encodable(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [encodable(each) for each in value]
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
 def new_name(key: str) -> str:
     """The error for a renamed key."""
     return f"{key}: this key has a new name; give {RENAMED[key]}=VALUE"

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
-from anomalib_lite.cli.keys import assign, lookup, refuse_renamed, text_of
+from anomalib_lite.cli.keys import assign, encodable, lookup, refuse_renamed, text_of
 from anomalib_lite.errors import UserError
 
 from anomalib_lite.cli.key_types import (  # isort: skip
@@ -188,19 +188,10 @@ def check(config: dict[str, Any]) -> None:
 def check_group(values: dict[str, Any], model: type[Group], prefix: str = "") -> None:
     """Raise UserError for the first invalid value of a group: "KEY=VALUE: give …"."""
     try:
-        model.model_validate(_encodable(values))
+        model.model_validate(encodable(values))
     except ValidationError as error:
         place = error.errors(include_url=False, include_context=False)[0]["loc"]
         raise UserError(_message(values, model, place, prefix)) from None
-
-
-def _encodable(value: Any) -> Any:
-    """Paths that are not UTF-8 with another character instead: pydantic takes no other text."""
-    if isinstance(value, dict):
-        return {key: _encodable(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_encodable(each) for each in value]
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def _message(value: Any, model: Any, place: tuple[int | str, ...], key: str) -> str:
@@ -223,16 +214,18 @@ def _metadata(field: Any) -> Key:
 
 def names_to_text(config: dict[str, Any]) -> None:
     """Turn numbers and booleans into text where the key takes a path or a name, in place."""
-    for key in _keys(Config):
+    for key, _ in _leaves(Config):
         if str in types_of(key) and (value := lookup(config, key)) is not None:
             assign(config, key, text_of(value))
 
 
 @functools.cache
-def _keys(model: type[Group], prefix: str = "") -> tuple[str, ...]:
-    """All keys below a group."""
-    parts = [(f"{prefix}{name}", _group(field)) for name, field in model.model_fields.items()]
-    return tuple(key for name, group in parts for key in (_keys(group, f"{name}.") if group else [name]))
+def _leaves(model: type[Group], prefix: str = "") -> tuple[tuple[str, Any], ...]:
+    """(key, field) of all keys below a group."""
+    fields = [(f"{prefix}{name}", field, _group(field)) for name, field in model.model_fields.items()]
+    return tuple(
+        leaf for key, field, group in fields for leaf in (_leaves(group, f"{key}.") if group else [(key, field)])
+    )
 
 
 @functools.cache
@@ -264,15 +257,7 @@ def _group(field: Any) -> Any:
 @functools.cache
 def defaults() -> dict[str, Any]:
     """The values of keys that a stored configuration of an earlier version may lack."""
-
-    def below(model: type[Group], prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, field in model.model_fields.items():
-            if group := _group(field):
-                yield from below(group, f"{prefix}{name}.")
-            elif not field.is_required():
-                yield prefix + name, field.default
-
-    return dict(below(Config, ""))
+    return {key: field.default for key, field in _leaves(Config) if not field.is_required()}
 
 
 @functools.cache
