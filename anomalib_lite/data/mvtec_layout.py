@@ -192,22 +192,28 @@ def _pair(images: list[Path], folder: Path, passed: list[Path]) -> dict[Path, Pa
     masks: dict[str, list[Path]] = {}
     for mask in _images(folder, passed):
         masks.setdefault(mask.stem, []).append(mask)
-    pairs: dict[Path, Path | None] = {}
-    image_of: dict[Path, Path] = {}
-    for image in images:
-        found = masks.get(f"{image.stem}_mask", []) + masks.get(image.stem, [])
-        if not found:
-            raise UserError(f"{image}: no mask for this defective image; add {folder / (image.stem + '_mask.png')}")
-        if len(found) > 1:
-            raise UserError(f"{image}: two masks, {found[0].name} and {found[1].name} in {folder}; remove one")
-        if other := image_of.get(found[0]):
-            raise UserError(f"{found[0]}: one mask for {other.name} and {image.name}; give each image its own")
-        pairs[image], image_of[found[0]] = found[0], image
-    if stray := [mask for same_stem in masks.values() for mask in same_stem if mask not in image_of]:
+    found = {image: masks.get(f"{image.stem}_mask", []) + masks.get(image.stem, []) for image in images}
+    pairs = one_to_one(found, folder)
+    used = set(pairs.values())
+    if stray := [mask for same_stem in masks.values() for mask in same_stem if mask not in used]:
         raise UserError(
             f"{stray[0]}: a mask for no image (none of that name in test/{folder.name}); add it or remove it"
         )
-    return pairs
+    return dict(pairs)
+
+
+def one_to_one(found: Mapping[Path, Sequence[Path]], place: Path | str) -> dict[Path, Path]:
+    """The one mask of each image. Raises UserError for an image with none or several, and for a mask of two images."""
+    image_of: dict[Path, Path] = {}
+    for image, masks in found.items():
+        if not masks:
+            raise UserError(f"{image}: no mask for this defective image; add {image.stem}_mask.png to {place}")
+        if len(masks) > 1:
+            raise UserError(f"{image}: two masks, {masks[0]} and {masks[1]}; remove one")
+        if other := image_of.get(masks[0]):
+            raise UserError(f"{masks[0]}: one mask for {other.name} and {image.name}; give each image its own")
+        image_of[masks[0]] = image
+    return {image: mask for mask, image in image_of.items()}
 
 
 # --- notes -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 
 from anomalib_lite.data.image_files import IMAGE_SUFFIXES
 from anomalib_lite.data.image_folders import Listing, classified, means_normal, walk
-from anomalib_lite.data.mvtec_layout import missing_notes
+from anomalib_lite.data.mvtec_layout import missing_notes, one_to_one
 from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import readable
@@ -182,20 +182,14 @@ def _pair(images: dict[Path, str], masks: dict[Path, str], normal: set[Path]) ->
     named: dict[str, list[Path]] = {}
     for mask in masks:
         named.setdefault(mask.stem, []).append(mask)
-    pairs: dict[Path, Path | None] = {}
-    image_of: dict[Path, Path] = {}
+    found: dict[Path, list[Path]] = {}
     for image, kind in images.items():
-        found = [mask for suffix in MASK_SUFFIXES for mask in named.get(image.stem + suffix, ())]
-        if len(found) > 1:
-            found = [mask for mask in found if Path(masks[mask]).name == Path(kind).name] or found
-        if not found:
-            raise UserError(f"{image}: no mask for this image in data.masks; add {image.stem}_mask.png")
-        if len(found) > 1:
-            raise UserError(f"{image}: two masks, {found[0]} and {found[1]}; remove one")
-        if other := image_of.get(found[0]):
-            raise UserError(f"{found[0]}: one mask for {other} and {image}; give each image its own")
-        pairs[image], image_of[found[0]] = found[0], image
+        all_found = [mask for suffix in MASK_SUFFIXES for mask in named.get(image.stem + suffix, ())]
+        same_kind = [mask for mask in all_found if Path(masks[mask]).name == Path(kind).name]
+        found[image] = same_kind if len(all_found) > 1 and same_kind else all_found
+    pairs = one_to_one(found, "data.masks")
+    used = set(pairs.values())
     of_normal = {path.stem + suffix for path in normal for suffix in MASK_SUFFIXES}
-    if stray := [mask for mask in masks if mask not in image_of and mask.stem not in of_normal]:
+    if stray := [mask for mask in masks if mask not in used and mask.stem not in of_normal]:
         raise UserError(f"{stray[0]}: a mask for no image; add its image to data.abnormal, or remove the mask")
-    return pairs
+    return dict(pairs)

@@ -123,7 +123,12 @@ def test_faulty_folders(phone):
     refused(
         "b0_mask.png: a mask for no image|data.masks contains", None, "all", **right | {"abnormal": f"{phone}/ng/hole"}
     )
-    refused("b0.png: no mask for this image in data.masks", None, "all", **right | {"masks": f"{phone}/masks/b2.png"})
+    refused(
+        "b0.png: no mask for this defective image; add b0_mask.png to data.masks",
+        None,
+        "all",
+        **right | {"masks": f"{phone}/masks/b2.png"},
+    )
     refused("a0.png: data.masks contains this image", None, "all", **right | {"masks": f"{phone}/ok"})
     refused("1 image is too few", None, "all", **right | {"normal": f"{phone}/ok/a0.png"})
     shutil.copy(phone / "ok" / "a3.png", phone / "ng" / "hole" / "z.png")

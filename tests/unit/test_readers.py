@@ -246,7 +246,7 @@ def test_faulty_masks(tmp_path):
     folder = make_mvtec(tmp_path)
     masks = folder / "ground_truth" / "broken"
     save_mask(masks / "001.png")
-    expect(r"test/broken/001.png: two masks, 001_mask.png and 001.png", read_folder, tmp_path, "all")
+    expect(r"test/broken/001.png: two masks, .*001_mask.png and .*001.png", read_folder, tmp_path, "all")
     (masks / "001.png").unlink()
     save_mask(masks / "stray_mask.png")
     expect(r"broken/stray_mask.png: a mask for no image", read_folder, tmp_path, "all")

@@ -573,8 +573,8 @@ def test_a_run_with_few_shots(category, root, tmp_path):
     }
     assert result["groups"] is None
     assert result["data"]["fingerprint"] != result["data"]["full_fingerprint"] == full["data"]["fingerprint"]
-    told = f"split shots: {3 * len(counts)} of {sum(full['data']['train_counts'].values())} training images; bottle 3"
-    assert told in (tmp_path / "run" / "train.log").read_text()
+    line = f"split shots: {3 * len(counts)} of {sum(full['data']['train_counts'].values())} training images; bottle 3"
+    assert line in (tmp_path / "run" / "train.log").read_text()
     assert any("fewer than 50 normal training images" in note and "bottle (3)" in note for note in result["notes"])
     outcome = evaluate(f"run={tmp_path / 'run'}", f"output={tmp_path / 'again'}")
     assert outcome.code == 0, outcome.err
