@@ -64,7 +64,7 @@ class Sweep:
         """Run a batch of jobs, the first with number `first`. Exits with 1 after the last one if a job failed."""
         setup_globals()
         if not job_overrides:
-            raise without_value(list(self.config.hydra.overrides.task), self.loader)
+            raise without_value(OmegaConf.to_container(self.config.hydra.overrides.task), self.loader)
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder), sigterm_as_interrupt():
@@ -214,7 +214,7 @@ class Sweep:
         waiting = [job for job in jobs if job.state == "waiting"]
         limit, free, held = self.limit(waiting), list(self.gpus), dict[int, list[str]]()
         running: dict[int, Job] = {}
-        hydra = list(self.config.hydra.overrides.hydra)
+        hydra: Any = OmegaConf.to_container(self.config.hydra.overrides.hydra)  # as typed: with interpolations
         if waiting and self.engine is None:
             self.engine = self.make_engine()
             weakref.finalize(self, self.engine.close)

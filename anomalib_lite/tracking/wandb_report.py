@@ -68,7 +68,8 @@ def swept_values() -> dict[str, str]:
     except (OSError, KeyError, TypeError, AttributeError, YAMLError, HydraException):  # written by another version
         return {}
     keys = [override.get_key_element().lstrip("+") for override in parsed if override.is_sweep_override()]
-    pairs = (str(override).lstrip("+").partition("=") for override in hydra.overrides.task)
+    typed: Any = OmegaConf.to_container(hydra.overrides.task)
+    pairs = (str(override).lstrip("+").partition("=") for override in typed)
     return {key: re.sub("[\"']", "", value) for key, _, value in pairs if key in keys}
 
 
