@@ -264,24 +264,46 @@ FOR_GRIDS = {
 METHODS = sorted(path.stem for path in (runs.ROOT / "conf" / "method").glob("*.yaml"))
 
 
+#: the field's networks with random weights, at the sizes that they are used with
+NETWORKS = {
+    "ViT-S/14 112²": ("backbone=dinov2_small", "data.image_size=112"),
+    "ViT-S/14 98×126": ("backbone=dinov2_small", "data.image_size=[98,126]"),
+    "ResNet18": ("backbone=resnet18", "data.image_size=64"),
+    "EfficientNet-Lite0": ("backbone=efficientnet_lite0", "data.image_size=64"),
+}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_other_grids_are_fitted_and_predicted_or_refused(method, root, tmp_path):
     """A transformer's levels of one size, and grids that are rectangular and no powers of two."""
     needs = [option for option in runs.method(method) if not option.startswith("backbone.")]
     for number, (name, options) in enumerate(GRIDS.items()):
-        run = tmp_path / str(number)
-        given = [*needs, *FOR_GRIDS.get(method, ()), "backbone=resnet18", *options, "trainer.max_epochs=null"]
-        given += ["trainer.max_steps=2", "hardware.threads=1", f"hydra.run.dir={run}"]
-        outcome = runs.train(*runs.folder_data(root), *given)
-        if name.startswith("vit") and method in ("rd4ad", "recontrast"):
-            assert outcome.code == 2
-            assert re.fullmatch(r"error: backbone.layers=\[1, 2, 4\]: give three levels, each half .*\n", outcome.err)
-            continue
-        assert outcome.code == 0, outcome.err
-        photos, out = root / "bottle" / "test" / "broken", tmp_path / f"out{number}"
-        assert runs.predict(f"run={run}", f"input={photos}", f"output={out}").code == 0
-        evaluated = {Path(path).name: score for path, score in scores_of(run).items() if "broken" in path}
-        assert scores_of(out) == pytest.approx(evaluated, rel=1e-4)
+        given = [*needs, *FOR_GRIDS.get(method, ()), "backbone=resnet18", *options]
+        fitted_and_predicted_or_refused(method, name, given, root, tmp_path / str(number))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_networks_are_fitted_and_predicted_or_refused(method, name, root, tmp_path):
+    for_cnns = r"backbone\.|method\.(groups|blocks)" if name.startswith("ViT") else r"backbone\."
+    needs = [option for option in runs.method(method) if not re.match(for_cnns, option)]
+    options = [*needs, *FOR_GRIDS.get(method, ()), *NETWORKS[name]]
+    fitted_and_predicted_or_refused(method, name, options, root, tmp_path / "run")
+
+
+def fitted_and_predicted_or_refused(method: str, name: str, options: list[str], root: Path, run: Path) -> None:
+    given = [*options, "trainer.max_epochs=null", "trainer.max_steps=2", "hardware.threads=1", f"hydra.run.dir={run}"]
+    outcome = runs.train(*runs.folder_data(root), *given)
+    if name.lower().startswith("vit") and method in ("rd4ad", "recontrast"):
+        assert outcome.code == 2
+        assert re.fullmatch(r"error: backbone.layers=\[[\d, ]+\]: give three levels, each half .*\n", outcome.err)
+        return
+    assert outcome.code == 0, outcome.err
+    photos, out = root / "bottle" / "test" / "broken", run.with_name(f"out of {run.name}")
+    assert runs.predict(f"run={run}", f"input={photos}", f"output={out}").code == 0
+    evaluated = {Path(path).name: score for path, score in scores_of(run).items() if "broken" in path}
+    assert scores_of(out) == pytest.approx(evaluated, rel=1e-4)
 
 
 def test_a_bank_that_does_not_fit_is_one_line(root, tmp_path, monkeypatch):
