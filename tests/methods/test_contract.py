@@ -288,7 +288,8 @@ def test_other_grids_are_fitted_and_predicted_or_refused(method, root, tmp_path)
 def test_networks_are_fitted_and_predicted_or_refused(method, name, root, tmp_path):
     for_cnns = r"backbone\.|method\.(groups|blocks)" if name.startswith("ViT") else r"backbone\."
     needs = [option for option in runs.method(method) if not re.match(for_cnns, option)]
-    options = [*needs, *FOR_GRIDS.get(method, ()), *NETWORKS[name]]
+    levels = ["backbone.layers=[3,6,9]"] if method == "rlr" and name.startswith("ViT") else []  # as many as windows
+    options = [*needs, *FOR_GRIDS.get(method, ()), *NETWORKS[name], *levels]
     fitted_and_predicted_or_refused(method, name, options, root, tmp_path / "run")
 
 
