@@ -61,10 +61,13 @@ def show(arguments: Sequence[str]) -> None:
 
     from hydra.utils import instantiate
 
+    from anomalib_lite.data.data_options import reader_options
+
     if options.counts:
         data = without_files(options.counts, cfg["data"]["category"])
     else:
-        data = instantiate(cfg["data"]["reader"])(cfg["data"]["root"], cfg["data"]["category"])
+        of_reader = reader_options(cfg["data"])
+        data = instantiate(cfg["data"]["reader"])(cfg["data"]["root"], cfg["data"]["category"], **of_reader)
     split = instantiate(cfg["split"])(data)
     print_table(title(cfg), split)
     if not options.counts:

@@ -11,7 +11,11 @@ from anomalib_lite.data.data_options import reader_options
 from anomalib_lite.data.own_folders import common_root
 from anomalib_lite.paths import relative_path
 
-OFFICIAL = ("mvtec", "visa", "synthetic")  # each is one data set wherever its root lies
+#: each is one data set wherever its root lies
+OFFICIAL = (
+    "mvtec", "visa", "synthetic", "mvtec_ad_2", "mvtec_loco", "real_iad", "btad", "mpdd", "kolektor_sdd",
+    "kolektor_sdd2",
+)  # fmt: skip
 Place = tuple[str, str]  # a data set's name in result.json, and its root: "" if it is unknown or does not matter
 
 

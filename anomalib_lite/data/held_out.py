@@ -1,12 +1,14 @@
 """Training images that are held out for validation, and what identifies a data set."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from anomalib_lite.data.dataset import CORRUPTED, HOLD_OUT
+from anomalib_lite.data.masks import mask_files
 from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.errors import UserError
 
@@ -38,11 +40,11 @@ def hold_out(samples: list[Sample], share: float, seed: int) -> tuple[list[Sampl
 def fingerprint(data: DataSet) -> str:
     """SHA-256 over the sorted files' paths below the root, sizes, labels and masks: the same wherever the root lies."""
 
-    def entry(path: Path | None) -> str:
-        return f"{path.relative_to(data.root).as_posix()}\t{path.stat().st_size}" if path else ""
+    def entry(files: Sequence[Path]) -> str:
+        return "\t".join(f"{file.relative_to(data.root).as_posix()}\t{file.stat().st_size}" for file in files)
 
     lines = [
-        f"{part}\t{s.label}\t{entry(s.path)}\t{entry(s.mask)}"
+        f"{part}\t{s.label}\t{entry([s.path])}\t{entry(mask_files(s.mask) if s.mask else ())}"
         for part, samples in (("train", data.train), ("test", data.test))
         for s in samples
     ]

@@ -95,6 +95,12 @@ def walk(folder: Path, above: Sequence[str] = ()) -> Listing:
     return Listing(sorted(found.images), found.unread, found.others, [])
 
 
+def check_readable(found: Listing) -> None:
+    """Raise UserError for the first file that may be an image but can't be read."""
+    for path, message in found.unread.items():
+        raise UserError(f"{path}: {message}")
+
+
 def holds_images(folder: Path) -> bool:
     """Whether there is an image, of any kind, in the folder or below it; looked for up to the first one."""
     for place, below, files in os.walk(folder):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from anomalib_lite.data.cores import threads
 from anomalib_lite.data.image_files import Header, decoding, header_of, read_values
-from anomalib_lite.data.masks import looked_at, mask_facts, mask_notes
+from anomalib_lite.data.masks import looked_at, mask_facts, mask_files, mask_notes
 from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.errors import UserError
 
@@ -23,11 +23,11 @@ TAIL = 64  # number of last bytes that are searched for the end mark; some camer
 
 
 class Decoded(NamedTuple):
-    """The headers of a sample's image and mask, and for the thorough check a hash of the image's pixels."""
+    """The headers of a sample's image and masks, and for the thorough check a hash of the image's pixels."""
 
     sample: Sample
     header: Header
-    mask: Header | None = None
+    masks: Sequence[tuple[Path, Header]] = ()
     pixels: bytes = b""
 
 
@@ -60,14 +60,15 @@ def check(dataset: DataSet, thorough: bool = False) -> tuple[dict[Path, Header],
 
 def _read_ends(sample: Sample) -> Decoded:
     header = _check_end(sample.path)
-    mask = None if sample.mask is None else _check_end(sample.mask)
-    if mask is not None and mask.size != header.size:
-        turned = ", turned by its EXIF tag" * header.is_turned
-        image = f"{sample.path.name} {_shown(header.size)}{turned}"
-        raise UserError(
-            f"{sample.mask}: the mask is {_shown(mask.size)}, its image {image}; give the mask the image's size"
-        )
-    return Decoded(sample, header, mask)
+    masks = [(file, _check_end(file)) for file in (mask_files(sample.mask) if sample.mask else ())]
+    for file, mask in masks:
+        if mask.size != header.size:
+            turned = ", turned by its EXIF tag" * header.is_turned
+            image = f"{sample.path.name} {_shown(header.size)}{turned}"
+            raise UserError(
+                f"{file}: the mask is {_shown(mask.size)}, its image {image}; give the mask the image's size"
+            )
+    return Decoded(sample, header, masks)
 
 
 def _read_pixels(sample: Sample) -> Decoded:
@@ -102,8 +103,8 @@ def _shown(size: tuple[int, int]) -> str:
 
 def _header_notes(decoded: Sequence[Decoded]) -> list[str]:
     turned = [d.sample.path for d in decoded if d.header.is_turned]
-    files = [(d.sample.path, d.header) for d in decoded] + [(d.sample.mask, d.mask) for d in decoded]
-    stacks = [path for path, header in files if path is not None and header is not None and header.pages > 1]
+    files = [each for d in decoded for each in ((d.sample.path, d.header), *d.masks)]
+    stacks = [path for path, header in files if header.pages > 1]
     notes = {"images are turned upright, as their EXIF tag says": turned}
     notes["files hold more than one image, of which the first is used"] = stacks
     return [f"{len(paths)} {note} (first: {paths[0]})" for note, paths in notes.items() if paths]

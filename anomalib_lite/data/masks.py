@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from anomalib_lite.data.image_files import read_values
+from anomalib_lite.data.image_folders import listing
 from anomalib_lite.errors import UserError
 
 LOSSY = (".avif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".webp")  # formats in which two values may not stay two
@@ -38,13 +39,24 @@ def mask_facts(path: Path, dark: bool = False) -> MaskFacts:
     return MaskFacts(float(mask.mean()), float(border.mean()), is_soft)
 
 
+def mask_files(path: Path) -> list[Path]:
+    """The files of a mask: itself, or the images in a folder of masks."""
+    return listing(path).images if path.is_dir() else [path]
+
+
 def read_mask(path: Path, dark: bool = False) -> tuple[np.ndarray, bool]:
     """The mask as bool [H, W], true where the image is defective, and whether its edges are soft.
 
-    With `dark`, values below half of white are defective. White is the largest value of the file's type, or 1.
+    With `dark`, values below half of white are defective. White is the largest value of the file's type, or 1. A folder
+    of masks gives their union, which is soft if one of them is.
 
-    Raises UserError if the file can't be decoded.
+    Raises UserError if a file can't be decoded.
     """
+    masks, soft = zip(*(_read_file(file, dark) for file in mask_files(path)), strict=True)
+    return np.logical_or.reduce(masks), any(soft)
+
+
+def _read_file(path: Path, dark: bool) -> tuple[np.ndarray, bool]:
     values = read_values(path)
     values = values.max(axis=-1) if values.ndim == 3 else values
     if dark:

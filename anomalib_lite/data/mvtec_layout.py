@@ -1,20 +1,52 @@
-"""What readers share: the root and the categories that a user names, the MVTec layout, and notes about what was read.
+"""What readers share: the root and the categories that a user names, and the MVTec layout with its variants.
 
 The layout is CATEGORY/{train/good, test/good, test/DEFECT, ground_truth/DEFECT}; hidden files and folders are ignored.
 """
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from anomalib_lite.data.image_files import IMAGE_SUFFIXES
-from anomalib_lite.data.image_folders import Listing, holds_images, listing, means_normal
+from anomalib_lite.data.image_folders import check_readable, holds_images, listing, means_normal
+from anomalib_lite.data.reader_notes import missing_notes, unused_notes
 from anomalib_lite.data.samples import DataSet, Sample
+from anomalib_lite.data.saturation import read_saturations
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import readable
 
-Counts = Mapping[str, tuple[int, int, int]]  # per category: train, normal test, defective test
+
+class Layout(NamedTuple):
+    """What is where in a category's folder.
+
+    Attributes:
+        test, masks: the folders of the kinds of test images, and of their masks.
+        good: the name of the folders of normal images.
+        defects: the file with the defects' saturation thresholds. Where there is one, each image has a folder of masks,
+            DEFECT/STEM/*.png, one for each defect.
+        unused: folders of further images, and why they are not used.
+    """
+
+    test: str = "test"
+    masks: str = "ground_truth"
+    good: str = "good"
+    defects: str = ""
+    unused: Mapping[str, str] = {}
+
+
+PLAIN = Layout()
+VALIDATION = {"validation": "they are normal images for validation, and training uses those of train"}
+PRIVATE = dict.fromkeys(
+    ("test_private", "test_private_mixed"), "they have no labels; the benchmark's server evaluates them"
+)
+#: by the name of the data set, those that differ from the MVTec layout
+LAYOUTS = {
+    "mvtec_ad_2": Layout("test_public", "test_public/ground_truth", unused=VALIDATION | PRIVATE),
+    "mvtec_loco": Layout(defects="defects_config.json", unused=VALIDATION),
+    "btad": Layout(good="ok"),
+}
 
 
 # --- root and categories ---------------------------------------------------------------------------------------------
@@ -56,29 +88,16 @@ def choose(category: str | Sequence[str], available: list[str], base: Path, hint
     return names
 
 
-def category_folders(base: Path) -> dict[str, Path]:
-    """The folders below `base` that hold `train` or `test`, by name."""
-    return {readable(p.name): p for p in listing(base).folders if (p / "train").is_dir() or (p / "test").is_dir()}
-
-
-def unread_notes(base: Path, read: Iterable[Path], why: str) -> list[str]:
-    """A note on images in the folder of the data set, or in folders of it, that are in none of the folders `read`."""
-    found = listing(base)
-    read = set(read)
-    if base in read:
-        return []
-    passed = [path.name for path in found.folders if path not in read and holds_images(path)]
-    notes = [f"{len(passed)} folders with images are not read, {why}: {', '.join(passed[:5])}"] if passed else []
-    loose = [*found.images, *found.unread]
-    if loose:
-        notes.append(f"{len(loose)} files beside the categories are not read (first: {loose[0]})")
-    return notes
+def category_folders(base: Path, layout: Layout = PLAIN) -> dict[str, Path]:
+    """The folders below `base` that hold training or test images, by name."""
+    parts = ("train", layout.test)
+    return {readable(p.name): p for p in listing(base).folders if any((p / part).is_dir() for part in parts)}
 
 
 # --- images and masks ------------------------------------------------------------------------------------------------
 
 
-def read_folders(base: Path, folders: Mapping[str, Path], train: bool = True) -> DataSet:
+def read_folders(base: Path, folders: Mapping[str, Path], train: bool = True, layout: Layout = PLAIN) -> DataSet:
     """The categories, each in its folder, with notes on what can't be measured and on files that are not used.
 
     Without `train`, test images alone.
@@ -89,12 +108,12 @@ def read_folders(base: Path, folders: Mapping[str, Path], train: bool = True) ->
     data, unused = DataSet(base, [], []), []
     for category, folder in folders.items():
         passed: list[Path] = []
-        _check_beside(folder, passed)
-        data.train += _read_train(folder / "train", category, passed) if train else []
-        data.test += _read_test(folder, category, passed)
+        _check_beside(folder, passed, layout)
+        data.train += _read_train(folder / "train", category, passed, layout.good) if train else []
+        data.test += _read_test(folder, category, passed, layout)
         if passed:
             unused.append(f"{category}: {len(passed)} files or folders are not used (first: {passed[0]})")
-    data.notes = missing_notes(data) + unused
+    data.notes = [*missing_notes(data), *unused_notes(folders.values(), layout.unused), *unused]
     return data
 
 
@@ -104,7 +123,7 @@ def _images(folder: Path, passed: list[Path]) -> list[Path]:
     Raises UserError for images in folders below it, and for those that can't be read.
     """
     found = listing(folder)
-    _check_readable(found)
+    check_readable(found)
     for below in found.folders:
         if holds_images(below):
             raise UserError(f"{below}: images in a folder below {folder} are not read; move them into {folder}")
@@ -113,73 +132,73 @@ def _images(folder: Path, passed: list[Path]) -> list[Path]:
     return found.images
 
 
-def _check_readable(found: Listing) -> None:
-    for path, message in found.unread.items():
-        raise UserError(f"{path}: {message}")
-
-
-def _read_train(train: Path, category: str, passed: list[Path]) -> list[Sample]:
+def _read_train(train: Path, category: str, passed: list[Path], good: str) -> list[Sample]:
     found = listing(train)
-    _check_readable(found)
+    check_readable(found)
     for folder in found.folders:
-        if folder.name != "good" and holds_images(folder):
+        if folder.name != good and holds_images(folder):
             if means_normal(folder.name):
-                raise UserError(f"{folder}: the folder of normal images must be called 'good'; rename it")
+                raise UserError(f"{folder}: the folder of normal images must be called '{good}'; rename it")
             raise UserError(
-                f"{folder}: train may hold only the folder 'good' (training is on normal images); move it out"
+                f"{folder}: train may hold only the folder '{good}' (training is on normal images); move it out"
             )
     if found.images:
-        raise UserError(f"{found.images[0]}: normal training images belong in {train / 'good'}; move them there")
+        raise UserError(f"{found.images[0]}: normal training images belong in {train / good}; move them there")
     passed += found.others
-    good = [Sample(path, category, "good", 0, None) for path in _images(train / "good", passed)]
-    if not good:
-        raise UserError(f"{train / 'good'}: no training images ({' '.join(IMAGE_SUFFIXES)}); put normal ones there")
-    return good
+    samples = [Sample(path, category, "good", 0, None) for path in _images(train / good, passed)]
+    if not samples:
+        raise UserError(f"{train / good}: no training images ({' '.join(IMAGE_SUFFIXES)}); put normal ones there")
+    return samples
 
 
-def _read_test(category_folder: Path, category: str, passed: list[Path]) -> list[Sample]:
-    test, ground_truth = category_folder / "test", category_folder / "ground_truth"
+def _read_test(category_folder: Path, category: str, passed: list[Path], layout: Layout) -> list[Sample]:
+    test, ground_truth = category_folder / layout.test, category_folder / layout.masks
     found, gt_found = listing(test), listing(ground_truth)
-    _check_readable(found)
-    _check_readable(gt_found)
+    check_readable(found)
+    check_readable(gt_found)
     if found.images:
         raise UserError(
-            f"{found.images[0]}: test images belong in {test / 'good'} or {test / 'DEFECT'}; move them there"
+            f"{found.images[0]}: test images belong in {test / layout.good} or {test / 'DEFECT'}; move them there"
         )
     if gt_found.images:
         raise UserError(f"{gt_found.images[0]}: masks belong in {ground_truth / 'DEFECT'}; move them there")
     passed += found.others + gt_found.others
     samples = []
-    for folder in found.folders:
-        defective, images = folder.name != "good", _images(folder, passed)
+    paired = ground_truth.is_dir()
+    saturations = read_saturations(category_folder / layout.defects) if layout.defects and paired else ()
+    for folder in (each for each in found.folders if each != ground_truth):
+        defective, images = folder.name != layout.good, _images(folder, passed)
         if images and defective and means_normal(folder.name):
             raise UserError(
-                f"{folder}: its images would count as defective, and its name means normal ones; rename it to 'good', "
-                f"or to another name such as '{folder.name}_defect' if they are defective"
+                f"{folder}: its images would count as defective, and its name means normal ones; rename it to "
+                f"'{layout.good}', or to another name such as '{folder.name}_defect' if they are defective"
             )
         # Masks of good images are empty by definition, some conversions write them all the same: they are not read.
-        paired = defective and ground_truth.is_dir()
-        masks = _pair(images, ground_truth / folder.name, passed) if paired else dict.fromkeys(images)
-        samples += [Sample(path, category, readable(folder.name), int(defective), masks[path]) for path in images]
+        if not defective:
+            samples += [Sample(path, category, "good", 0, None) for path in images]
+            continue
+        masks = _pair(images, ground_truth / folder.name, passed, layout) if paired else dict.fromkeys(images)
+        name = readable(folder.name)
+        samples += [Sample(path, category, name, 1, masks[path], saturations=saturations) for path in images]
     for folder in gt_found.folders:
-        if folder.name == "good":
+        if folder.name == layout.good:
             passed += [folder] * holds_images(folder)
-        elif not (test / folder.name).is_dir() and (stray := _images(folder, passed)):
+        elif not (test / folder.name).is_dir() and (stray := _masks(folder, passed, layout)):
             raise UserError(
                 f"{stray[0]}: a mask for no image ({test / folder.name} is missing); add its images or remove it"
             )
     return samples
 
 
-def _check_beside(folder: Path, passed: list[Path]) -> None:
+def _check_beside(folder: Path, passed: list[Path], layout: Layout) -> None:
     """Add what lies in a category's folder beside the three that are read to `passed`.
 
     Raises UserError for a folder with images whose name differs from theirs only in case or separators.
     """
-    known = {"train": "train", "test": "test", "groundtruth": "ground_truth"}
+    known = {re.sub(r"[\W_]", "", name): name for name in ("train", layout.test, layout.masks)}
     found = listing(folder)
     for below in found.folders:
-        if below.name in known.values() or not holds_images(below):
+        if below.name in (*known.values(), *layout.unused) or not holds_images(below):
             continue
         if right := known.get(re.sub(r"[\W_]", "", below.name.lower())):
             raise UserError(f"{below}: the folder must be called '{right}'; rename it")
@@ -187,13 +206,28 @@ def _check_beside(folder: Path, passed: list[Path]) -> None:
     passed += [*found.images, *found.unread]
 
 
-def _pair(images: list[Path], folder: Path, passed: list[Path]) -> dict[Path, Path | None]:
+def _masks(folder: Path, passed: list[Path], layout: Layout) -> list[Path]:
+    """The masks of one kind of defect: files, or folders of files."""
+    if not layout.defects:
+        return _images(folder, passed)
+    found = listing(folder)
+    check_readable(found)
+    if found.images:
+        raise UserError(f"{found.images[0]}: the masks of an image belong in {folder / 'STEM'}; move them there")
+    for below in found.folders:
+        if not _images(below, passed):
+            raise UserError(f"{below}: no mask in the folder of an image's masks; restore its masks or remove it")
+    passed += found.others
+    return found.folders
+
+
+def _pair(images: list[Path], folder: Path, passed: list[Path], layout: Layout) -> dict[Path, Path | None]:
     """The mask of each image by name: STEM_mask or STEM, any image suffix. Raises UserError unless it is one to one."""
     masks: dict[str, list[Path]] = {}
-    for mask in _images(folder, passed):
+    for mask in _masks(folder, passed, layout):
         masks.setdefault(mask.stem, []).append(mask)
     found = {image: masks.get(f"{image.stem}_mask", []) + masks.get(image.stem, []) for image in images}
-    pairs = one_to_one(found, folder)
+    pairs = one_to_one(found, folder, "{}/000.png" if layout.defects else "{}_mask.png")
     used = set(pairs.values())
     if stray := [mask for same_stem in masks.values() for mask in same_stem if mask not in used]:
         raise UserError(
@@ -202,57 +236,18 @@ def _pair(images: list[Path], folder: Path, passed: list[Path]) -> dict[Path, Pa
     return dict(pairs)
 
 
-def one_to_one(found: Mapping[Path, Sequence[Path]], place: Path | str) -> dict[Path, Path]:
-    """The one mask of each image. Raises UserError for an image with none or several, and for a mask of two images."""
+def one_to_one(found: Mapping[Path, Sequence[Path]], place: Path | str, name: str = "{}_mask.png") -> dict[Path, Path]:
+    """The one mask of each image. Raises UserError for an image with none or several, and for a mask of two images.
+
+    Masks belong in `place`, under a `name` made of the image's.
+    """
     image_of: dict[Path, Path] = {}
     for image, masks in found.items():
         if not masks:
-            raise UserError(f"{image}: no mask for this defective image; add {image.stem}_mask.png to {place}")
+            raise UserError(f"{image}: no mask for this defective image; add {name.format(image.stem)} to {place}")
         if len(masks) > 1:
             raise UserError(f"{image}: two masks, {masks[0]} and {masks[1]}; remove one")
         if other := image_of.get(masks[0]):
             raise UserError(f"{masks[0]}: one mask for {other.name} and {image.name}; give each image its own")
         image_of[masks[0]] = image
     return {image: mask for mask, image in image_of.items()}
-
-
-# --- notes -----------------------------------------------------------------------------------------------------------
-
-
-def missing_notes(data: DataSet) -> list[str]:
-    """Notes on what can't be measured with the test images at hand."""
-    notes = []
-    for category in dict.fromkeys(s.category for s in data.train):
-        test = [s for s in data.test if s.category == category]
-        if not test:
-            notes.append(f"{category}: no test images, nothing can be measured")
-        elif all(s.label for s in test):
-            notes.append(f"{category}: no good test images, image AUROC can't be computed")
-        if any(s.label for s in test) and not any(s.mask for s in test):
-            notes.append(f"{category}: no ground_truth, pixel metrics are left out")
-    return notes
-
-
-def count_notes(data: DataSet, official: Counts) -> list[str]:
-    """Notes on categories whose numbers of images differ from the official ones."""
-    notes = []
-    for category in dict.fromkeys(s.category for s in data.train):
-        labels = [s.label for s in data.test if s.category == category]
-        counts = (sum(s.category == category for s in data.train), labels.count(0), labels.count(1))
-        differing = [
-            f"{number} {kind} images, officially {right}"
-            for number, right, kind in zip(
-                counts, official[category], ("train", "good test", "defective test"), strict=True
-            )
-            if number != right
-        ]
-        if differing:
-            notes.append(f"{category}: {'; '.join(differing)}")
-    return notes
-
-
-def absent_notes(data: DataSet, official: Counts, title: str) -> list[str]:
-    """A note on the official categories that are not on disk, if there are any."""
-    absent = sorted(set(official) - {s.category for s in data.train})
-    listed = f"{len(absent)} of {title}'s {len(official)} categories are not on disk: {', '.join(absent)}"
-    return [listed] if absent else []

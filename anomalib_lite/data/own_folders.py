@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from anomalib_lite.data.image_files import IMAGE_SUFFIXES
-from anomalib_lite.data.image_folders import Listing, classified, means_normal, walk
-from anomalib_lite.data.mvtec_layout import missing_notes, one_to_one
+from anomalib_lite.data.image_folders import check_readable, classified, means_normal, walk
+from anomalib_lite.data.mvtec_layout import one_to_one
+from anomalib_lite.data.reader_notes import missing_notes
 from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import readable
@@ -107,7 +108,7 @@ def _images(key: str, places: Places, passed: list[Path]) -> dict[Path, str]:
         count = len(kinds)
         for path in paths:
             found = walk(path) if path.is_dir() else classified([path])
-            _check_readable(found)
+            check_readable(found)
             passed += found.others
             for image in found.images:
                 if image in kinds:
@@ -128,11 +129,6 @@ def _images(key: str, places: Places, passed: list[Path]) -> dict[Path, str]:
 
 def _matching(pattern: Path) -> list[Path]:
     return sorted(Path(path) for path in glob.glob(str(pattern), recursive=True))  # noqa: PTH207  an absolute pattern
-
-
-def _check_readable(found: Listing) -> None:
-    for path, message in found.unread.items():
-        raise UserError(f"{path}: {message}")
 
 
 def _check_roles(found: dict[str, dict[Path, str]]) -> None:

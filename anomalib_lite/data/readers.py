@@ -7,19 +7,20 @@ from typing import Any
 from anomalib_lite.data import mvtec_layout as layout
 from anomalib_lite.data.image_folders import listing
 from anomalib_lite.data.own_folders import Places, read_own_folders
+from anomalib_lite.data.reader_notes import Counts, absent_notes, count_notes, missing_notes, unread_notes
 from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.data.tables import table_rows
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import readable
 
 # fmt: off
-MVTEC: layout.Counts = {
+MVTEC: Counts = {
     "bottle": (209, 20, 63), "cable": (224, 58, 92), "capsule": (219, 23, 109), "carpet": (280, 28, 89),
     "grid": (264, 21, 57), "hazelnut": (391, 40, 70), "leather": (245, 32, 92), "metal_nut": (220, 22, 93),
     "pill": (267, 26, 141), "screw": (320, 41, 119), "tile": (230, 33, 84), "toothbrush": (60, 12, 30),
     "transistor": (213, 60, 40), "wood": (247, 19, 60), "zipper": (240, 32, 119),
 }
-VISA: layout.Counts = {
+VISA: Counts = {
     "candle": (900, 100, 100), "capsules": (542, 60, 100), "cashew": (450, 50, 100), "chewinggum": (453, 50, 100),
     "fryum": (450, 50, 100), "macaroni1": (900, 100, 100), "macaroni2": (900, 100, 100), "pcb1": (904, 100, 100),
     "pcb2": (901, 100, 100), "pcb3": (905, 101, 100), "pcb4": (904, 101, 100), "pipe_fryum": (450, 50, 100),
@@ -31,7 +32,7 @@ VISA_COLUMNS = ["object", "split", "label", "image", "mask"]
 def read_mvtec(root: str | Path | None, category: str | Sequence[str]) -> DataSet:
     """MVTec AD. Only official categories; counts that differ from the official ones become notes."""
     base = layout.existing_root(root)
-    return _read_official(base, base, category, MVTEC, "MVTec AD")
+    return read_official(base, base, category, MVTEC, "MVTec AD")
 
 
 def read_visa(root: str | Path | None, category: str | Sequence[str], split_csv: str = "1cls.csv") -> DataSet:
@@ -42,7 +43,7 @@ def read_visa(root: str | Path | None, category: str | Sequence[str], split_csv:
         return _read_visa_raw(base, category, table)
     for converted in (base / "1cls", base):
         if layout.category_folders(converted).keys() & VISA.keys():
-            return _read_official(base, converted, category, VISA, "VisA")
+            return read_official(base, converted, category, VISA, "VisA")
     raise UserError(
         f"{base}: neither VisA's raw layout (split_csv/{split_csv} is missing) nor a converted one "
         "(CATEGORY/train/good); set data.root to the folder that holds one of them"
@@ -72,43 +73,56 @@ def read_folder(
     )
     data = layout.read_folders(base, {name: folders[name] for name in layout.choose(category, list(folders), base)})
     if category == "all":
-        data.notes += layout.unread_notes(base, folders.values(), "having neither train nor test in them")
+        data.notes += unread_notes(base, folders.values(), "having neither train nor test in them")
     return data
 
 
-def read_test_set(root: str | Path | None, category: Sequence[str]) -> DataSet:
-    """The test images of those categories that are there, in the MVTec layout, for a run that is trained already.
+def read_test_set(root: str | Path | None, category: Sequence[str], like: str | None = None) -> DataSet:
+    """The test images of those categories that are there, for a run that is trained already.
 
-    The root may be the one category. Nothing below `train` is read.
+    They are in the MVTec layout, or in that of the data set `like`, where it has its own. The root may be the one
+    category. Nothing below `train` is read.
     """
-    base = layout.existing_root(root)
-    alone = len(category) == 1 and (base / "test").is_dir()
-    folders = {category[0]: base} if alone else layout.category_folders(base)
+    base, own = layout.existing_root(root), layout.LAYOUTS.get(like or "", layout.PLAIN)
+    alone = len(category) == 1 and (base / own.test).is_dir()
+    folders = {category[0]: base} if alone else layout.category_folders(base, own)
     names = [name for name in category if name in folders]
+    places = f"CATEGORY/{own.test}/{own.good} and CATEGORY/{own.test}/DEFECT"
     if not names:
-        raise UserError(f"{base}: none of the run's categories, {', '.join(category)}; name its folder like one")
-    data = layout.read_folders(base, {name: folders[name] for name in names}, train=False)
+        raise UserError(
+            f"{base}: none of the run's categories, {', '.join(category)}; name its folder like one, and put test "
+            f"images into {places}"
+        )
+    data = layout.read_folders(base, {name: folders[name] for name in names}, train=False, layout=own)
     if not data.test:
-        raise UserError(f"{base}: no test images; put them into CATEGORY/test/good and CATEGORY/test/DEFECT")
+        raise UserError(f"{base}: no test images; put them into {places}")
     return data
 
 
-def _read_official(
-    base: Path, below: Path, category: str | Sequence[str], official: layout.Counts, title: str
+def read_official(
+    base: Path,
+    below: Path,
+    category: str | Sequence[str],
+    official: Counts,
+    title: str,
+    own: layout.Layout = layout.PLAIN,
 ) -> DataSet:
-    """A data set in the MVTec layout of which the categories and their counts are known."""
-    folders = layout.category_folders(below)
-    hint = ""
+    """A data set in the MVTec layout, or in its own, of which the categories and their counts are known.
+
+    The categories are in the folder `below`. Counts that differ from the official ones become notes.
+    """
+    folders = layout.category_folders(below, own)
+    hint = "" if own == layout.PLAIN else f"; set data.root to the folder that holds {title}'s {', '.join(official)}"
     if (base / "train").is_dir():
         hint = f"; it seems to be a category itself, set data.root to {base.parent}"
-    elif folders.keys() - official.keys():
+    elif own == layout.PLAIN and folders.keys() - official.keys():
         hint = f"; data=folder reads categories that are not {title}'s"
     names = layout.choose(category, [name for name in folders if name in official], base, hint)
-    data = layout.read_folders(base, {name: folders[name] for name in names})
-    data.notes += layout.count_notes(data, official)
+    data = layout.read_folders(base, {name: folders[name] for name in names}, layout=own)
+    data.notes += count_notes(data, official)
     if category == "all":
-        data.notes += layout.unread_notes(below, [folders[name] for name in names], f"being no category of {title}")
-        data.notes += layout.absent_notes(data, official, title)
+        data.notes += unread_notes(below, [folders[name] for name in names], f"being no category of {title}")
+        data.notes += absent_notes(data, official, title)
     return data
 
 
@@ -150,11 +164,11 @@ def _read_visa_raw(base: Path, category: str | Sequence[str], table: Path) -> Da
             data.notes.append(f"{name}: {len(unlisted)} images are not in {table.name} (first: {unlisted[0]})")
     if left_out:
         data.notes.append(f"{table.name}: {left_out} defective training images left out")
-    data.notes += layout.missing_notes(data)
+    data.notes += missing_notes(data)
     if table.name == "1cls.csv":
-        data.notes += layout.count_notes(data, VISA)
+        data.notes += count_notes(data, VISA)
     if category == "all":
-        data.notes += layout.absent_notes(data, VISA, "VisA")
+        data.notes += absent_notes(data, VISA, "VisA")
     return data
 
 

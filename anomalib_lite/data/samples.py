@@ -8,13 +8,15 @@ import numpy as np
 
 from anomalib_lite.data.image_files import read_header, read_values, to_uint8
 from anomalib_lite.data.masks import read_mask
+from anomalib_lite.data.saturation import Saturation
 
 
 @dataclass(frozen=True)
 class Sample:
     """One image. A normal image has the defect "good" and label 0; `mask` is None for it and where no mask exists.
 
-    The mask shows defects bright on dark, or with `dark_mask` dark on bright.
+    The mask shows defects bright on dark, or with `dark_mask` dark on bright. It may be a folder of masks, one for each
+    defect: `load_mask` gives their union. `saturations` are the thresholds of such defects, for sPRO.
     """
 
     path: Path
@@ -23,6 +25,7 @@ class Sample:
     label: int
     mask: Path | None
     dark_mask: bool = False
+    saturations: tuple[Saturation, ...] = ()
 
 
 @dataclass
@@ -49,7 +52,7 @@ def load_rgb(path: Path, value_range: Sequence[float] | None = None) -> np.ndarr
 def load_mask(path: Path, dark: bool = False) -> np.ndarray:
     """The mask as bool [H, W], true where the image is defective; `dark`: where the mask is dark.
 
-    Raises UserError if the file can't be decoded.
+    A folder of masks gives their union. Raises UserError if a file can't be decoded.
     """
     return read_mask(path, dark)[0]
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from anomalib_lite.data.image_folders import means_normal
-from anomalib_lite.data.mvtec_layout import choose, existing_root, missing_notes
+from anomalib_lite.data.mvtec_layout import choose, existing_root
+from anomalib_lite.data.reader_notes import missing_notes
 from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import readable

@@ -76,7 +76,9 @@ def pixel_metrics(maps: Images, masks: Images, fpr_limits: Sequence[float] = (0.
     if not all(0 < limit <= 1 for limit in fpr_limits):
         raise ValueError(f"fpr_limits must lie in (0, 1], got {tuple(fpr_limits)}")
     vertices = _pixel_vertices(maps, masks)
-    aupro = {f"aupro_{round(limit * 100):02d}": _aupro(vertices, limit) if vertices else None for limit in fpr_limits}
+    aupro = {
+        f"aupro_{round(limit * 100):02d}": area_up_to(vertices, limit) if vertices else None for limit in fpr_limits
+    }
     return _ranking("pixel", vertices) | aupro
 
 
@@ -115,7 +117,8 @@ def _ranking(prefix: str, v: Vertices | None) -> Metrics:
     }
 
 
-def _aupro(v: Vertices, limit: float) -> float:
+def area_up_to(v: Vertices, limit: float) -> float:
+    """The area under `pro` over the false positive rate, from 0 to the limit, divided by the limit."""
     end = limit * v.negatives
     n = int(np.searchsorted(v.fp, end)) + 1  # segments that start beyond the limit add nothing
     fp, before, pro = v.fp[:n].astype(float), v.fp_before[:n].astype(float), v.pro[:n]
@@ -196,15 +199,24 @@ def _split(maps: Images, masks: Images, dtype: Any) -> tuple[Array, Array, Array
 
 def _vertices(negatives: Sequence[Array], scores: Array, areas: Array) -> Vertices | None:
     """From the sorted parts of the negatives, and the positives [P] with the areas of their components [P]."""
+    scores, areas = _falling(scores, areas)
+    return curve_vertices(negatives, scores, np.reciprocal(areas, dtype=float))
+
+
+def curve_vertices(negatives: Sequence[Array], scores: Array, shares: Array) -> Vertices | None:
+    """The curve's vertices; None where only one class is present.
+
+    Args:
+        negatives: their scores in parts, each of which is sorted.
+        scores: of the positives, falling [P]. shares: the part of its component that each positive is, float64 [P].
+    """
     count = sum(map(len, negatives))
     if not (count and len(scores)):
         return None
-    scores, areas = _falling(scores, areas)
     last = np.flatnonzero(np.concatenate((scores[1:] != scores[:-1], [True])))  # of each group of tied positives
-    share = np.reciprocal(areas, dtype=float)
-    np.cumsum(share, out=share)
-    pro, thresholds = share[last] / share[-1], scores[last]  # the shares add up to the number of components
-    del share, areas, scores
+    found = np.cumsum(shares)
+    pro, thresholds = found[last] / found[-1], scores[last]  # the shares add up to the number of components
+    del found, shares, scores
     fp, fp_before = np.empty_like(last), np.empty_like(last)
 
     def look_up(start: int) -> None:

@@ -36,7 +36,7 @@ def make_data(cfg: dict[str, Any], stored: dict[str, Any] | None = None) -> Anom
 
 def make_test_set(cfg: dict[str, Any], stored: dict[str, Any]) -> AnomalyDataModule:
     """The test images below data.root alone, for a run that was trained on other data of its categories."""
-    reader = {"_target_": "anomalib_lite.data.readers.read_test_set", "_partial_": True}
+    reader = {"_target_": "anomalib_lite.data.readers.read_test_set", "_partial_": True, "like": cfg["data"]["name"]}
     plain = {"val_fraction": 0.0, "split": None, "balanced": False, "category": stored["categories"], "reader": reader}
     cfg = cfg | {"data": {key: value for key, value in cfg["data"].items() if key not in READER_KEYS} | plain}
     data = data_module(cfg, map_size=cfg["scoring"].get("map_size"), pixels=stored_pixels(stored))

@@ -25,6 +25,7 @@ from anomalib_lite.metrics.per_category import (
 from anomalib_lite.paths import HOME
 from anomalib_lite.runs.artifacts import SCHEMA
 from anomalib_lite.runs.devices import device_name
+from anomalib_lite.runs.saturation import add_spro
 from anomalib_lite.runs.test_outputs import HELD_OUT, NORMAL, TEST
 
 FEW = 50  # normal training images of a category: with fewer, a 0.99 quantile is little more than their maximum
@@ -98,6 +99,8 @@ def measure(
     """
     limits, test = scoring["fpr_limits"], outputs[TEST]
     per_category, reasons = category_metrics(test, data.has_masks, limits)
+    per_defect = defect_metrics(test, data.has_masks, limits)
+    reasons += add_spro(per_category, per_defect, data, test, limits)
     mean, partial_means = mean_metrics(per_category)
     groups: dict[str, Metrics] = {
         name: mean_metrics({category: per_category[category] for category in members})[0]
@@ -113,7 +116,7 @@ def measure(
         "metrics": mean,
         "per_category": per_category,
         "groups": groups or None,
-        "per_defect": defect_metrics(test, data.has_masks, limits),
+        "per_defect": per_defect,
         "validation": validation,
         "thresholds": chosen,
         "decisions": {"per_category": decisions(test, chosen["per_category"])},

@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from anomalib_lite.console import make_console
+from anomalib_lite.metrics.curves import OVERLAPS
 from anomalib_lite.runs import folder
 
 #: messages about what is intended here
@@ -40,8 +41,8 @@ def silence_libraries() -> None:
 def heading(key: str) -> str:
     """A metric's key as a heading of two lines: image_auroc is image AUROC, aupro_30 is AUPRO @0.3."""
     level, name = key.split("_")
-    if level == "aupro":
-        return f"AUPRO\n@{int(name) / 100:g}"
+    if level in OVERLAPS:
+        return f"{OVERLAPS[level]}\n@{int(name) / 100:g}"
     return f"{level}\n{ {'f1max': 'F1-max'}.get(name, name.upper()) }"
 
 
