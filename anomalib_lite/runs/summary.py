@@ -96,8 +96,9 @@ def measure(
     Args:
         scoring: the `scoring` group of the configuration. outputs: as `Evaluation.gather` returns them.
     """
-    limits, test = scoring["fpr_limits"], outputs[TEST]
-    per_category, reasons = category_metrics(test, data.has_masks, limits)
+    test, chosen = outputs[TEST], thresholds(normal_columns(outputs), scoring["quantile"])
+    at = scoring["fpr_limits"], chosen["per_category"]
+    per_category, reasons = category_metrics(test, data.has_masks, *at)
     mean, partial_means = mean_metrics(per_category)
     groups: dict[str, Metrics] = {
         name: mean_metrics({category: per_category[category] for category in members})[0]
@@ -107,13 +108,12 @@ def measure(
     validation = None
     if data.val_samples:
         all_have_masks = dict.fromkeys(data.categories, True)
-        validation = mean_metrics(category_metrics(outputs[HELD_OUT], all_have_masks, limits)[0])[0]
-    chosen = thresholds(normal_columns(outputs), scoring["quantile"])
+        validation = mean_metrics(category_metrics(outputs[HELD_OUT], all_have_masks, *at)[0])[0]
     content = {
         "metrics": mean,
         "per_category": per_category,
         "groups": groups or None,
-        "per_defect": defect_metrics(test, data.has_masks, limits),
+        "per_defect": defect_metrics(test, data.has_masks, *at),
         "validation": validation,
         "thresholds": chosen,
         "decisions": {"per_category": decisions(test, chosen["per_category"])},
