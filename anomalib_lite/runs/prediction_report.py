@@ -54,7 +54,7 @@ class Report:
             return
         worst = heapq.nlargest(self.most, self.rows.values(), key=lambda each: each.score)
         for name in (each.name for each in worst if each.name not in self.shown):
-            with contextlib.suppress(OSError, UserError):  # gone since it was scored
+            with contextlib.suppress(UserError):  # gone since it was scored
                 self.shown[name] = _small(self.earlier(name))
         self.shown = {each.name: self.shown[each.name] for each in worst if each.name in self.shown}
         environment = jinja2.Environment(

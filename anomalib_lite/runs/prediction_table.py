@@ -54,7 +54,8 @@ class GrowingTable:
         self.rows, self.modified = dict[str, Prediction](), dict[str, int]()
         content = file.read_bytes() if file.exists() else b""
         whole = content[: content.rfind(END.encode()) + len(END)] if END.encode() in content else b""
-        self.path, self.file = file, os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self.path = file
+        self.file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         os.ftruncate(self.file, len(whole))
         if not whole:
             self._write([*COLUMNS, MODIFIED])

@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.data.samples import load_rgb
 from anomalib_lite.data.value_range import other_depths, outside
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule
@@ -86,10 +87,9 @@ class Predictor:
         return pages, notes
 
     def pictures(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """An image that was scored earlier and its overlay, uint8 [H, W, 3]. Raises OSError or UserError without it."""
+        """An image that was scored earlier and its overlay, uint8 [H, W, 3]. Raises UserError if one is gone."""
         path = self.base / file_name(name)
-        stored = np.fromfile(self._file(OVERLAYS, path), np.uint8)
-        return self.data.eval_pipeline.load(path), cv2.imdecode(stored, cv2.IMREAD_COLOR)[..., ::-1]
+        return self.data.eval_pipeline.load(path), load_rgb(self._file(OVERLAYS, path))
 
     def _maps(self, batch: Any) -> Iterator[tuple[str, Any, float]]:
         autocast = torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)

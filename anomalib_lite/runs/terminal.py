@@ -60,7 +60,9 @@ def metrics_table(result: dict[str, Any]) -> Table:
 def summary_lines(run: Path, result: dict[str, Any]) -> list[str]:
     """Held-out metrics, costs, times, decisions, and where the files are."""
     lines = []
-    further = [f"{name_of(key)} {100 * value:.1f}" for key in BELOW if (value := result["metrics"][key]) is not None]
+    further = [
+        f"{name_of(key)} {100 * value:.1f}" for key in BELOW if (value := result["metrics"].get(key)) is not None
+    ]
     if further:
         lines.append(f"{', '.join(further)} (IoU and Dice at the pixel threshold)")
     if result["validation"]:
