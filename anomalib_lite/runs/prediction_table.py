@@ -53,15 +53,17 @@ class GrowingTable:
     def __init__(self, file: Path):
         self.rows, self.modified = dict[str, Prediction](), dict[str, int]()
         content = file.read_bytes() if file.exists() else b""
-        whole = content[: content.rfind(END.encode()) + len(END)] if END.encode() in content else b""
+        end = END.encode() if END.encode() in content else b"\n"
+        whole = content[: content.rfind(end) + len(end)] if end in content else b""
+        if whole or not ",".join([*COLUMNS, MODIFIED]).encode().startswith(content.rstrip()):  # before it is changed
+            for name, score, threshold, modified in _rows(file, whole):
+                self.rows[name] = Prediction(name, score, threshold)
+                self.modified[name] = modified
         self.path = file
         self.file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         os.ftruncate(self.file, len(whole))
         if not whole:
             self._write([*COLUMNS, MODIFIED])
-        for name, score, threshold, modified in _rows(file, whole.decode()) if whole else ():
-            self.rows[name] = Prediction(name, score, threshold)
-            self.modified[name] = modified
 
     def add(self, prediction: Prediction, modified: int) -> None:
         self._write([*prediction.row(), str(modified)])
@@ -78,10 +80,10 @@ class GrowingTable:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
 
-def _rows(file: Path, content: str) -> Iterator[tuple[str, float, float, int]]:
-    reader = csv.reader(io.StringIO(content, newline=""))
+def _rows(file: Path, content: bytes) -> Iterator[tuple[str, float, float, int]]:
+    reader = csv.reader(io.StringIO(content.decode("utf-8", "replace"), newline=""))
     try:
-        if next(reader) != [*COLUMNS, MODIFIED]:
+        if next(reader, None) != [*COLUMNS, MODIFIED]:
             raise UserError(f"{file}: not the table of a watched folder; choose another output=DIR")
         for name, score, threshold, _, _, modified in reader:
             yield name, float(score), float(threshold), int(modified)

@@ -1,5 +1,6 @@
 """predict's watch: files as they arrive, unfinished and damaged ones, the end by a signal, and the next start."""
 
+import contextlib
 import csv
 import os
 import re
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from anomalib_lite.errors import UserError
 from anomalib_lite.runs import watching
+from anomalib_lite.runs.prediction_table import GrowingTable, Prediction
 from tests.helpers.image_trees import make_mvtec, save_image
 from tests.helpers.run_programs import ROOT, Outcome, folder_data, predict, result_of
 
@@ -182,6 +185,33 @@ def test_refused(place, trained, tmp_path):
 
 HOLD = "import sys, time; from pathlib import Path; from anomalib_lite.runs.claim import claimed\n"
 HOLD += "with claimed(Path(sys.argv[1]), 'output'): print('held', flush=True); time.sleep(60)"
+
+
+def test_a_table_is_never_lost(tmp_path):
+    """What is no table of ours is refused and stays; half a first row is nothing yet; other line ends are read."""
+    file = tmp_path / "scores.csv"
+    for content in (b"path,score\n1,2\n", b"notes without a line end", b"a,b\r\nhalf", b"\xff\xfe\n"):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="not the table of a watched folder; choose another output=DIR"):
+            GrowingTable(file)
+        assert file.read_bytes() == content
+    head = "path,score,threshold,decision,ratio,modified"
+    for content in ("", head[:9], head, f"{head}\r\n", f"{head}\r\nhalf,"):
+        file.write_text(content, newline="")
+        GrowingTable(file).close()
+        assert file.read_bytes() == f"{head}\r\n".encode()
+    file.write_text(f"{head}\na.png,0.5,0.25,defective,2.0,17\na.png,0.1,0.25,good,0.4,18\nb.png,0")
+    with contextlib.closing(GrowingTable(file)) as table:
+        assert table.modified == {"a.png": 18}
+        assert (table.rows["a.png"].score, table.rows["a.png"].ratio) == (0.1, 0.4)
+        table.add(Prediction('odd "name",\n.png', 0.5, 0), 19)
+    with contextlib.closing(GrowingTable(file)) as table:
+        assert table.modified == {"a.png": 18, 'odd "name",\n.png': 19}
+    damaged = f"{head}\r\na.png,high,0.25,good,,18\r\n".encode()
+    file.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"not readable \(line 2: .*choose another output=DIR"):
+        GrowingTable(file)
+    assert file.read_bytes() == damaged
 
 
 def test_one_watch_at_a_time(place, tmp_path):
