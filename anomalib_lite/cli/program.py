@@ -41,10 +41,13 @@ def run(task: Callable[[Any], Any], config_name: str) -> None:
         hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name=config_name)(job)()
 
 
-def run_plain(task: Callable[[dict[str, Any]], None], usage: str | None, texts: Sequence[str]) -> None:
+def run_plain(
+    task: Callable[[dict[str, Any]], None], usage: str | None, texts: Sequence[str], flags: Sequence[str] = ()
+) -> None:
     """The same for a program whose arguments are all KEY=VALUE: runs `task(options)`.
 
     Values are read in Hydra's grammar, as in training. Those of the keys in `texts` (paths and names) stay as typed.
+    A key in `flags` may be written --KEY in place of KEY=true.
     """
     prepare()
     if {"-h", "--help"} & set(sys.argv[1:]):
@@ -53,6 +56,9 @@ def run_plain(task: Callable[[dict[str, Any]], None], usage: str | None, texts: 
     with reported(folder="output"), signals.as_interrupts():
         options: dict[str, Any] = {}
         for argument in sys.argv[1:]:
+            if argument.removeprefix("--") in flags and argument.startswith("--"):
+                options[argument.removeprefix("--")] = True
+                continue
             key, equals, text = argument.partition("=")
             if not equals or not key:
                 raise UserError(f"{argument}: arguments are KEY=VALUE; see --help")

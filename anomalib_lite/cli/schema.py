@@ -20,7 +20,7 @@ from anomalib_lite.cli.key_types import (  # isort: skip
     Names, NumberFrom0, Pool, Positive, Project, Share, Size, Tag, Text, Whole, WholeFrom0, refuse, require,
 )  # fmt: skip
 
-OBJECTIVE = re.compile(r"validation\.((image|pixel)_(auroc|ap|f1max)|aupro_\d+)")
+OBJECTIVE = re.compile(r"validation\.((image|pixel)_(auroc|ap|f1max)|aupro_\d+|pixel_(iou|dice))")
 Metric = Annotated[str, require(OBJECTIVE.fullmatch)]
 PLACES = "a folder, a list of folders, or a pattern such as 'parts/*/ok'"
 HELD_OUT = "a metric of held-out training images, such as validation.image_auroc: the test set chooses nothing"

@@ -48,6 +48,39 @@ def as_interrupts() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+class Request:
+    """Whether the user asked the program to end."""
+
+    made = False
+
+
+@contextlib.contextmanager
+def as_request() -> Iterator[Request]:
+    """In the block, Ctrl-C and SIGNALS only make the request, so that nothing is interrupted half way; a second Ctrl-C
+    interrupts. In another thread than the main one, no request is made.
+    """
+    request = Request()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def stop(number: int, frame: object) -> None:
+        if request.made and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.made = True
+
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGINT)}
+    for number, handler in before.items():
+        if handler not in (None, signal.SIG_IGN):
+            signal.signal(number, stop)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+
+
 def _stop(number: int, frame: object) -> None:
     global _received
     if not _deferred:

@@ -13,21 +13,12 @@ import jinja2
 from anomalib_lite.comparison.find_runs import Run, shorten
 from anomalib_lite.comparison.statistics import DRAWS
 from anomalib_lite.comparison.tables import COSTS, FEWEST_CATEGORIES, Cell, Column, Over, Row, Table, shots_text
-from anomalib_lite.metrics.curves import OVERLAPS
+from anomalib_lite.metrics.names import name_of
 
-HEADINGS = {"auroc": "AUROC", "ap": "AP", "f1max": "F1-max"}
 TEST_HEADINGS = ("method", "against", "difference", "corrected p", "categories")
 LATEX = {"\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 LATEX |= {"–": "--", "±": r"$\pm$", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 LATEX |= {character: f"\\{character}" for character in "&%$#_"}
-
-
-def name_of(metric: str) -> str:
-    """image_auroc is image AUROC, aupro_30 is AUPRO @0.3."""
-    level, _, name = metric.partition("_")
-    if level in OVERLAPS and name.isdigit():
-        return f"{OVERLAPS[level]} @{int(name) / 100:g}"
-    return f"{level} {HEADINGS[name]}" if name in HEADINGS else metric
 
 
 def heading(column: Column) -> str:

@@ -8,10 +8,11 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from anomalib_lite.comparison.export import heading, name_of
+from anomalib_lite.comparison.export import heading
 from anomalib_lite.comparison.tables import Table
 from anomalib_lite.comparison.worst_cases import best_rows, curves
 from anomalib_lite.metrics.curves import CURVES
+from anomalib_lite.metrics.names import name_of
 
 MOST_ROWS = 40  # the best ones: a dot plot of more is not legible
 STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}

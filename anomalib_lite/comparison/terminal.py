@@ -10,6 +10,7 @@ from rich.text import Text
 
 from anomalib_lite.comparison import export as texts
 from anomalib_lite.comparison.tables import COSTS, Cell, Column, Row, Table
+from anomalib_lite.metrics.names import name_of
 
 MOST_TESTS = 20  # pairs that the terminal shows; the other formats hold them all
 WIDEST = 44  # characters of a label in a line
@@ -36,7 +37,7 @@ def show(
         metrics: what the columns show, side by side.
         more: heading -> text of a row, for the columns of a further table.
     """
-    names = ", ".join(map(texts.name_of, metrics))
+    names = ", ".join(map(name_of, metrics))
     output.print(Text(f"{number}{table.title}: {names}", style="bold"), soft_wrap=True)
     label_width = min(max(len(row.label) for row in table.rows), WIDEST)
     for places in _blocks(table, metrics, output.width - label_width - 10):
@@ -51,7 +52,7 @@ def show(
         if table.shots:
             output.print(_shots_grid(table, metric))
             output.print()
-        _show_tests(output, table, metric, f"{texts.name_of(metric)}: " * (len(metrics) > 1))
+        _show_tests(output, table, metric, f"{name_of(metric)}: " * (len(metrics) > 1))
     label_width = min(max(len(row.full_label) for row in table.rows), WIDEST)
     if more:
         grid = _grid(["method", *more], label_width=label_width)
@@ -83,7 +84,7 @@ def _show_tests(output: Console, table: Table, metric: str, name: str) -> None:
 def _shots_grid(table: Table, metric: str) -> Grid:
     """One row per method and one column per number of shots."""
     first, *headings = texts.shots_headings(table)
-    grid = _grid([f"{texts.name_of(metric)}, {first}", *headings], label_width=WIDEST)
+    grid = _grid([f"{name_of(metric)}, {first}", *headings], label_width=WIDEST)
     for name, cells in table.over_shots(metric).items():
         grid.add_row(Text(name), *(_cell(cells.get(shots), with_sd=True) for shots in table.shots))
     return grid
@@ -117,7 +118,7 @@ def _blocks(table: Table, metrics: Sequence[str], room: int) -> list[list[Place]
 
 def _heading(place: Place, metrics: Sequence[str]) -> str:
     metric, column = place
-    return f"{texts.name_of(metric)}\n" * (len(metrics) > 1) + texts.heading(column)
+    return f"{name_of(metric)}\n" * (len(metrics) > 1) + texts.heading(column)
 
 
 def _cells(table: Table, places: Sequence[Place], metrics: Sequence[str], label_width: int) -> Grid:

@@ -1,8 +1,6 @@
 """Heat maps of the same images under every method, worst cases first, and curves: what a comparison shows of maps."""
 
-import base64
 import contextlib
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,7 +17,7 @@ from anomalib_lite.data.samples import load_mask, load_rgb
 from anomalib_lite.errors import UserError
 from anomalib_lite.metrics.curves import CURVES
 from anomalib_lite.paths import file_name
-from anomalib_lite.runs.heat_maps import colours, disagreement, outlined
+from anomalib_lite.runs.heat_maps import colours, data_uri, disagreement, outlined
 
 MOST_METHODS = 8  # in curves and heat maps: the best
 TILE = 128  # pixels of an image's thumbnail
@@ -129,7 +127,7 @@ def thumbnail(run_of: Mapping[Path, Run], path: str, masks: Callable[[Path], dic
             if sample := masks(root).get(path):
                 with contextlib.suppress(UserError):
                     picture = outlined(picture, load_mask(sample.mask, sample.dark_mask))
-            return _uri(Image.fromarray(picture), "JPEG", quality=85, subsampling=0)
+            return data_uri(Image.fromarray(picture), "JPEG", quality=85, subsampling=0)
     return ""
 
 
@@ -137,10 +135,4 @@ def heat_map(amap: np.ndarray, limits: dict[str, float]) -> str:
     """A map [h, w] as a PNG data URI in the colours of a run's figures, or from its minimum to its maximum."""
     amap = np.nan_to_num(amap)
     middle = {"background": float(amap.min()), "pixel": float(amap.min() + amap.max()) / 2}
-    return _uri(Image.fromarray(colours(amap, middle | limits)).quantize(COLOURS), "PNG", optimize=True)
-
-
-def _uri(picture: Any, kind: str, **options: Any) -> str:
-    content = io.BytesIO()
-    picture.save(content, kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"
+    return data_uri(Image.fromarray(colours(amap, middle | limits)).quantize(COLOURS), "PNG", optimize=True)

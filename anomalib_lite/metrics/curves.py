@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-OVERLAPS = {"aupro": "AUPRO", "spro": "sPRO"}  # metrics with a limit of the false positive rate, and their names
-
 
 class Curve(NamedTuple):
     """The keys of a curve's points in maps.npz, the names of its axes, and where its x axis ends."""

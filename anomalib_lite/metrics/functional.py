@@ -16,6 +16,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from anomalib_lite.metrics.names import overlap_key
+
 Array = NDArray[Any]
 Images = Array | list[Array]  # of one shape, or a list of 2-D arrays
 Metrics = dict[str, float | None]
@@ -65,7 +67,7 @@ def pixel_metrics(maps: Images, masks: Images, fpr_limits: Sequence[float] = (0.
         maps: [N, H, W], higher is more anomalous, any real dtype (float16 counts as float32); or a list of N maps
             [H_i, W_i], all pixels of which count alike.
         masks: as the maps, any nonzero pixel is anomalous. An empty mask adds no component.
-        fpr_limits: in (0, 1]; the key of a limit is its percentage in two digits, `aupro_30` for 0.3.
+        fpr_limits: in (0, 1]; `names.overlap_key` gives the key of each, `aupro_30` for 0.3.
 
     Returns:
         `pixel_auroc`, `pixel_ap`, `pixel_f1max`, `aupro_*` as fractions; all None where only one class is present.
@@ -76,9 +78,7 @@ def pixel_metrics(maps: Images, masks: Images, fpr_limits: Sequence[float] = (0.
     if not all(0 < limit <= 1 for limit in fpr_limits):
         raise ValueError(f"fpr_limits must lie in (0, 1], got {tuple(fpr_limits)}")
     vertices = _pixel_vertices(maps, masks)
-    aupro = {
-        f"aupro_{round(limit * 100):02d}": area_up_to(vertices, limit) if vertices else None for limit in fpr_limits
-    }
+    aupro = {overlap_key("aupro", limit): area_up_to(vertices, limit) if vertices else None for limit in fpr_limits}
     return _ranking("pixel", vertices) | aupro
 
 
@@ -164,12 +164,7 @@ def _image_vertices(scores: Array, labels: Array) -> Vertices | None:
 
 
 def _pixel_vertices(maps: Images, masks: Images) -> Vertices | None:
-    if isinstance(maps, list) and maps:
-        pairs = zip(maps, masks, strict=True)
-        checked = [_checked(f"map {i}", x, f"mask {i}", y, "[H, W]") for i, (x, y) in enumerate(pairs)]
-        maps, masks = [x for x, _ in checked], [y for _, y in checked]
-    else:
-        maps, masks = _checked("maps", np.asarray(maps), "masks", np.asarray(masks), "[N, H, W]")
+    maps, masks = checked_images(maps, masks)
     dtype = np.result_type(np.float32, *{amap.dtype for amap in maps})
     bounds = [len(maps) * i // _THREADS for i in range(_THREADS + 1)]
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -247,6 +242,15 @@ def _falling(scores: Array, areas: Array) -> tuple[Array, Array]:
 def _flip(bits: Array) -> Array:
     """From a float32's bits to an integer that falls as the float rises, and back."""
     return np.where(bits >> 31, bits, bits ^ np.uint32(0x7FFFFFFF))
+
+
+def checked_images(maps: Images, masks: Images) -> tuple[Images, Images]:
+    """The maps and masks as arrays. Raises ValueError where `pixel_metrics` does."""
+    if not (isinstance(maps, list) and maps):
+        return _checked("maps", np.asarray(maps), "masks", np.asarray(masks), "[N, H, W]")
+    pairs = zip(maps, masks, strict=True)
+    checked = [_checked(f"map {i}", x, f"mask {i}", y, "[H, W]") for i, (x, y) in enumerate(pairs)]
+    return [x for x, _ in checked], [y for _, y in checked]
 
 
 def _checked(name: str, values: Array, labels_name: str, labels: Array, shape: str) -> tuple[Array, Array]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from anomalib_lite.metrics.functional import Array, Metrics, area_up_to, curve_vertices
+from anomalib_lite.metrics.names import overlap_key
 
 
 class Region(NamedTuple):
@@ -39,7 +40,7 @@ def spro_metrics(
         maps: N maps [H_i, W_i], higher is more anomalous, any real dtype.
         regions: those of each image, [] for a normal one. They may overlap. Pixels in none of them are normal. A region
             without a pixel counts nothing.
-        fpr_limits: in (0, 1]; the key of a limit is its percentage in two digits, `spro_05` for 0.05.
+        fpr_limits: in (0, 1]; the key of a limit is that of `names.overlap_key`, `spro_05` for 0.05.
 
     Returns:
         `spro_*` as fractions; None without a region or without a normal pixel.
@@ -67,7 +68,7 @@ def spro_metrics(
     score, share = np.concatenate(scores), np.concatenate(shares)
     order = np.lexsort((share, -score))
     vertices = curve_vertices([np.sort(np.concatenate(negatives))], score[order], share[order])
-    return {f"spro_{round(100 * x):02d}": area_up_to(vertices, x) if vertices else None for x in fpr_limits}
+    return {overlap_key("spro", x): area_up_to(vertices, x) if vertices else None for x in fpr_limits}
 
 
 def _worth(scores: Array, saturation: float) -> tuple[Array, Array]:

@@ -45,7 +45,7 @@ def thresholds_of(run: Path, category: str | None, quantile: float | None) -> di
     """A run's thresholds for a category, at the run's or another quantile.
 
     Returns:
-        `category`, `image`, `pixel`, `background` and `images`, as `per_category.thresholds` has them.
+        `category`, and `image`, `pixel`, `background`, `images` and `quantile` as `per_category.thresholds` has them.
 
     Raises:
         UserError: the category is not one of the run's, the quantile is invalid, or maps.npz can't be read.
@@ -67,7 +67,8 @@ def thresholds_of(run: Path, category: str | None, quantile: float | None) -> di
         except Exception as error:  # of a damaged archive: BadZipFile, zlib.error, KeyError, ...
             raise UserError(f"{run / folder.MAPS}: not readable, so quantile= can't be changed ({error})") from error
         stored = thresholds(normal, quantile)
-    return {"category": category or names[0]} | stored["per_category"][category or names[0]]
+    chosen = {"category": category or names[0], "quantile": stored["quantile"]}
+    return chosen | stored["per_category"][category or names[0]]
 
 
 def write_scores(run: Path, outputs: dict[str, Any]) -> None:

@@ -33,6 +33,8 @@ CLAIM = ".running"  # names the process that works in the folder, see `claim`
 #: written by `predict`, beside SCORES
 HEATMAPS = "heatmaps"
 OVERLAYS = "overlays"
+REPORT = "report.html"
+WATCH = "watch.json"  # what a folder is watched with
 
 
 def checkpoint(run: Path) -> Path:

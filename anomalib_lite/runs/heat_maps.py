@@ -3,6 +3,10 @@
 Imports nothing heavy.
 """
 
+import base64
+import io
+from typing import Any
+
 import cv2
 import numpy as np
 
@@ -54,6 +58,13 @@ def overlay(image: np.ndarray, amap: np.ndarray, threshold: dict[str, float]) ->
     """An RGB image [H, W, 3] under its map [H, W]."""
     opacity = (0.2 + 0.6 * _level(amap, threshold))[..., None]
     return (image * (1 - opacity) + colours(amap, threshold) * opacity).astype(np.uint8)
+
+
+def data_uri(picture: Any, kind: str, **options: Any) -> str:
+    """A Pillow image as text that a page holds in place of a file; `kind` and `options` are those of `Image.save`."""
+    content = io.BytesIO()
+    picture.save(content, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def _level(amap: np.ndarray, threshold: dict[str, float]) -> np.ndarray:

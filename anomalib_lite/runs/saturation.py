@@ -10,6 +10,7 @@ from anomalib_lite.data.image_files import read_values
 from anomalib_lite.data.masks import mask_files
 from anomalib_lite.data.samples import Sample
 from anomalib_lite.data.transforms import resize_mask
+from anomalib_lite.metrics.names import overlap_key
 from anomalib_lite.metrics.spro import Region, spro_metrics
 
 
@@ -40,7 +41,7 @@ def add_spro(
             chosen = [i for i in found if not test["labels"][i] or test["defects"][i] == defect]
             of_kind |= spro_metrics([test["maps"][i] for i in chosen], [found[i] for i in chosen], limits)
         for limit in limits:
-            key = f"spro_{round(100 * limit):02d}"
+            key = overlap_key("spro", limit)
             values = [of_kind[key] for of_kind in kinds.values() if of_kind[key] is not None]
             metrics[key] = float(np.mean(values)) if values else None
     return list(notes.values())

@@ -97,10 +97,11 @@ def measure(
     Args:
         scoring: the `scoring` group of the configuration. outputs: as `Evaluation.gather` returns them.
     """
-    limits, test = scoring["fpr_limits"], outputs[TEST]
-    per_category, reasons = category_metrics(test, data.has_masks, limits)
-    per_defect = defect_metrics(test, data.has_masks, limits)
-    reasons += add_spro(per_category, per_defect, data, test, limits)
+    test, chosen = outputs[TEST], thresholds(normal_columns(outputs), scoring["quantile"])
+    at = scoring["fpr_limits"], chosen["per_category"]
+    per_category, reasons = category_metrics(test, data.has_masks, *at)
+    per_defect = defect_metrics(test, data.has_masks, *at)
+    reasons += add_spro(per_category, per_defect, data, test, scoring["fpr_limits"])
     mean, partial_means = mean_metrics(per_category)
     groups: dict[str, Metrics] = {
         name: mean_metrics({category: per_category[category] for category in members})[0]
@@ -110,8 +111,7 @@ def measure(
     validation = None
     if data.val_samples:
         all_have_masks = dict.fromkeys(data.categories, True)
-        validation = mean_metrics(category_metrics(outputs[HELD_OUT], all_have_masks, limits)[0])[0]
-    chosen = thresholds(normal_columns(outputs), scoring["quantile"])
+        validation = mean_metrics(category_metrics(outputs[HELD_OUT], all_have_masks, *at)[0])[0]
     content = {
         "metrics": mean,
         "per_category": per_category,

@@ -9,9 +9,10 @@ from rich import box
 from rich.table import Table
 
 from anomalib_lite.console import make_console
-from anomalib_lite.metrics.curves import OVERLAPS
+from anomalib_lite.metrics.names import name_of
 from anomalib_lite.runs import folder
 
+BELOW = ("aupimo", "pixel_iou", "pixel_dice")  # metrics in a line below the table, which is wide enough
 #: messages about what is intended here
 EXPECTED_WARNINGS = (
     r".*have no `validation_step`.*",
@@ -38,27 +39,20 @@ def silence_libraries() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def heading(key: str) -> str:
-    """A metric's key as a heading of two lines: image_auroc is image AUROC, aupro_30 is AUPRO @0.3."""
-    level, name = key.split("_")
-    if level in OVERLAPS:
-        return f"{OVERLAPS[level]}\n@{int(name) / 100:g}"
-    return f"{level}\n{ {'f1max': 'F1-max'}.get(name, name.upper()) }"
-
-
 def metrics_table(result: dict[str, Any]) -> Table:
     """The metrics per category and their mean, in percent."""
     title = f"{result['method']} on {result['dataset']} ({result['setting']}), seed {result['seed']}, in percent"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("\ncategory", overflow="fold")
-    for key in result["metrics"]:
-        table.add_column(heading(key), justify="right", no_wrap=True)
+    keys = [key for key in result["metrics"] if key not in BELOW]
+    for key in keys:
+        table.add_column(name_of(key).replace(" ", "\n"), justify="right", no_wrap=True)
     rows = list(result["per_category"].items())
     means = [(f"{name} mean", metrics) for name, metrics in (result["groups"] or {}).items()]
     means += [("mean", result["metrics"])] * (len(rows) > 1)
     for part in (rows, means):
         for name, metrics in part:
-            table.add_row(name, *("–" if value is None else f"{100 * value:.1f}" for value in metrics.values()))
+            table.add_row(name, *("–" if metrics[key] is None else f"{100 * metrics[key]:.1f}" for key in keys))
         table.add_section()
     return table
 
@@ -66,6 +60,11 @@ def metrics_table(result: dict[str, Any]) -> Table:
 def summary_lines(run: Path, result: dict[str, Any]) -> list[str]:
     """Held-out metrics, costs, times, decisions, and where the files are."""
     lines = []
+    further = [
+        f"{name_of(key)} {100 * value:.1f}" for key in BELOW if (value := result["metrics"].get(key)) is not None
+    ]
+    if further:
+        lines.append(f"{', '.join(further)} (IoU and Dice at the pixel threshold)")
     if result["validation"]:
         values = [f"{key} {100 * value:.1f}" for key, value in result["validation"].items() if value is not None]
         lines.append(f"held-out training images: {', '.join(values)}")

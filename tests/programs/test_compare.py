@@ -213,7 +213,7 @@ def page(write, tmp_path) -> Path:
     sample_runs(write)
     outcome = compare(write.root, "--html", tmp_path / "deep" / "page.html", "--plots", tmp_path / "plots")
     assert outcome.code == 0, outcome.err
-    assert len(list((tmp_path / "plots").glob("*.png"))) == 8 + 2
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 11 + 2  # metrics, and curves
     return tmp_path / "deep" / "page.html"
 
 

@@ -109,16 +109,17 @@ def pictures_in(folder: Path) -> dict[str, tuple[int, int]]:
 def test_sizes_modes_and_formats(trained, photographs, tmp_path):
     predicted(trained, photographs, tmp_path)
     rows = rows_of(tmp_path / "scores.csv")
-    assert list(rows[0]) == ["path", "score", "threshold", "decision"]
+    assert list(rows[0]) == ["path", "score", "threshold", "decision", "ratio"]
     assert {row["path"] for row in rows} == set(PHOTOGRAPHS)
     threshold = threshold_of(trained)
     for row in rows:
         assert float(row["threshold"]) == threshold
         assert row["decision"] == ("defective" if float(row["score"]) > threshold else "good")
+        assert float(row["ratio"]) == float(row["score"]) / threshold
     sizes = {f"{name}.png": picture().size for name, picture in PHOTOGRAPHS.items()}
     assert pictures_in(tmp_path / "heatmaps") == sizes
     assert pictures_in(tmp_path / "overlays") == sizes
-    assert {path.name for path in tmp_path.iterdir()} == {"scores.csv", "heatmaps", "overlays"}
+    assert {path.name for path in tmp_path.iterdir()} == {"scores.csv", "report.html", "heatmaps", "overlays"}
 
 
 def test_a_single_image(trained, photographs, tmp_path):
@@ -144,7 +145,7 @@ def test_again_is_the_same(trained, photographs, tmp_path):
     for name in ("first", "second"):
         predicted(trained, photographs, tmp_path / name)
     files = [file.relative_to(tmp_path / "first") for file in (tmp_path / "first").rglob("*") if file.is_file()]
-    assert len(files) == 1 + 2 * len(PHOTOGRAPHS)
+    assert len(files) == 2 + 2 * len(PHOTOGRAPHS)
     assert all((tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes() for file in files)
 
 
@@ -248,6 +249,29 @@ def test_quantile(trained, root, tmp_path):
         }
     below = [row["decision"] for row in rows_of(tmp_path / "0.1" / "scores.csv")]
     assert below.count("defective") == 9
+
+
+def test_own_threshold(trained, photographs, tmp_path):
+    scores = predicted(trained, photographs, tmp_path / "own")
+    limit = sorted(scores.values())[4]
+    for name, threshold in (("middle", limit), ("zero", 0), ("below", -1.5)):
+        predicted(trained, photographs, tmp_path / name, f"threshold={threshold!r}", "report=0")
+        rows = rows_of(tmp_path / name / "scores.csv")
+        assert {row["path"]: float(row["score"]) for row in rows} == scores
+        assert {row["path"] for row in rows if row["decision"] == "defective"} == {
+            path for path, score in scores.items() if score > threshold
+        }
+        assert {float(row["threshold"]) for row in rows} == {threshold}
+        ratios = {row["path"]: row["ratio"] for row in rows}
+        if threshold > 0:
+            assert {path: float(ratio) for path, ratio in ratios.items()} == {
+                p: s / threshold for p, s in scores.items()
+            }
+        else:
+            assert set(ratios.values()) == {""}
+        assert not (tmp_path / name / "report.html").exists()
+    arguments = [f"run={trained}", f"input={photographs}", f"output={tmp_path / 'both'}", "threshold=1", "quantile=0.9"]
+    assert_refused(predict(*arguments), "threshold=1 and quantile=0.9: give one of them")
 
 
 def test_category_of_a_unified_run(unified, photographs, tmp_path):
@@ -357,6 +381,11 @@ OPTIONS = {
     "quantile=2": "quantile=2: give a share above 0 and at most 1",
     "quantile=0": "quantile=0: give a share",
     "quantile=high": "quantile=high: give a share",
+    "threshold=high": "threshold=high: give a number, such as 0.5",
+    "threshold=nan": "threshold=nan: give a number",
+    "threshold=true": "threshold=True: give a number",
+    "report=-1": "report=-1: give a whole number from 0",
+    "watch=maybe": "watch=maybe: give true or false",
     "category=cap": "category=cap: this run's categories are bottle",
     "foo=1": "foo: no such option; see --help",
     "foo": "foo: arguments are KEY=VALUE; see --help",

@@ -38,6 +38,7 @@ KEYS = {
 }  # fmt: skip
 METRICS = {
     "image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "aupro_30", "aupro_05",
+    "aupimo", "pixel_iou", "pixel_dice",
 }  # fmt: skip
 
 

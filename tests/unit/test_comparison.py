@@ -178,6 +178,31 @@ def test_missing_categories_and_null_metrics(write):
     assert "–" in outcome.out
 
 
+def test_runs_of_before_without_aupimo_and_overlap(write):
+    new = {"aupimo": 0.4, "pixel_iou": 0.3, "pixel_dice": 0.5}
+    for method in ("old", "new"):
+        for seed in (0, 1):
+            write(method, seed=seed)
+    for folder in write.root.iterdir():
+        result = json.loads((folder / "result.json").read_text())
+        metrics = result["per_category"]["bottle"]
+        if result["method"] == "new":
+            metrics |= new | {"aupimo": None if result["seed"] else 0.4}
+        else:
+            result["per_category"]["bottle"] = {key: value for key, value in metrics.items() if key not in new}
+        (folder / "result.json").write_text(json.dumps(result))
+    (table,) = tables(write)
+    assert set(new) < set(table.metrics)
+    cells = {row.method: table.cells(row, "pixel_dice").get("bottle") for row in table.rows}
+    assert (cells["old"], cells["new"] and (cells["new"].mean, cells["new"].seeds)) == (None, (0.5, 2))
+    for metric in new:
+        outcome = compare(write.root, "--metric", metric)
+        assert (outcome.code, outcome.err) == (0, "")
+        assert {"aupimo": "AUPIMO", "pixel_iou": "pixel IoU", "pixel_dice": "pixel Dice"}[metric] in outcome.out
+        assert f"without {metric} of bottle: old" in outcome.out
+    assert "AUPIMO" not in compare(write.root).out
+
+
 def test_paired_tests(write):
     names = [f"k{i}" for i in range(6)]
     for i, name in enumerate(names):

@@ -97,7 +97,7 @@ def test_equals_slow(kind, seed):
     maps = draw(kind, rng, masks)
     limits = (0.3, 0.05, 0.123, 1.0)
     got = pixel_metrics(maps, masks, limits)
-    assert list(got) == [*PIXEL, "aupro_12", "aupro_100"]
+    assert list(got) == [*PIXEL, "aupro_123", "aupro_100"]
     expected = slow_ranking(maps, masks) + [slow_aupro(maps, masks, limit) for limit in limits]
     close(got, expected)
     got = image_metrics(maps.ravel(), masks.ravel())
