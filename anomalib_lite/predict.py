@@ -9,7 +9,7 @@ output=DIR      a folder for scores.csv (path, score, threshold, decision), heat
                 scores.csv yet
 category=NAME   the category whose thresholds are used; needed for a model of several categories
 quantile=0.99   thresholds at this quantile over the run's normal training images (default: as in the run)
-batch_size=32   images per batch
+batch_size=32   images per batch; of a run with data.tiling, tiles per batch, and at most as many as in the run
 workers=0       processes that read the images
 device=auto     auto, cpu or gpu
 
@@ -61,6 +61,8 @@ def predict(options: dict[str, Any]) -> None:
 
     silence_libraries()
     limits = thresholds_of(run, options["category"] or None, options["quantile"])
+    if cfg["data"].get("tiling"):  # images come one by one, and their tiles in batches
+        cfg["data"]["eval_batch_size"] = min(options["batch_size"], cfg["data"]["eval_batch_size"])
     model, data = load(checkpoint, cfg, options["device"])
     make_folder(output, "output")
     batches = data.new_dataloader(

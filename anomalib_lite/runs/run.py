@@ -76,7 +76,9 @@ def execute(
     with build.all_ranks(trainer):
         fit = fit and not stored.get("finished", False)  # a run that was interrupted in its test is trained already
         cache: dict[str, Any] = {"used": False}
-        if model.frozen_features:
+        if data.tiling:
+            cache["why"] = "features of tiles are not stored"
+        elif model.frozen_features:
             with enough_memory(lambda: "data.eval_batch_size", cfg):
                 data, cache = with_features(cfg, trainer, data, model, fit)
         if fit:
@@ -192,6 +194,11 @@ def measured_batch_size(cfg: dict[str, Any], data: AnomalyDataModule, cache: dic
 
 def notes_of(cfg: dict[str, Any], data: AnomalyDataModule, model: AnomalyModule) -> list[str]:
     notes = [*data.notes, *model.notes()]
+    if data.tiling and data.train_samples and model.total_steps:
+        most = max(data.tile_counts[sample.path] for sample in data.train_samples)
+        epochs = -(-model.total_steps // data.batches_per_epoch)
+        seen = f"{epochs} of up to {most} tiles" if epochs < most else "all tiles"
+        notes.append(f"data.tiling: every epoch of training sees one tile of each image; {epochs} epochs saw {seen}")
     if model.backbone is not None and cfg["backbone"]["weights"] == "none":
         notes.append("the backbone's weights are random")
     if data.balanced and not model.total_steps:
