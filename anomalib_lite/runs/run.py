@@ -76,9 +76,7 @@ def execute(
     with build.all_ranks(trainer):
         fit = fit and not stored.get("finished", False)  # a run that was interrupted in its test is trained already
         cache: dict[str, Any] = {"used": False}
-        if data.tiling:
-            cache["why"] = "features of tiles are not stored"
-        elif model.frozen_features:
+        if model.frozen_features:
             with enough_memory(lambda: "data.eval_batch_size", cfg):
                 data, cache = with_features(cfg, trainer, data, model, fit)
         if fit:
@@ -179,6 +177,8 @@ def with_features(
 ) -> tuple[AnomalyDataModule, dict[str, Any]]:
     """The data with the frozen backbone's features in its batches, and result.json's `cache`."""
     assert model.backbone is not None
+    if data.tiling:
+        return data, {"used": False, "why": "features of tiles are not stored"}
     cache = cfg.get("cache") or {"enabled": False}  # a stored run of an earlier version has none
     memory_gb = cfg["hardware"]["feature_memory_gb"]
     stored, report = precompute(trainer, data, model.backbone, cache, memory_gb, fit, model.kept, model.keeps)

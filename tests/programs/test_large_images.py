@@ -24,14 +24,14 @@ print("peak", next(1024 * int(x.split()[1]) for x in Path("/proc/self/status").o
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Three training images, a good and a defective test image with its mask: clouds with a dark line."""
+    """Two training images, a good and a defective test image with its mask: clouds with a dark line."""
     root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for name in ("train/good/0", "train/good/1", "train/good/2", "test/good/0", "test/scratch/0"):
+    for name in ("train/good/0", "train/good/1", "test/good/0", "test/scratch/0"):
         image = cv2.resize(rng.integers(60, 200, (30, 40, 3), np.uint8), (4000, 3000), interpolation=cv2.INTER_CUBIC)
         mask = np.zeros((3000, 4000), np.uint8)
         cv2.line(mask, (1000, 900), (1500, 1300), 255, 12)
         file = root / "part" / f"{name}.jpg"
-        file.parent.mkdir(parents=True) if not file.parent.exists() else None
+        file.parent.mkdir(parents=True, exist_ok=True)
         if "scratch" in name:
             image[mask > 0] = 10
             (root / "part/ground_truth/scratch").mkdir(parents=True)
@@ -50,8 +50,7 @@ def peak(program: str, *arguments: str | Path) -> float:
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("norm_occ", ["trainer.max_epochs=2"]),
-        ("norm_occ_closed_form", []),
+        ("norm_occ", ["trainer.max_epochs=1"]),
         ("ssae", ["trainer.max_epochs=null", "trainer.max_steps=2", "method.width=16"]),
         ("patchcore", ["backbone.layers=[3]", "method.coreset=0.001", "scoring.map_size=[750,1000]"]),
     ],
@@ -64,10 +63,12 @@ def test_peak_memory(method, options, root, tmp_path, capsys):
     ]  # fmt: skip
     found = {"train": peak("train", *runs.folder_data(root, "part"), f"method={method}", *common, *options,
                            f"hydra.run.dir={run}")}  # fmt: skip
-    found["predict"] = peak("predict", f"run={run}", f"input={root / 'part' / 'test'}", f"output={tmp_path / 'out'}")
+    found["predict"] = peak(
+        "predict", f"run={run}", f"input={root / 'part' / 'test' / 'scratch'}", f"output={tmp_path / 'out'}"
+    )
     result = json.loads((run / "result.json").read_text())
     with capsys.disabled():
         print(f"\n{method}: " + ", ".join(f"{program} {gib:.2f} GiB" for program, gib in found.items()))
     assert max(found.values()) < 2
     assert not [note for note in result["notes"] if "left out" in note]
-    assert sorted(path.name for path in (run / "figures").iterdir())[0] == "part.png"
+    assert (run / "figures" / "part.png").exists()
