@@ -13,7 +13,7 @@ threshold=0.5   a threshold of your own for the scores, in place of a quantile
 report=50       number of images on the page report.html at most, highest scores first; 0: no page
 watch=true      (or --watch) score the images in the folder, then new ones as they arrive, until Ctrl-C or SIGTERM; the
                 input is a folder or a list of folders, which may be empty
-batch_size=32   images per batch
+batch_size=32   images per batch; of a run with data.tiling, tiles per batch, and at most as many as in the run
 workers=0       processes that read the images
 device=auto     auto, cpu or gpu
 
@@ -78,6 +78,8 @@ def predict(options: dict[str, Any]) -> None:
         "threshold": f"{limits['image']:.6g} ({source})", "method": names["method"], "category": limits["category"],
         "run": str(run), "input": options["input"],
     }  # fmt: skip
+    if cfg["data"].get("tiling"):  # images come one by one, and their tiles in batches
+        cfg["data"]["eval_batch_size"] = min(options["batch_size"], cfg["data"]["eval_batch_size"])
     model, data = load(checkpoint, cfg, options["device"])
     make_folder(output, "output")
     with claimed(output, "output"):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
 
 @dataclass(frozen=True)
@@ -82,3 +82,23 @@ class Box(Smoothing):
 
 class Pool(Smoothing):
     pool: Whole
+
+
+class Tiles(BaseModel, strict=True, extra="forbid"):
+    """The options of data.tiling."""
+
+    size: Size
+    overlap: WholeFrom0 = 0
+    image_size: Size | Literal["original"] = "original"
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Tiles":
+        if self.overlap >= (self.size if isinstance(self.size, int) else min(self.size)):
+            raise ValueError
+        return self
+
+
+TilingKey = Annotated[
+    Tiles | None,
+    Key("{size: 512, overlap: 64}: sides from 16, an overlap from 0 below them; with image_size: SIZE or not; or null"),
+]

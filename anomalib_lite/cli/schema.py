@@ -17,7 +17,7 @@ from anomalib_lite.errors import UserError
 
 from anomalib_lite.cli.key_types import (  # isort: skip
     ALWAYS, FLAG, GIGABYTES, NAME, SECONDS, SHARE, SIZE, SMOOTH, WHOLE, WHOLE_OR_NULL, Auto, Box, Ends, Gauss, Key,
-    Names, NumberFrom0, Pool, Positive, Project, Share, Size, Tag, Text, Whole, WholeFrom0, refuse, require,
+    Names, NumberFrom0, Pool, Positive, Project, Share, Size, Tag, Text, TilingKey, Whole, WholeFrom0, refuse, require,
 )  # fmt: skip
 
 OBJECTIVE = re.compile(r"validation\.((image|pixel)_(auroc|ap|f1max)|aupro_\d+|pixel_(iou|dice))")
@@ -61,6 +61,7 @@ class Data(Group):
     normalize: Annotated[Literal["imagenet", "none", "backbone"], Key("imagenet, none or backbone")]
     treatment: Annotated[Literal["auto", "object", "texture"], Key("auto, object or texture")] = "object"
     texture_size: Annotated[Size | Literal["original"], Key(f"{SIZE}, or original")] = "original"
+    tiling: TilingKey = None
     drop_last: Annotated[bool, Key(FLAG)]
     balanced: Annotated[bool | None, Key(FLAG)] = None
     copies: Annotated[Whole, Key(WHOLE)] = 1

@@ -84,11 +84,12 @@ class Run:
 
     def hyperparameters(self) -> dict[str, str]:
         """Everything but the seed that makes a run another experiment, as {key: JSON}."""
-        from anomalib_lite.cli.schema import is_free  # here: --help needs no pydantic
+        from anomalib_lite.cli.schema import defaults, is_free  # here: --help needs no pydantic
 
+        known = defaults() | flat(self.config) if self.config else {}
         found = {
             key: value
-            for key, value in flat(self.config).items()
+            for key, value in known.items()
             if not is_free(key, "compare")
             and key.rpartition(".")[2] not in ("seed", "_partial_", "_convert_", "_recursive_")
         }

@@ -36,6 +36,10 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise UserError(f"data.{option}={options[option]}: choose {' or '.join(choices)}")
     if options["transform"] is not None and options["treatment"] == "texture":
         raise UserError("data.treatment=texture: goes without data.transform; give data.texture_size and data.augment")
+    if options["tiling"] and options["treatment"] == "texture":
+        raise UserError("data.tiling: goes without data.treatment=texture; give data.treatment=object")
+    if options["tiling"] and options["transform"] is not None:
+        raise UserError("data.tiling: goes without data.transform; give data.tiling.image_size and data.augment")
     if options["transform"] is not None and options["map_size"] == "original":
         raise UserError(
             "scoring.map_size=original: goes without data.transform, which may crop or turn the image; give "

@@ -19,9 +19,10 @@ from anomalib_lite.data.dataset import AnomalyDataset, MapSize, NewImages, colla
 from anomalib_lite.data.held_out import fingerprint, hold_out
 from anomalib_lite.data.loader import AnomalyLoader, StoredFeatures, worker_count
 from anomalib_lite.data.sampler import TrainBatchSampler, rank_and_world
-from anomalib_lite.data.samples import DataSet, Sample
-from anomalib_lite.data.transforms import Crop, Pipeline, Resize, pair
-from anomalib_lite.data.treatment import is_texture
+from anomalib_lite.data.samples import DataSet, Sample, test_counts
+from anomalib_lite.data.tiling import Tiling
+from anomalib_lite.data.transforms import Pipeline, pair
+from anomalib_lite.data.treatment import prepare
 from anomalib_lite.data.trial import try_out
 from anomalib_lite.errors import UserError
 
@@ -54,6 +55,8 @@ class AnomalyDataModule(L.LightningDataModule):
             test and prediction the whole image, both at `texture_size`. "auto": by data.treatment.TEXTURES.
         texture_size: A side, [height, width], or "original", where nothing is resized and images are evaluated one by
             one, with maps of their own sizes.
+        tiling: Arguments of `tiling.Tiling`: images are cut into tiles, whose size is the `image_size`. Training sees a
+            tile of every image per epoch, test and prediction whole images one by one, which the method cuts.
         map_size: Size at which evaluated masks come as `gt_mask`: (H, W), or "original" for each image's own size,
             which then comes as `size`. Not with a `transform`, which may move pixels.
         first_batch: Number of batches that a resumed run has trained on: the training loader continues after them.
@@ -90,6 +93,7 @@ class AnomalyDataModule(L.LightningDataModule):
         corrupt: Callable[..., tuple[np.ndarray, np.ndarray]] | None = None,
         treatment: str = "object",
         texture_size: int | Sequence[int] | str = "original",
+        tiling: dict[str, Any] | None = None,
         map_size: int | Sequence[int] | str | None = None,
         first_batch: int = 0,
         ranks: Callable[[], tuple[int, int]] = rank_and_world,
@@ -99,7 +103,9 @@ class AnomalyDataModule(L.LightningDataModule):
     ):
         super().__init__()
         self.reader, self.root, self.category, self.name = reader, root, category, name
-        self.image_size = pair(image_size)
+        self.tiling = Tiling(**tiling, batch=eval_batch_size) if tiling else None
+        self.tile_counts = dict[Path, int]()  # with tiling, the number of tiles of each image
+        self.image_size = self.tiling.size if self.tiling else pair(image_size)
         self.map_size: MapSize = map_size if map_size is None or isinstance(map_size, str) else pair(map_size)
         self.batch_size, self.eval_batch_size, self.workers = batch_size, eval_batch_size, workers
         self.val_fraction, self.seed, self.split, self.check = val_fraction, seed, split, check
@@ -118,24 +124,10 @@ class AnomalyDataModule(L.LightningDataModule):
 
     def _build_pipelines(self, categories: list[str]) -> None:
         """The transforms, once it is known whether the categories are textures."""
-        treatment = "object" if self.treatment == "auto" and self.transform is not None else self.treatment
-        self.texture, notes = is_texture(treatment, self.name, categories)
+        self.texture, self.test_size, self.eval_pipeline, self.train_pipeline, notes = prepare(self, categories)
         self.notes += notes
-        #: (H, W) of images in test, or "original": each has its own
-        self.test_size: tuple[int, int] | str = self.image_size
-        transform, crop = self.transform, []
-        if self.texture:
-            self.test_size = self.texture_size if self.texture_size == "original" else pair(self.texture_size)  # type: ignore
-            crop = [Crop(self.image_size)]
-        if transform is None:
-            transform = [] if isinstance(self.test_size, str) else [Resize(self.test_size, self.resample)]
-        if self.test_size == "original":
-            self.eval_batch_size, self.map_size = 1, self.map_size or "original"
-        values = {"normalize": self.normalize, "value_range": self.pixels.value_range}
-        self.eval_pipeline = Pipeline(transform, **values)  # type: ignore[arg-type]
-        augment = [*crop, *self.augment] if crop else self.augment
-        # The same object where training prepares images as test does: features are stored for one pipeline.
-        self.train_pipeline = Pipeline(transform, augment, **values) if augment else self.eval_pipeline  # type: ignore
+        if self.test_size == "original" or self.tiling:  # images are evaluated one by one
+            self.eval_batch_size, self.map_size = 1, self.map_size or self.test_size
 
     def setup(self, stage: str | None = None) -> None:
         """Read, check, split and hold out, once; `stage` does not matter."""
@@ -165,14 +157,12 @@ class AnomalyDataModule(L.LightningDataModule):
         self.train_samples, self.val_samples, notes = hold_out(data.train, self.val_fraction, self.seed)
         self.notes += notes
         self.train_counts = {c: sum(s.category == c for s in self.train_samples) for c in self.categories}
-        self.test_counts, self.has_masks = {}, {}
-        for category in self.categories:
-            test = [s for s in self.test_samples if s.category == category]
-            defective = [s for s in test if s.label]
-            self.test_counts[category] = {"good": len(test) - len(defective), "defective": len(defective)}
-            # Pixel metrics need defective test images, all of which have a mask.
-            self.has_masks[category] = bool(defective) and all(s.mask for s in defective)
-        try_out(self, {path: header.size for path, header in headers.items()})
+        self.test_counts, self.has_masks = test_counts(self.test_samples, self.categories)
+        sizes = {path: header.size for path, header in headers.items()}
+        if self.tiling:
+            self.tile_counts = self.tiling.counts(sizes)
+            self.notes.append(self.tiling.note(self.tile_counts))
+        try_out(self, sizes)
         self._ready = True
 
     # --- loaders ---
@@ -202,11 +192,19 @@ class AnomalyDataModule(L.LightningDataModule):
         batches = self._train_batches(self.first_batch if first_batch is None else first_batch)
         return self._loader(self._train_images(), persistent=True, batch_sampler=batches)
 
+    def fit_keys(self) -> list[tuple[int, int]]:
+        """(copy, position) of all copies of the training images; with tiling of all their tiles, image by image."""
+        counts = [self.copies * self.tile_counts.get(sample.path, 1) for sample in self.train_samples]
+        keys = [(copy, i) for copy in range(max(counts)) for i, count in enumerate(counts) if copy < count]
+        return sorted(keys, key=lambda key: key[1]) if self.tiling else keys
+
     def fit_dataloader(self) -> AnomalyLoader:
-        """All copies of the training images, in order, prepared as in the first epochs: for methods in closed form."""
-        keys: list[Any] = [(copy, index) for copy in range(self.copies) for index in range(len(self.train_samples))]
-        batches = list(BatchSampler(keys, self.eval_batch_size, drop_last=False))
-        return self._loader(self._train_images(), persistent=False, batch_sampler=batches)
+        """The images of `fit_keys`, prepared as in the first epochs: for methods in closed form."""
+        batch_size = self.tiling.batch if self.tiling else self.eval_batch_size
+        batches = list(BatchSampler(self.fit_keys(), batch_size, drop_last=False))  # type: ignore[arg-type]
+        images = self._train_images()
+        images.keeps_last = self.tiling is not None
+        return self._loader(images, persistent=False, batch_sampler=batches)
 
     def train_eval_dataloader(self, sharded: bool = False) -> AnomalyLoader:
         """The training images once, in order, prepared as in test: all of them on each rank, or a share of them."""
@@ -228,7 +226,7 @@ class AnomalyDataModule(L.LightningDataModule):
     def new_dataloader(self, files: Sequence[Path], category: int, batch_size: int, workers: int) -> DataLoader:
         """Images that belong to no data set, in order; `damaged` of a batch lists what could not be read of it."""
         images = NewImages(files, category, self.eval_pipeline)
-        batch_size = 1 if self.test_size == "original" else batch_size
+        batch_size = 1 if self.test_size == "original" or self.tiling else batch_size
         return DataLoader(images, batch_size, num_workers=workers, collate_fn=collate_readable)
 
     def plain_dataloader(self, paths: Sequence[str], batch_size: int) -> DataLoader:

@@ -79,6 +79,8 @@ class AnomalyDataset(Dataset):
         self.pipeline = pipeline
         self.seed = seed
         self.images, self.map_size = images, map_size
+        #: whether the last decoded image is kept, for items that are parts of one image
+        self.keeps_last, self.last = False, dict[Path, tuple[np.ndarray, np.ndarray]]()
         self.corrupt, self.pairs = corrupt, pairs or corrupt is not None
         #: whether an item's image may differ from the pipeline's output for the file
         self.corrupts = corrupt is not None or any(sample.defect == CORRUPTED for sample in samples)
@@ -100,9 +102,18 @@ class AnomalyDataset(Dataset):
             raise LoadError(str(error)) from None
         return item
 
-    def _load(self, sample: Sample, epoch: int, index: int) -> dict[str, Any]:
+    def _decoded(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        """The image uint8 [H, W, 3] and its mask bool [H, W]."""
+        if sample.path in self.last:
+            return self.last[sample.path]
         image = self.pipeline.load(sample.path)
         mask = np.zeros(image.shape[:2], bool) if sample.mask is None else load_mask(sample.mask, sample.dark_mask)
+        if self.keeps_last:
+            self.last = {sample.path: (image, mask)}
+        return image, mask
+
+    def _load(self, sample: Sample, epoch: int, index: int) -> dict[str, Any]:
+        image, mask = self._decoded(sample)
         clean, target = self.pipeline.transform(image, mask, (self.seed, AUGMENT, epoch, index))
         shown, changed = clean, np.zeros(clean.shape[:2], bool)
         held_out = sample.defect == CORRUPTED

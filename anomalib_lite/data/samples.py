@@ -38,6 +38,21 @@ class DataSet:
     notes: list[str] = field(default_factory=list)
 
 
+def test_counts(
+    samples: Sequence[Sample], categories: Sequence[str]
+) -> tuple[dict[str, dict[str, int]], dict[str, bool]]:
+    """Of each category the numbers of `good` and `defective` test images, and whether pixel metrics can be computed:
+    this takes defective images, all of which have a mask.
+    """
+    counts, has_masks = {}, {}
+    for category in categories:
+        test = [s for s in samples if s.category == category]
+        defective = [s for s in test if s.label]
+        counts[category] = {"good": len(test) - len(defective), "defective": len(defective)}
+        has_masks[category] = bool(defective) and all(s.mask for s in defective)
+    return counts, has_masks
+
+
 def load_rgb(path: Path, value_range: Sequence[float] | None = None) -> np.ndarray:
     """The image as uint8 [H, W, 3], whatever its mode; alpha is dropped.
 

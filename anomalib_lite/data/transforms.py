@@ -75,6 +75,33 @@ class Crop(A.RandomCrop):
         return ("size",)
 
 
+class Tile(A.DualTransform):
+    """A part of `size` (height, width) of an image's grid of tiles: in training, every copy of an image is a tile.
+
+    `places` gives the (top, left) of an image's tiles from its height and width. `copy` and `index` of the data, the
+    number of the copy or epoch and the image's position, choose the tile (copy + index) mod the number of tiles: as
+    many copies in a row show every tile once.
+    """
+
+    def __init__(self, size: tuple[int, int], places: Callable[[int, int], list[tuple[int, int]]], p: float = 1.0):
+        super().__init__(p=p)
+        self.size, self.places = size, places
+
+    def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
+        places = self.places(*params["shape"][:2])
+        return {"place": places[(data.get("copy", 0) + data.get("index", 0)) % len(places)]}
+
+    def apply(self, img: np.ndarray, place: tuple[int, int] = (0, 0), **params) -> np.ndarray:
+        (top, left), (height, width) = place, self.size
+        return np.ascontiguousarray(img[top : top + height, left : left + width])
+
+    def apply_to_mask(self, mask: np.ndarray, *args, place: tuple[int, int] = (0, 0), **params) -> np.ndarray:
+        return self.apply(mask, place)
+
+    def get_transform_init_args_names(self) -> tuple[str, ...]:
+        return ("size", "places")
+
+
 class Turn(A.DualTransform):
     """Turn an image about its centre, by multiples of an angle or by random angles, in degrees.
 
@@ -146,7 +173,8 @@ class Pipeline:
 
     `transforms` are of every image, `augment` of training images. `normalize` is "imagenet" (its mean and standard
     deviation), "none" ([0, 1]), or {"mean": [R, G, B], "std": [R, G, B]} of images in [0, 1]. `value_range` is that of
-    the files with more than 8 bits per channel, which `load` brings to 8 bits. Raises UserError for what is no list of
+    the files with more than 8 bits per channel, which `load` brings to 8 bits. `check_size` raises UserError for the
+    height and width of a transformed image that the method can't take. Raises UserError for what is no list of
     transforms, and for an unknown `normalize`.
     """
 
@@ -156,6 +184,7 @@ class Pipeline:
         augment: Sequence = (),
         normalize: str | dict[str, Sequence[float]] = "imagenet",
         value_range: tuple[float, float] | None = None,
+        check_size: Callable[[int, int], Any] | None = None,
     ):
         if not isinstance(normalize, dict) and normalize not in NORMALIZE:
             raise UserError(
@@ -173,7 +202,7 @@ class Pipeline:
         mean, std = (normalize["mean"], normalize["std"]) if isinstance(normalize, dict) else NORMALIZE[normalize]
         self.mean = torch.tensor(mean).view(3, 1, 1)
         self.std = torch.tensor(std).view(3, 1, 1)
-        self.value_range = value_range
+        self.value_range, self.check_size = value_range, check_size
 
     def load(self, path: Path) -> np.ndarray:
         """The file's image, uint8 [H, W, 3], in the run's range of values; UserError if it can't be decoded."""
@@ -221,6 +250,8 @@ class Pipeline:
                 f"data.transform and data.augment must leave a uint8 image [H, W, 3], not {image.dtype} {image.shape}; "
                 "leave normalisation to data.normalize"
             )
+        if self.check_size is not None:
+            self.check_size(*mask.shape)
         return image, mask
 
     def denormalise(self, images: Tensor) -> Tensor:

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anomalib_lite.data.tiling import Tiling
 from anomalib_lite.errors import UserError
 from anomalib_lite.features.backbones import Backbone, has_bf16
 from anomalib_lite.methods.scoring import image_scores, smooth
+from anomalib_lite.methods.tiles import tiled_map, tiles_of
 
 Batch = dict[str, Any]
 
@@ -51,6 +53,8 @@ class AnomalyModule(L.LightningModule):
         scoring: the `scoring` group of the configuration.
         image_size: (H, W) of the input; maps are resized to it unless scoring.map_size is another size.
         test_size: (H, W) of test images, or "original" (each image's own size); None: image_size.
+        tiling: the grid of tiles of `image_size` into which evaluated images are cut: `anomaly_map` sees batches of
+            tiles. None: it sees whole images.
         categories: names of the classes; more than one name is the unified setting.
         precision: hardware.precision, for `autocast`.
         steps: the budget of each training phase, in batches.
@@ -77,6 +81,7 @@ class AnomalyModule(L.LightningModule):
         categories: Sequence[str] = ("",),
         precision: str | int = "auto",
         steps: int = 0,
+        tiling: Tiling | None = None,
     ):
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # test may have fewer batches than devices
@@ -90,7 +95,7 @@ class AnomalyModule(L.LightningModule):
             raise UserError(f"scoring.image_score=own: {type(self).__name__} has no image score of its own; give max")
         self.image_size, self.categories = tuple(image_size), list(categories)
         self.test_size = test_size if isinstance(test_size, str) else tuple(test_size or image_size)
-        self.precision = str(precision)
+        self.tiling, self.precision = tiling, str(precision)
         self.steps = steps
         self.autocasted = False  # whether the method's own networks have run under `self.autocast()`
 
@@ -165,9 +170,16 @@ class AnomalyModule(L.LightningModule):
             yield self.transfer_batch_to_device(batch, self.device, 0)
 
     def train_eval_batches(self) -> Iterator[Batch]:
-        """All training images once, in order, prepared as in test, on this device."""
+        """All training images once, in order, prepared as in test, on this device; with data.tiling all their tiles."""
         for batch in self.trainer.datamodule.train_eval_dataloader():  # type: ignore[attr-defined]
-            yield self.transfer_batch_to_device(batch, self.device, 0)
+            yield from self.parts(self.transfer_batch_to_device(batch, self.device, 0))
+
+    def parts(self, batch: Batch) -> Iterator[Batch]:
+        """The batch, or with data.tiling batches of the tiles of its images."""
+        if self.tiling is None:
+            yield batch
+        else:
+            yield from (tiles for tiles, _ in tiles_of(batch, self.tiling))
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.parameters() if p.requires_grad]
@@ -193,12 +205,12 @@ class AnomalyModule(L.LightningModule):
     @property
     def map_size(self) -> tuple[int, ...] | str:
         """(H, W) of the maps, or "original": each map has its image's size."""
-        size = self.scoring["map_size"] or self.test_size
+        size = self.scoring["map_size"] or (self.tiling.image_size if self.tiling else self.test_size)
         return size if isinstance(size, str) else (size, size) if isinstance(size, int) else tuple(size)
 
     def score(self, batch: Batch) -> dict[str, Any]:
         """The smoothed `map`, [B, H, W] or (map_size "original") B maps [H_i, W_i], and `score` [B]; float32."""
-        raw, own = self.anomaly_map(batch), None
+        raw, own = tiled_map(self.anomaly_map, batch, self.tiling) if self.tiling else self.anomaly_map(batch), None
         if isinstance(raw, tuple):
             raw, own = raw
         raw = raw.float()

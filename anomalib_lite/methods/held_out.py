@@ -3,14 +3,15 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from anomalib_lite.methods.base import AnomalyModule
+
 
 @torch.no_grad()
-def mean_loss(module: L.LightningModule, batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> Tensor:
+def mean_loss(module: AnomalyModule, batches: Iterable[Any], losses: Callable[[Any], Tensor]) -> Tensor:
     """The mean, float64, of `losses(batch)` [n] over the batches of all ranks, in evaluation mode.
 
     Afterwards every part of the module is in the mode that it was in before, so that training goes on unchanged.
@@ -19,7 +20,8 @@ def mean_loss(module: L.LightningModule, batches: Iterable[Any], losses: Callabl
     modes = {part: part.training for part in module.modules()}
     module.eval()
     for batch in batches:
-        mean.update(losses(module.transfer_batch_to_device(batch, module.device, 0)).double())
+        for part in module.parts(module.transfer_batch_to_device(batch, module.device, 0)):
+            mean.update(losses(part).double())
     for part, training in modes.items():
         part.training = training
     return mean.compute()

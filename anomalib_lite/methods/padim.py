@@ -12,6 +12,7 @@ from torch import Tensor
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
+from anomalib_lite.methods.tiles import position_note
 from anomalib_lite.methods.transformer import token_grids
 
 CHUNK = 256  # positions whose covariances are inverted together
@@ -54,6 +55,9 @@ class PaDiM(AnomalyModule):
         """The subset of the channels of all levels at the first level's grid, [h·w, B, dim]."""
         levels = [F.interpolate(level, self.grid, mode="nearest") for level in self.features(batch)]
         return torch.cat(levels, 1)[:, self.subset].flatten(2).permute(2, 0, 1)
+
+    def notes(self) -> list[str]:
+        return position_note(self.tiling)
 
     @torch.no_grad()
     def on_fit_start(self) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
 from anomalib_lite.methods.fitted_buffers import register_fitted
+from anomalib_lite.methods.tiles import position_note
 from anomalib_lite.methods.transformer import token_grids
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class RAD(AnomalyModule):
         if k < 1 or r < 0:
             raise UserError(f"method.k={k}, method.r={r}: give k from 1 and r from 0")
         self.k, self.r, self.levels = k, r, len(token_grids(self))
-        # descriptors [N, C] and indices [N] of N training images (of copies with data.copies), and for each level patch
+        # descriptors [N, C] and indices [N] of N training images (of data.copies or of tiles), and for each level patch
         # tokens [H_i·W_i, N, C_i]; descriptors and tokens have the norm 1
         register_fitted(self, descriptors=torch.empty(0), owners=torch.empty(0, dtype=torch.long))
         register_fitted(self, **{f"bank{i}": torch.empty(0, dtype=torch.bfloat16) for i in range(self.levels)})
@@ -56,7 +57,8 @@ class RAD(AnomalyModule):
 
     def notes(self) -> list[str]:
         size = sum(bank.nbytes for bank in self.banks) / 2**30
-        return [f"the bank of {len(self.descriptors)} training images takes {size:.3f} GB"]
+        what = "tiles" if self.tiling else "images"
+        return [f"the bank of {len(self.descriptors)} training {what} takes {size:.3f} GB", *position_note(self.tiling)]
 
     def patches(self, batch: Batch) -> tuple[list[Tensor], Tensor]:
         """Patch tokens of every level, [B, H_i, W_i, C_i], and descriptors [B, C] of the images; all of norm 1."""
@@ -68,7 +70,7 @@ class RAD(AnomalyModule):
     @torch.no_grad()
     def on_fit_start(self) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        count, done, descriptors, owners = len(data.train_samples) * data.copies, 0, list[Tensor](), list[Tensor]()
+        count, done, descriptors, owners = len(data.fit_keys()), 0, list[Tensor](), list[Tensor]()
         for batch in self.fit_batches():
             levels, descriptor = self.patches(batch)
             if not done:
@@ -82,7 +84,7 @@ class RAD(AnomalyModule):
             owners.append(batch["index"])
             done += len(descriptor)
         self.descriptors, self.owners = torch.cat(descriptors), torch.cat(owners)
-        log.info(*self.notes())
+        log.info(self.notes()[0])
 
     def retrieved(self, descriptor: Tensor, without: Tensor | None) -> Tensor:
         """Whether an image [N] is one of the k nearest of a batch's images, bool [B, N].

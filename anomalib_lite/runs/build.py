@@ -87,6 +87,8 @@ def make_backbone(cfg: dict[str, Any], stored: bool = False) -> Backbone | None:
 
 def image_sizes(data: dict[str, Any]) -> list[list[int]]:
     """The sizes [H, W] in which a backbone sees images: of training, and of test where textures have another one."""
+    if data.get("tiling"):
+        return [list(pair(data["tiling"]["size"]))]
     texture = data.get("texture_size", "original") if data.get("treatment", "object") != "object" else "original"
     sizes = [data["image_size"], *([] if texture == "original" else [texture])]
     return [list(pair(size)) for size in sizes]
@@ -102,7 +104,7 @@ def make_method(
         backbone=backbone,
         scoring=cfg["scoring"],
         image_size=data.image_size,
-        test_size=data.test_size,
+        **({"tiling": data.tiling} if data.tiling else {"test_size": data.test_size}),
         categories=categories,
         precision=cfg["hardware"]["precision"],
         steps=steps,

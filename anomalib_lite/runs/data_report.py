@@ -51,6 +51,23 @@ def lines(data: AnomalyDataModule) -> list[str]:
             headers[f"{header.size[1]}x{header.size[0]} {header.depth} {sample.path.suffix.lower()}"] += 1
         shown = ", ".join(f"{kind} ({count})" for kind, count in headers.most_common(6))
         found.append(f"  width x height, depth, format: {shown}{', ...' * (len(headers) > 6)}")
+        if data.tiling:
+            found += tile_lines(data, sorted({read_header(sample.path).size for sample in [*train, *test]}))
+    return found
+
+
+def tile_lines(data: AnomalyDataModule, sizes: list[tuple[int, int]], most: int = 6) -> list[str]:
+    """The grid of tiles in images of these files' (height, width); of the first `most` sizes."""
+    assert data.tiling
+    (height, width), found = data.tiling.size, []
+    for size in sizes[:most]:
+        at = size if isinstance(data.tiling.image_size, str) else data.tiling.image_size
+        rows, columns = (len(starts) for starts in data.tiling.axes(*at))
+        resized = f" at {at[1]}x{at[0]}" if at != size else ""
+        found.append(
+            f"  tiles of {width}x{height} in an image of {size[1]}x{size[0]}{resized}: {rows * columns}, in {rows} "
+            f"rows and {columns} columns that overlap by {data.tiling.overlap} or more"
+        )
     return found
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.samples import Sample
 from anomalib_lite.methods.base import AnomalyModule
+from anomalib_lite.methods.tiles import tiled
 from anomalib_lite.runs.folder import TRAINING_FIGURE
 from anomalib_lite.runs.heat_maps import chosen_cases, outlined, overlay
 
@@ -118,7 +119,8 @@ def training_figure(folder: Path, data: AnomalyDataModule, model: AnomalyModule,
 @torch.inference_mode()
 def _visualized(model: AnomalyModule, batch: dict[str, Any]) -> Rows:
     batch = model.eval().transfer_batch_to_device(batch, model.device, 0)
-    return {title: _as_images(images) for title, images in model.visualize(batch).items()}
+    shown = tiled(model.visualize, batch, model.tiling) if model.tiling else model.visualize(batch)
+    return {title: _as_images(images) for title, images in shown.items()}
 
 
 def _as_images(images: Tensor) -> np.ndarray:

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 GREEN = (0, 220, 0)
+ROWS = 512  # of an image that are blended together: as floating-point numbers a large image takes much memory
 
 
 def disagreement(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -56,8 +57,12 @@ def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 def overlay(image: np.ndarray, amap: np.ndarray, threshold: dict[str, float]) -> np.ndarray:
     """An RGB image [H, W, 3] under its map [H, W]."""
-    opacity = (0.2 + 0.6 * _level(amap, threshold))[..., None]
-    return (image * (1 - opacity) + colours(amap, threshold) * opacity).astype(np.uint8)
+    done = np.empty_like(image)
+    for top in range(0, len(image), ROWS):
+        rows = slice(top, top + ROWS)
+        opacity = (0.2 + 0.6 * _level(amap[rows], threshold))[..., None]
+        done[rows] = (image[rows] * (1 - opacity) + colours(amap[rows], threshold) * opacity).astype(np.uint8)
+    return done
 
 
 def data_uri(picture: Any, kind: str, **options: Any) -> str:

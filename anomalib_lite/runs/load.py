@@ -52,7 +52,10 @@ class LoadedRun:
         if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
             kind = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
             raise UserError(f"images[{index}]: {kind} is no uint8 array [H, W, 3]; convert it to 8-bit RGB")
-        tensor, mask = self._pipeline(image, np.zeros(image.shape[:2], bool), (0, 0, 0, 0))
+        try:
+            tensor, mask = self._pipeline(image, np.zeros(image.shape[:2], bool), (0, 0, 0, 0))
+        except UserError as error:  # smaller than a tile
+            raise UserError(f"images[{index}]: {error}") from None
         device = self.model.device
         batch = Batch(
             image=tensor[None].to(device),

@@ -177,6 +177,8 @@ def with_features(
 ) -> tuple[AnomalyDataModule, dict[str, Any]]:
     """The data with the frozen backbone's features in its batches, and result.json's `cache`."""
     assert model.backbone is not None
+    if data.tiling:
+        return data, {"used": False, "why": "features of tiles are not stored"}
     cache = cfg.get("cache") or {"enabled": False}  # a stored run of an earlier version has none
     memory_gb = cfg["hardware"]["feature_memory_gb"]
     stored, report = precompute(trainer, data, model.backbone, cache, memory_gb, fit, model.kept, model.keeps)
@@ -192,6 +194,11 @@ def measured_batch_size(cfg: dict[str, Any], data: AnomalyDataModule, cache: dic
 
 def notes_of(cfg: dict[str, Any], data: AnomalyDataModule, model: AnomalyModule) -> list[str]:
     notes = [*data.notes, *model.notes()]
+    if data.tiling and data.train_samples and model.total_steps:
+        most = max(data.tile_counts[sample.path] for sample in data.train_samples)
+        epochs = -(-model.total_steps // data.batches_per_epoch)
+        seen = f"{epochs} of up to {most} tiles" if epochs < most else "all tiles"
+        notes.append(f"data.tiling: every epoch of training sees one tile of each image; {epochs} epochs saw {seen}")
     if model.backbone is not None and cfg["backbone"]["weights"] == "none":
         notes.append("the backbone's weights are random")
     if data.balanced and not model.total_steps:

@@ -66,7 +66,8 @@ def describe(
                 "fpr_limits": cfg["scoring"]["fpr_limits"],
                 **other_normalisation(data),
             }
-            | ({"value_range": data.value_range} if data.value_range else {}),
+            | ({"value_range": data.value_range} if data.value_range else {})
+            | ({"tiling": {"size": list(data.tiling.size), "overlap": data.tiling.overlap}} if data.tiling else {}),
             "scoring": {key: value for key, value in model.scoring.items() if key not in elsewhere}
             | {"weights": "last"},
         },

@@ -60,7 +60,7 @@ def fitted(method: Any, kind: Any, images: Tensor, **options: Any) -> Any:
     index = torch.arange(len(images)).split(3)
     batches = [{"image": part, "index": at} for part, at in zip(parts, index, strict=True)]
     same = {"corrupt": None, "train_pipeline": None, "eval_pipeline": None}  # no augmentation
-    data = SimpleNamespace(fit_dataloader=lambda: batches, train_samples=images, copies=1, **same)
+    data = SimpleNamespace(fit_dataloader=lambda: batches, train_samples=images, fit_keys=lambda: images, **same)
     model.trainer = SimpleNamespace(datamodule=data, strategy=SimpleNamespace(lightning_module=model))
     model.transfer_batch_to_device = lambda batch, device, index: batch
     model.on_fit_start()
