@@ -17,7 +17,7 @@ setup: $(STAMP) ## build .venv with everything that the tests need (does nothing
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: make PYTHON=python3.12 setup"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python .ci/install.py --quiet -c constraints.txt -e '.[dev,sweep,optuna,ltad]'
+	$(BIN)/python .ci/install.py --quiet -c constraints.txt -e '.[dev,sweep,optuna,ltad,export]'
 	@touch $@
 
 demo: setup ## train two methods on drawn images; a table, and a page and figures under outputs/demo (3 minutes on 2 CPU cores, no network)

@@ -214,8 +214,9 @@ class AnomalyModule(L.LightningModule):
         if isinstance(raw, tuple):
             raw, own = raw
         raw = raw.float()
-        if not isinstance(self.map_size, str):
-            scored: dict[str, Any] = self._scored(raw, self.map_size)
+        size = batch.get("map_size", self.map_size)  # an exported file sets it: all images of its batches have one size
+        if not isinstance(size, str):
+            scored: dict[str, Any] = self._scored(raw, size)
         else:
             each = [self._scored(x, tuple(size)) for x, size in zip(raw.split(1), batch["size"].tolist(), strict=True)]
             scored = {"map": [x["map"][0] for x in each], "score": torch.cat([x["score"] for x in each])}

@@ -26,7 +26,7 @@ class Extractor(nn.Module):
         self.query, self.key, self.value, self.project = (linear(dim, dim) for _ in range(4))
 
     def forward(self, features: Tensor) -> Tensor:
-        tokens, read = self.tokens.expand(len(features), -1, -1), self.norm1(features)
+        tokens, read = self.tokens.expand(features.shape[0], -1, -1), self.norm1(features)
         parts = self.query(self.norm1(tokens)), self.key(read), self.value(read)
         q, k, v = (by_heads(part, self.heads) for part in parts)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

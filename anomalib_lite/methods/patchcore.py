@@ -73,19 +73,29 @@ class PatchCore(AnomalyModule):
     def anomaly_map(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Distances of the patches to the bank, [B, h, w], and the images' re-weighted scores, [B]."""
         patches = self.patches(batch)
-        own = batch["index"] if batch.get("is_train_image") else torch.full((len(patches),), -1, device=patches.device)
-        found = [neighbours(x.flatten(0, 1), self.bank, self.owners == i) for x, i in zip(patches, own, strict=True)]
-        distance = torch.stack([distance for distance, _ in found]).view(patches.shape[:3])
-        nearest = torch.stack([index for _, index in found])
+        distance, nearest = self.nearest(patches, batch["index"] if batch.get("is_train_image") else None)
         score, at = distance.flatten(1).max(1)
-        rows = torch.arange(len(patches), device=at.device)
+        rows = torch.arange(patches.shape[0], device=at.device)
         worst, star = patches.flatten(1, 2)[rows, at], nearest[rows, at]
         if self.neighbours == 1 or len(self.bank) == 1:
             return distance, score
         count = min(self.neighbours, len(self.bank))
-        around = torch.cdist(self.bank[star], self.bank).topk(count, largest=False).indices  # [B, b], m* among them
-        exponents = torch.cdist(worst[:, None], self.bank[around])[:, 0]
+        around = distances(self.bank[star], self.bank).topk(count, largest=False).indices  # [B, b], m* among them
+        exponents = distances(worst[:, None], self.bank[around])[:, 0]
         return distance, (1 - (score - exponents.logsumexp(1)).exp()) * score
+
+    def nearest(self, patches: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Distances [B, h, w] of patches [B, h, w, D] to the bank without those of the images `own` [B], and the rows
+        [B, h·w] of the bank that are nearest."""
+        if torch.compiler.is_exporting():  # any number of images: no loop over them
+            distance, index = nearest_in_parts(patches.flatten(0, 2), self.bank)
+            return distance.unflatten(0, (-1, *patches.shape[1:3])), index.unflatten(
+                0, (-1, patches.shape[1] * patches.shape[2])
+            )
+        own = torch.full((len(patches),), -1, device=patches.device) if own is None else own
+        found = [neighbours(x.flatten(0, 1), self.bank, self.owners == i) for x, i in zip(patches, own, strict=True)]
+        distance = torch.stack([distance for distance, _ in found]).view(patches.shape[:3])
+        return distance, torch.stack([index for _, index in found])
 
 
 def neighbours(x: Tensor, bank: Tensor, without: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -99,3 +109,24 @@ def neighbours(x: Tensor, bank: Tensor, without: Tensor | None = None) -> tuple[
     # ‖x‖² is the same for all rows of the bank
     nearest = torch.cat([torch.addmm(size, part, bank.T, alpha=-2).argmin(1) for part in x.split(1024)])
     return torch.linalg.vector_norm(x - bank[nearest], dim=1), nearest
+
+
+def nearest_in_parts(x: Tensor, bank: Tensor, part: int = 4096) -> tuple[Tensor, Tensor]:
+    """`neighbours` for an exported graph: parts of the bank, whose size is known, instead of parts of x."""
+    best, index = x.new_full(x.shape[:1], torch.inf), torch.zeros(x.shape[:1], dtype=torch.long)
+    for start in range(0, len(bank), part):
+        rows = bank[start : start + part]
+        least = torch.addmm(rows.square().sum(1), x, rows.T, alpha=-2).min(1)
+        index = torch.where(least.values < best, least.indices + start, index)
+        best = torch.minimum(best, least.values)
+    return torch.linalg.vector_norm(x - bank[index], dim=1), index
+
+
+def distances(x: Tensor, y: Tensor) -> Tensor:
+    """Euclidean distances [..., M, N] of rows [..., M, D] and [..., N, D]."""
+    if not torch.compiler.is_exporting():
+        return torch.cdist(x, y)
+    if y.dim() > 2:
+        return torch.linalg.vector_norm(x - y, dim=-1)[..., None, :]  # M = 1
+    squares = x.square().sum(-1, keepdim=True) + y.square().sum(-1) - 2 * x @ y.mT
+    return squares.clamp_min(0).sqrt()

@@ -102,7 +102,7 @@ class RAD(AnomalyModule):
         levels, descriptor = self.patches(batch)
         chosen = self.retrieved(descriptor, batch["index"] if batch.get("is_train_image") else None)
         images = torch.arange(chosen.shape[1], device=chosen.device)
-        if len(images) > self.k:  # those that are near no image of the batch are not compared
+        if len(images) > self.k and not torch.compiler.is_exporting():  # near no image of the batch: not compared
             images = images[chosen.any(0)]
         near = chosen[:, images]
         maps = [1 - largest_cosines(x, bank, images, near, self.r) for x, bank in zip(levels, self.banks, strict=True)]
@@ -123,16 +123,18 @@ def largest_cosines(x: Tensor, bank: Tensor, images: Tensor, near: Tensor, r: in
     (count, h, w, channels), side = x.shape, 2 * r + 1
     padded = F.pad(x, (0, 0, r, r, r, r))
     bias = torch.zeros_like(near, dtype=x.dtype).masked_fill(~near, -torch.inf).T.repeat_interleave(side**2, 1)
-    best = x.new_empty(h * w, count * side**2)
-    rows = max(1, LIMITS[x.is_cuda] // (4 * w * (len(images) + count * side**2) * channels))
+    best = list[Tensor]()
+    rows = h  # in an exported graph: the number of images is not known
+    if not torch.compiler.is_exporting():
+        rows = max(1, LIMITS[x.is_cuda] // (4 * w * (len(images) + count * side**2) * channels))
     for top in range(0, h, rows):
         block, bottom = slice(top * w, (top + rows) * w), min(h, top + rows)
         around = padded[:, top : bottom + 2 * r].unfold(1, side, 1).unfold(2, side, 1)  # [B, rows, w, C, side, side]
         around = around.permute(1, 2, 0, 4, 5, 3).reshape((bottom - top) * w, -1, channels)
         stored = bank[block] if len(images) == bank.shape[1] else bank[block].index_select(1, images)
-        best[block] = torch.bmm(stored.to(x.dtype), around.mT).add_(bias).amax(1)
+        best.append(torch.bmm(stored.to(x.dtype), around.mT).add_(bias).amax(1))
     # best[p, b, (i, j)]: of the bank's patches at p and the image's at p + (i − r, j − r)
-    planes = F.pad(best.view(h, w, count, side, side).permute(2, 3, 4, 0, 1), (r, r, r, r), value=-torch.inf)
+    planes = F.pad(torch.cat(best).view(h, w, count, side, side).permute(2, 3, 4, 0, 1), (r, r, r, r), value=-torch.inf)
     moved = [planes[:, i, j, 2 * r - i :, 2 * r - j :][:, :h, :w] for i in range(side) for j in range(side)]
     return torch.stack(moved).amax(0)
 

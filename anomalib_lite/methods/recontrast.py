@@ -106,7 +106,7 @@ class ReContrast(AnomalyModule):
         with self.autocast():
             trained = self.encoder.maps(images)
             both = [torch.cat([t, f.to(t.dtype)]) for t, f in zip(trained, frozen, strict=True)]  # one pass over 2B
-            halves = [level.chunk(2) for level in self.decoder(self.bottleneck(both))]
+            halves = [level.unflatten(0, (2, -1)) for level in self.decoder(self.bottleneck(both))]
             of_frozen = [head(half[0]) for head, half in zip(self.heads[0], halves, strict=True)]  # type: ignore
             of_trained = [head(half[1]) for head, half in zip(self.heads[1], halves, strict=True)]  # type: ignore
         return [

@@ -175,7 +175,7 @@ class Attention(nn.Module):
         if isinstance(where, LocalWindow):
             out = where(q, k, v)
         else:
-            k, v = (x.expand(len(q), -1, -1, -1) for x in (k, v))
+            k, v = (x.expand(q.shape[0], -1, -1, -1) for x in (k, v))
             out = attend(q, k, v, where, self.dropout if self.training else 0.0)
         return self.out(out.transpose(1, 2).flatten(2))
 
@@ -222,7 +222,7 @@ class QueryDecoderLayer(nn.Module):
         self.drop = Dropout(dropout)
 
     def forward(self, previous: Tensor, memory: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        x = self.query.expand(len(memory), -1, -1)
+        x = self.query.expand(memory.shape[0], -1, -1)
         x = self.norm1(x + self.drop(self.to_memory(x + positions, memory + positions, memory, mask)))
         x = self.norm2(x + self.drop(self.to_previous(x + positions, previous + positions, previous, mask)))
         return self.norm3(x + self.drop(self.ffn(x)))

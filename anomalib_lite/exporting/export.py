@@ -1,0 +1,147 @@
+"""From a run's folder to an exported file that has been compared with the run."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from anomalib_lite import __version__
+from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.data.samples import Sample
+from anomalib_lite.data.transforms import Resize
+from anomalib_lite.errors import UserError
+from anomalib_lite.exporting import checks, files
+from anomalib_lite.exporting.graph import HalfWeights, ScoringGraph, check_exportable, traced
+from anomalib_lite.features.backbones import has_bf16
+from anomalib_lite.methods.base import AnomalyModule
+from anomalib_lite.methods.ltad import LTAD
+from anomalib_lite.paths import replacing
+from anomalib_lite.runs import build
+from anomalib_lite.runs.artifacts import read_result
+from anomalib_lite.runs.checkpoints import read_checkpoint
+from anomalib_lite.runs.folder import read_run
+from anomalib_lite.runs.load import LoadedRun, load
+from anomalib_lite.runs.run import check_fingerprint
+
+
+def export_run(run: Path, output: Path, category: str | None, precision: str, force: bool = False) -> Iterator[str]:
+    """Write `output` (.onnx or .pt2), and beside an ONNX file its runner; give lines on what was found.
+
+    Args:
+        category: the category whose threshold the file holds; None: all of the run's.
+        precision: "float32"; "float16": weights are stored with 16 bits; "int8": ONNX, 8-bit weights and activations.
+        force: write the file however far the scores move.
+
+    Raises:
+        UserError: the run can't be exported, or its scores move too far.
+    """
+    checkpoint, cfg, names = read_run(run)
+    result, wanted = read_result(run), cfg["hardware"]["precision"]
+    cfg["hardware"]["precision"] = "32"
+    stored = read_checkpoint(checkpoint, cfg)
+    model, data = load(checkpoint, cfg, "cpu")
+    check_exportable(cfg, stored, data)
+    chosen = chosen_categories(model, category)
+    thresholds = {name: result["thresholds"]["per_category"][name] for name in chosen}
+    about = metadata(model, data, thresholds, names["method"], result["thresholds"]["quantile"])
+    reference = LoadedRun(model, data, {"category": chosen[0]}, bf16=False)
+    if wanted == "bf16" or (wanted == "auto" and has_bf16(torch.device("cpu"))):
+        yield "note: predict computes in bf16 on this machine, and the file in float32: their scores differ"
+
+    images: list[np.ndarray] = checks.noise(model.image_size)
+    if precision != "float32":
+        samples, data = normal_samples(cfg, stored, checkpoint, chosen, precision)
+        images = [data.eval_pipeline.load(sample.path) for sample in samples]
+    graph: torch.nn.Module = ScoringGraph(model, data, model.categories.index(chosen[0])).eval()
+    graph = HalfWeights(graph) if precision == "float16" else graph
+    program = traced(graph, example(model, data), names["method"])
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / f"model{output.suffix}"
+        if output.suffix == ".pt2":
+            files.write_pt2(program, made, about)
+        else:
+            files.write_onnx(program, made, about, names["method"])
+        if precision == "int8":
+            quantised = Path(folder) / "int8.onnx"
+            files.write_int8(made, quantised, (image[None] for image in images))
+            made = quantised
+        scorer, expected = files.opened(made), reference.predict(images)[0].astype(np.float64)
+        found = files.scores_of(scorer, images)
+        if precision == "float32":
+            difference = checks.largest_difference(found, expected)
+            if not difference <= checks.SAME:
+                raise UserError(
+                    f"run: method={names['method']} can't be exported: the file's scores differ from predict's by "
+                    f"{difference:.2g} of their value; use predict, or load_run in Python"
+                )
+            yield f"the file's scores differ from predict's by at most {difference:.1e} of their value"
+        else:
+            yield checks.check_moved(found, expected, checks.room(run, thresholds), precision, force)
+            yield checks.auroc_line(run, data, chosen, scorer, data.eval_pipeline.load)
+        with replacing(output) as part:
+            shutil.copyfile(made, part)
+    yield f"{output}: {output.stat().st_size / 1e6:.1f} MB, {precision}"
+    if output.suffix == ".onnx":
+        shutil.copyfile(Path(__file__).with_name("runner.py"), output.with_suffix(".py"))
+        choice = "" if len(chosen) == 1 else " category=NAME"
+        yield f"python {output.with_suffix('.py')}{choice} IMAGE... scores images with numpy, onnxruntime and pillow"
+
+
+def chosen_categories(model: AnomalyModule, category: str | None) -> list[str]:
+    """The categories that the file is for. Raises UserError for an unknown one, and where one must be chosen."""
+    names = model.categories
+    if category is not None and category not in names:
+        raise UserError(f"category={category}: this run's categories are {', '.join(names)}")
+    if category is None and len(names) > 1 and isinstance(model, LTAD):
+        raise UserError(f"category= is not set: ltad's scores depend on the category; give one of {', '.join(names)}")
+    return names if category is None else [category]
+
+
+def metadata(
+    model: AnomalyModule, data: AnomalyDataModule, thresholds: dict[str, Any], method: str, quantile: float
+) -> dict[str, Any]:
+    """What the file says of itself: thresholds, categories, method, protocol and version."""
+    step: Resize | None = next((step for _, step in data.eval_pipeline.steps), None)
+    pipeline, size = data.eval_pipeline, model.map_size
+    return {
+        "thresholds": thresholds,
+        "categories": list(thresholds),
+        "method": method,
+        "protocol": {
+            "image_size": "original" if step is None else list(step.size),
+            "resample": None if step is None else step.resample,
+            "normalize": {"mean": pipeline.mean.flatten().tolist(), "std": pipeline.std.flatten().tolist()},
+            "map_size": size if isinstance(size, str) else list(size),
+            "scoring": {key: model.scoring[key] for key in ("pixel_smooth", "image_smooth", "image_score")},
+            "quantile": quantile,
+        },
+        "version": __version__,
+    }
+
+
+def normal_samples(
+    cfg: dict[str, Any], stored: dict[str, Any], checkpoint: Path, categories: list[str], precision: str
+) -> tuple[list[Sample], AnomalyDataModule]:
+    """Some normal training images of each category, and the run's data. Raises UserError where the data are gone."""
+    try:
+        data = build.make_data(cfg, stored)
+        check_fingerprint(cfg, data, stored, checkpoint)
+    except UserError as error:
+        raise UserError(
+            f"precision={precision}: it is checked on the run's normal training images, which can't be read ({error}); "
+            "give precision=float32"
+        ) from error
+    count = max(1, checks.NORMAL_IMAGES // len(categories))
+    each = [[sample for sample in data.train_samples if sample.category == name] for name in categories]
+    return [sample for samples in each for sample in checks.spread(samples, count)], data
+
+
+def example(model: AnomalyModule, data: AnomalyDataModule) -> torch.Tensor:
+    """Two images to trace the graph with, of a size that no dimension of the model shares where it may vary."""
+    height, width = model.image_size
+    extra = (0, 64) if data.test_size == "original" else (5, 11)
+    return torch.zeros(2, height + extra[0], width + extra[1], 3, dtype=torch.uint8)
