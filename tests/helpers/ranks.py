@@ -33,6 +33,16 @@ def start_ranks(program: str, options: list[str], ranks: int) -> list[Any]:
     return started
 
 
+def in_processes(count: int, function: Any, *arguments: Any) -> None:
+    """`function(rank, *arguments)` in so many processes, all of which must succeed."""
+    started = [PROCESSES.Process(target=function, args=(rank, *arguments)) for rank in range(count)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(90)
+    assert [process.exitcode for process in started] == [0] * count
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -252,7 +252,6 @@ def test_fixed_grids_refuse_other_sizes_in_test(name, arguments):
 
 VIT = ("backbone.name=test_vit.r160_in1k", "backbone.layers=[1,2,4]")
 GRIDS = {
-    "vit 2×2": (*VIT, "data.image_size=32"),
     "vit 3×5": (*VIT, "data.image_size=[48,80]"),
     "resnet 8×16": ("backbone.name=test_resnet.r160_in1k", "data.image_size=[32,64]"),
 }

@@ -513,7 +513,7 @@ def test_corrupted_batches_depend_on_seed_epoch_and_image_only(root):
 
 def test_the_demo_and_the_studies_compose():
     for name in ("demo_ssae", "ssae_small", "ssae_small_textures"):
-        outcome = runs.python("-m", "anomalib_lite.train", f"+experiments={name}", "--cfg", "job", cwd=runs.ROOT)
+        outcome = runs.train(f"+experiments={name}", "--cfg", "job", small=False)
         assert outcome.code == 0, outcome.err
         assert "anomalib_lite.methods.ssae.SSAE" in outcome.out
 

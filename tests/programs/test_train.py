@@ -25,7 +25,7 @@ METHODS = sorted(file.stem for file in (runs.ROOT / "conf" / "method").glob("*.y
 TRAINED = "norm_occ"  # a method with a budget, for what does not depend on the method
 BASE = (
     "hardware=cpu", "backbone=resnet18", "backbone.weights=none", "data.image_size=32", "data.batch_size=4",
-    "logger=csv", "hardware.measure_cost=false",
+    "logger=csv",
 )  # fmt: skip
 FILES = {
     ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "train.log", "checkpoints/last.ckpt",
@@ -54,7 +54,8 @@ def root(tmp_path_factory):
 
 def train(run: Path, root: Path, *arguments: str, category: str = "bottle") -> dict[str, Any]:
     """A run that must succeed; its result."""
-    options = [*BASE, *runs.folder_data(root, category), *arguments, f"hydra.run.dir={run}"]
+    cost = [] if any("measure_cost" in each for each in arguments) else ["hardware.measure_cost=false"]
+    options = [*BASE, *cost, *runs.folder_data(root, category), *arguments, f"hydra.run.dir={run}"]
     outcome = runs.train(*options, small=False)
     assert outcome.code == 0, outcome.err
     return results.read_result(run)
@@ -74,7 +75,7 @@ def budget():
 def finished(method, budget, root, tmp_path_factory):
     """The folder of a finished run of the method."""
     run = tmp_path_factory.mktemp(method) / "run"
-    train(run, root, *runs.method(method), budget)
+    train(run, root, *runs.method(method), budget, "hardware.measure_cost=true")
     return run
 
 
@@ -184,6 +185,18 @@ def test_the_checkpoint_holds_no_code(finished):
     checkpoint = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["state_dict"]
     assert not list(finished.rglob("*.part"))
+
+
+def test_parameters_and_cost_are_counted(finished):
+    result = results.read_result(finished)
+    with runs.restored():
+        _, model = runs.build(read_run(finished)[1])
+    state = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    named = dict(model.named_parameters())
+    assert result["efficiency"]["parameters"] == sum(state[name].numel() for name in named)
+    assert result["efficiency"]["trainable"] == sum(p.numel() for p in named.values() if p.requires_grad)
+    assert 0 < result["efficiency"]["flops_per_image"] < 1e12
+    assert {"latency_ms", "images_per_s", "batch_size", "peak_memory_mb"} <= set(result["timing"])
 
 
 def test_another_seed_gives_another_result(trained, root, tmp_path):

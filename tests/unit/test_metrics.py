@@ -1,7 +1,6 @@
 """The metrics against scikit-learn and a literal AUPRO; gathering over batches and ranks."""
 
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from sklearn import metrics as sk
 
 from anomalib_lite.metrics.functional import image_curves, image_metrics, pixel_curves, pixel_metrics
 from anomalib_lite.metrics.gather import GatheredSamples
-from tests.helpers.ranks import free_port
+from tests.helpers.ranks import free_port, in_processes
 
 IMAGE = ["image_auroc", "image_ap", "image_f1max"]
 PIXEL = ["pixel_auroc", "pixel_ap", "pixel_f1max", "aupro_30", "aupro_05"]
@@ -364,11 +363,10 @@ def rank_main(rank, worlds):
             dist.destroy_process_group()
 
 
-def test_one_two_and_three_ranks(monkeypatch):
+def test_one_two_and_three_ranks():
     """Also ranks without a sample, and samples that several ranks have."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     a, b = [5, 3, 6, 7, 4], [4, 1, 8, 0, 10, 9, 2, 2]
     one, two = [[a + b]], [[[], a + b], [[10, 9, 1], [0, 2, 3, 4, 5, 6, 7, 8, 9]]]
     three = [[[], a, b], [a, [], b], [a, b, b]]
     worlds = [(free_port(), cases) for cases in (three, two, one)]
-    torch.multiprocessing.spawn(rank_main, (worlds,), nprocs=3)
+    in_processes(3, rank_main, worlds)
