@@ -154,7 +154,8 @@ def collate(items: list[dict[str, Any]]) -> Batch:
                 )
         for key in ("image", "mask", "clean", "corruption_mask"):
             if key in items[0]:
-                batch[key] = torch.stack([item[key] for item in items])
+                tensors = [item[key] for item in items]
+                batch[key] = torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]  # a large one is not copied
     if "gt_mask" in items[0]:
         batch["gt_mask"] = [item["gt_mask"] for item in items]
     return batch

@@ -20,8 +20,8 @@ def mean_loss(module: AnomalyModule, batches: Iterable[Any], losses: Callable[[A
     modes = {part: part.training for part in module.modules()}
     module.eval()
     for batch in batches:
-        for part in module.parts(module.transfer_batch_to_device(batch, module.device, 0)):
-            mean.update(losses(part).double())
+        for images in module.parts(module.transfer_batch_to_device(batch, module.device, 0)):
+            mean.update(losses(images).double())
     for part, training in modes.items():
         part.training = training
     return mean.compute()

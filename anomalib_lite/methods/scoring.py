@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+PIXELS = 2**22  # of maps that are filtered together: a convolution takes several copies of them
+
 
 def smooth(maps: Tensor, how) -> Tensor:
     """Smooth maps [B, H, W]. `how` is None (no smoothing), the sigma of a Gaussian, or one of the dicts
@@ -38,13 +40,14 @@ def smooth(maps: Tensor, how) -> Tensor:
 def _filter(maps: Tensor, taps: Tensor, zeros: bool) -> Tensor:
     """Correlate the last axis with an odd number of taps; beyond the edges are zeros, or the maps are mirrored
     (…b a | a b c | c b…)."""
-    n, radius = maps.shape[-1], len(taps) // 2
-    if zeros:
-        return F.conv1d(maps.reshape(-1, 1, n), taps.to(maps)[None, None], padding=radius).reshape(maps.shape)
+    n, radius, weight = maps.shape[-1], len(taps) // 2, taps.to(maps)[None, None]
     at = torch.arange(-radius, n + radius, device=maps.device) % (2 * n)  # mirroring has period 2n
-    padded = maps[..., torch.where(at < n, at, 2 * n - 1 - at)]
-    rows = padded.reshape(-1, 1, n + 2 * radius)
-    return F.conv1d(rows, taps.to(maps)[None, None]).reshape(maps.shape)
+    mirrored = torch.where(at < n, at, 2 * n - 1 - at)
+    parts = [
+        F.conv1d(rows, weight, padding=radius) if zeros else F.conv1d(rows[..., mirrored], weight)
+        for rows in maps.reshape(-1, 1, n).split(max(1, PIXELS // n))
+    ]
+    return (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(maps.shape)
 
 
 def image_scores(maps: Tensor, how) -> Tensor:

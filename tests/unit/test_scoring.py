@@ -128,3 +128,11 @@ def test_autocast_rounds_no_score(maps):
         found = model.score({})
     for key, expected in model.score({}).items():
         assert torch.equal(found[key], expected)
+
+
+@pytest.mark.parametrize("how", [2, {"sigma": 2, "pad": "zeros"}, {"box": 5, "times": 2}])
+def test_large_maps_are_smoothed_in_parts(how, monkeypatch):
+    maps = torch.rand(2, 19, 23)
+    whole = smooth(maps, how)
+    monkeypatch.setattr("anomalib_lite.methods.scoring.PIXELS", 70)
+    assert smooth(maps, how).numpy() == pytest.approx(whole.numpy(), rel=1e-6)

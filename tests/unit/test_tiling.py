@@ -129,9 +129,10 @@ def test_constants_stay_and_a_single_tile_is_not_changed():
         assert whole["x"].numpy() == pytest.approx(3.7, rel=1e-6)
     batch = batch_of(3, 32, 24)
     raw = batch["image"].square().sum(1)
-    assert torch.equal(
-        tiled_map(lambda tiles: tiles["image"].square().sum(1), batch, Tiling([32, 24], 8, batch=2)), raw
+    whole = tiled(
+        lambda tiles: {"x": tiles["image"].square().sum(1, keepdim=True)}, batch, Tiling([32, 24], 8, batch=2)
     )
+    assert torch.equal(whole["x"][:, 0], raw)
 
 
 def test_own_image_scores_are_the_largest_of_the_tiles():
@@ -303,6 +304,27 @@ def test_every_method(method, root, tmp_path):
     outcome = runs.predict(f"run={run}", f"input={root / 'bottle' / 'test'}", f"output={tmp_path / 'out'}")
     assert (outcome.code, outcome.err) == (0, "")
     assert scores_of(tmp_path / "out") == pytest.approx(scores_of(run), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["patchcore", "ltad"])
+def test_one_model_of_two_categories(method, tmp_path):
+    """Of images of different sizes; each category has its thresholds."""
+    make_mvtec(tmp_path, "bottle", train=3, good=1, defects={"broken": 1}, size=72)
+    make_mvtec(tmp_path, "tile", train=3, good=1, defects={"crack": 1}, size=40)
+    run, both = tmp_path / "run", runs.folder_data(tmp_path, "[bottle,tile]")
+    result = runs.result_of(*runs.method(method), *both, TILES, "data.balanced=true", run_dir=run)
+    assert result["setting"] == "unified"
+    assert {name: found["images"] for name, found in result["thresholds"]["per_category"].items()} == {
+        "bottle": 3, "tile": 3,
+    }  # fmt: skip
+    for category in ("bottle", "tile"):
+        out, photos = tmp_path / f"out_{category}", tmp_path / category / "test"
+        outcome = runs.predict(f"run={run}", f"input={photos}", f"output={out}", f"category={category}")
+        assert (outcome.code, outcome.err) == (0, "")
+        with (run / "scores.csv").open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["category"] == category]
+        evaluated = {row["path"].rpartition("test/")[2]: float(row["score"]) for row in rows}
+        assert scores_of(out) == pytest.approx(evaluated, rel=1e-4)
 
 
 def test_the_grid_is_shown(root, tmp_path):
