@@ -119,6 +119,12 @@ def key_of(overrides: list[str]) -> str:
     return json.dumps(sorted(named))
 
 
+def as_typed(overrides: Any) -> list[str]:
+    """Hydra's list of overrides; iterating over it would resolve the interpolations in them."""
+    typed: Any = OmegaConf.to_container(overrides)
+    return typed
+
+
 def without_value(overrides: list[str], loader: Any) -> UserError:
     """The error for a sweep without any job; it names the overrides that give no value."""
     parsed = OverridesParser.create(loader).parse_overrides(overrides)

@@ -31,7 +31,7 @@ from anomalib_lite.paths import write_text
 from anomalib_lite.runs.early_checks import check_inputs
 from anomalib_lite.runs.folder import is_run
 from anomalib_lite.sweeps.forks import ForkedJobs
-from anomalib_lite.sweeps.job import Job, check_whole, key_of, without_value
+from anomalib_lite.sweeps.job import Job, as_typed, check_whole, key_of, without_value
 from anomalib_lite.sweeps.view import View, print_end, print_interrupted
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Sweep:
         """Run a batch of jobs, the first with number `first`. Exits with 1 after the last one if a job failed."""
         setup_globals()
         if not job_overrides:
-            raise without_value(OmegaConf.to_container(self.config.hydra.overrides.task), self.loader)
+            raise without_value(as_typed(self.config.hydra.overrides.task), self.loader)
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder), sigterm_as_interrupt():
@@ -214,7 +214,7 @@ class Sweep:
         waiting = [job for job in jobs if job.state == "waiting"]
         limit, free, held = self.limit(waiting), list(self.gpus), dict[int, list[str]]()
         running: dict[int, Job] = {}
-        hydra: Any = OmegaConf.to_container(self.config.hydra.overrides.hydra)  # as typed: with interpolations
+        hydra = as_typed(self.config.hydra.overrides.hydra)
         if waiting and self.engine is None:
             self.engine = self.make_engine()
             weakref.finalize(self, self.engine.close)

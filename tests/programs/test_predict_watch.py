@@ -196,8 +196,8 @@ def test_a_table_is_never_lost(tmp_path):
             GrowingTable(file)
         assert file.read_bytes() == content
     head = "path,score,threshold,decision,ratio,modified"
-    for content in ("", head[:9], head, f"{head}\r\n", f"{head}\r\nhalf,"):
-        file.write_text(content, newline="")
+    for text in ("", head[:9], head, f"{head}\r\n", f"{head}\r\nhalf,"):
+        file.write_text(text, newline="")
         GrowingTable(file).close()
         assert file.read_bytes() == f"{head}\r\n".encode()
     file.write_text(f"{head}\na.png,0.5,0.25,defective,2.0,17\na.png,0.1,0.25,good,0.4,18\nb.png,0")

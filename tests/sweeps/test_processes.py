@@ -25,7 +25,8 @@ from tests.helpers.user_folder import Started, assert_refused, in_process, resul
 def test_a_sweep_equals_single_runs(home, tmp_path):
     """With a method of the user; the overrides may change their order; each job stores its own Hydra settings."""
     arguments = ("seed=0,1", "data.category=bottle,cup", "data.val_fraction=0.3", "method.pause=0.01")
-    folder = (f'hydra.sweep.dir="{tmp_path / "a sweep"}"', "hydra.launcher.jobs=2", "+hydra.job.env_set.SWEPT=yes")
+    folder = (f'hydra.sweep.dir="{tmp_path / "a sweep"}"', "hydra.launcher.jobs=2", "+hydra.job.env_set.SWEPT=yes",
+              "hydra.sweep.subdir=${hydra:job.num}")  # fmt: skip
     outcome = Started(home, "method=mean", *arguments, *folder).end()
     assert outcome.code == 0, outcome.err
     assert "4 of 4 done, best validation.image_auroc" in outcome.out
