@@ -112,11 +112,13 @@ def read_official(
     The categories are in the folder `below`. Counts that differ from the official ones become notes.
     """
     folders = layout.category_folders(below, own)
-    hint = "" if own == layout.PLAIN else f"; set data.root to the folder that holds {title}'s {', '.join(official)}"
+    hint = ""
     if (base / "train").is_dir():
         hint = f"; it seems to be a category itself, set data.root to {base.parent}"
     elif own == layout.PLAIN and folders.keys() - official.keys():
         hint = f"; data=folder reads categories that are not {title}'s"
+    elif own != layout.PLAIN and not folders.keys() & official.keys():
+        hint = f"; set data.root to the folder that holds {title}'s {', '.join(official)}"
     names = layout.choose(category, [name for name in folders if name in official], base, hint)
     data = layout.read_folders(base, {name: folders[name] for name in names}, layout=own)
     data.notes += count_notes(data, official)
