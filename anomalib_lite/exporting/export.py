@@ -58,7 +58,7 @@ def export_run(run: Path, output: Path, category: str | None, precision: str, fo
         images = [data.eval_pipeline.load(sample.path) for sample in samples]
     graph: torch.nn.Module = ScoringGraph(model, data, model.categories.index(chosen[0])).eval()
     graph = HalfWeights(graph) if precision == "float16" else graph
-    program = traced(graph, example(model, data), names["method"])
+    program = traced(graph, example(model, data), names["method"], own_sizes=data.test_size == "original")
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / f"model{output.suffix}"
         if output.suffix == ".pt2":

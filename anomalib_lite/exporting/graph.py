@@ -94,16 +94,18 @@ def check_exportable(cfg: dict[str, Any], stored: dict[str, Any], data: AnomalyD
         raise UserError("data.tiling: a file can't cut images into tiles; train without tiling, or use predict")
 
 
-def traced(graph: nn.Module, example: Tensor, what: str) -> ExportedProgram:
+def traced(graph: nn.Module, example: Tensor, what: str, own_sizes: bool = False) -> ExportedProgram:
     """The graph as an exported program that takes any number of images of any size.
 
     Args:
         example: images uint8 [2, H, W, 3] that it is traced with. what: the method, for the error.
+        own_sizes: whether the network sees images at their own sizes; it may then need images that are large enough.
 
     Raises:
         UserError: the method does something that torch.export can't follow.
     """
-    sizes = {0: Dim("images", min=1), 1: Dim("height", min=1), 2: Dim("width", min=1)}
+    height, width = (Dim.DYNAMIC, Dim.DYNAMIC) if own_sizes else (Dim("height", min=1), Dim("width", min=1))
+    sizes = {0: Dim("images", min=1), 1: height, 2: width}
     try:
         with quiet(), torch.no_grad():
             return torch.export.export(graph, (example,), dynamic_shapes=(sizes,))
