@@ -125,7 +125,7 @@ def _visualized(model: AnomalyModule, batch: dict[str, Any]) -> Rows:
 
 def _as_images(images: Tensor) -> np.ndarray:
     """[B, 1 or 3, H, W] in [0, 1] -> uint8 [B, H, W, 3]."""
-    images = images.float().clamp(0, 1).mul(255).round().byte().expand(-1, 3, -1, -1)
+    images = images.float().clamp(0, 1).mul_(255).round_().byte().expand(-1, 3, -1, -1)
     return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 

@@ -51,7 +51,6 @@ def peak(program: str, *arguments: str | Path) -> float:
     ("method", "options"),
     [
         ("norm_occ", ["trainer.max_epochs=1"]),
-        ("ssae", ["trainer.max_epochs=null", "trainer.max_steps=2", "method.width=16"]),
         ("patchcore", ["backbone.layers=[3]", "method.coreset=0.001", "scoring.map_size=[750,1000]"]),
     ],
 )
