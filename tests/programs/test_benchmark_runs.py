@@ -57,7 +57,7 @@ def test_spro_of_loco(loco):
         samples = read_mvtec_loco(root, category).test
         images = [np.array(Image.open(sample.path)) for sample in samples]
         _, maps = load_run(run, category).predict(images)
-        regions: list[list[tuple[np.ndarray, int]]] = []
+        regions: list[list[tuple[np.ndarray, float]]] = []
         for sample in samples:
             regions.append([])
             for file in sorted(sample.mask.iterdir()) if sample.mask else ():
