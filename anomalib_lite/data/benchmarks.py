@@ -1,6 +1,7 @@
 """Readers of benchmarks with a folder per category, in the MVTec layout or in a variant of it.
 
-The official counts are those of the papers' tables and of the archives: train, normal test, defective test.
+The official counts (train, normal test, defective test) are those that repositories state of the papers' tables and of
+the archives. Those of BTAD's training images are confirmed by their total alone.
 """
 
 from collections.abc import Sequence
