@@ -89,7 +89,9 @@ def test_missing_files_are_reported_before_torch_is_imported(arguments, tmp_path
 def test_help_lists_what_a_user_may_choose(tmp_path):
     outcome = train("--help", small=False)
     groups = dict(line.split(": ", 1) for line in outcome.out.splitlines() if re.match(r"\w+: \w+, ", line))
-    assert groups["data"] == "folder, mvtec, synthetic, table, visa"
+    assert groups["data"] == (
+        "btad, folder, kolektor_sdd, kolektor_sdd2, mpdd, mvtec, mvtec_ad_2, mvtec_loco, real_iad, synthetic, table, visa"
+    )
     assert "ltad_small" in groups["experiments"].split(", ")
     assert not re.search(r"[ ,]_\w+[,\n]", outcome.out)
 

@@ -108,6 +108,12 @@ def lasting(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def measured(metrics: dict[str, Any]) -> dict[str, float]:
+    """All but AUPIMO, for which these images have too few normal pixels."""
+    assert metrics["aupimo"] is None
+    return {key: value for key, value in metrics.items() if key != "aupimo"}
+
+
 def image_metrics_by_sklearn(rows: list[dict[str, str]]) -> dict[str, float]:
     labels, scores = [int(row["label"]) for row in rows], [float(row["score"]) for row in rows]
     precision, recall, _ = precision_recall_curve(labels, scores)
@@ -147,7 +153,7 @@ def test_result_says_everything(finished, method):
     assert (result["dataset"], result["categories"], result["setting"]) == ("folder", ["bottle"], "single")
     assert set(result["metrics"]) == METRICS
     assert result["metrics"] == result["per_category"]["bottle"]
-    assert all(0 <= value <= 1 for value in result["metrics"].values())
+    assert all(0 <= value <= 1 for value in measured(result["metrics"]).values())
     assert result["validation"] is None
     assert result["seed"] == 0
     assert result["split"]["name"] == "full"
@@ -264,7 +270,7 @@ def test_one_model_for_two_categories(name, budget, root, tmp_path):
     assert result["setting"] == "unified"
     assert result["categories"] == list(result["per_category"]) == ["bottle", "wood"]
     assert list(result["thresholds"]["per_category"]) == ["bottle", "wood"]
-    for key in METRICS:
+    for key in measured(result["metrics"]):
         values = [result["per_category"][category][key] for category in ("bottle", "wood")]
         assert result["metrics"][key] == pytest.approx(np.mean(values), abs=1e-12)
     rows = rows_of(tmp_path / "run" / "scores.csv")
@@ -281,7 +287,7 @@ def test_validation_on_held_out_training_images(name, budget, root, tmp_path):
     result = train(tmp_path / "run", root, *arguments)
     assert result["data"]["train_counts"] == {"bottle": 6}
     assert set(result["validation"]) == METRICS
-    assert all(0 <= value <= 1 for value in result["validation"].values())
+    assert all(0 <= value <= 1 for value in measured(result["validation"]).values())
     assert result["thresholds"]["per_category"]["bottle"]["images"] == 6
     assert len(rows_of(tmp_path / "run" / "scores.csv")) == 9  # the test set alone
 
