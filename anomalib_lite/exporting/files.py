@@ -112,7 +112,7 @@ def opened(file: Path) -> Scorer:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    return lambda images: tuple(session.run(NAMES["output_names"], {"images": images}))  # type: ignore[return-value]
+    return lambda images: tuple(session.run(NAMES["output_names"], {"images": images}))
 
 
 def scores_of(scorer: Scorer, images: Iterable[np.ndarray]) -> np.ndarray:

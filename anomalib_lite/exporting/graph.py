@@ -42,7 +42,10 @@ class ScoringGraph(nn.Module):
         if self.resize is not None:
             images = resized(images, self.resize.size, self.resize.resample)
         pixels = images.permute(0, 3, 1, 2).float() / 255
-        batch = {"image": (pixels - self.mean) / self.std, "category": torch.full((count,), self.category)}
+        batch: dict[str, Any] = {
+            "image": (pixels - self.mean) / self.std,
+            "category": torch.full((count,), self.category),
+        }
         if self.model.map_size == "original":
             batch["map_size"] = height, width
         scored = self.model.score(batch)

@@ -189,7 +189,7 @@ def test_the_runner_needs_a_category_where_there_are_several(exported):
 def test_the_runner_imports_three_packages():
     tree = ast.parse((runs.ROOT / "anomalib_lite/exporting/runner.py").read_text())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert names - sys.stdlib_module_names == {"numpy", "onnxruntime", "PIL"}
 
 
