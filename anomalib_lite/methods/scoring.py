@@ -43,9 +43,10 @@ def _filter(maps: Tensor, taps: Tensor, zeros: bool) -> Tensor:
     n, radius, weight = maps.shape[-1], len(taps) // 2, taps.to(maps)[None, None]
     at = torch.arange(-radius, n + radius, device=maps.device) % (2 * n)  # mirroring has period 2n
     mirrored = torch.where(at < n, at, 2 * n - 1 - at)
+    lines = maps.reshape(-1, 1, n)
+    together = [lines] if torch.compiler.is_exporting() else lines.split(max(1, PIXELS // n))  # a file's batch may vary
     parts = [
-        F.conv1d(rows, weight, padding=radius) if zeros else F.conv1d(rows[..., mirrored], weight)
-        for rows in maps.reshape(-1, 1, n).split(max(1, PIXELS // n))
+        F.conv1d(rows, weight, padding=radius) if zeros else F.conv1d(rows[..., mirrored], weight) for rows in together
     ]
     return (torch.cat(parts) if len(parts) > 1 else parts[0]).reshape(maps.shape)
 
