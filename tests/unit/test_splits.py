@@ -498,6 +498,9 @@ def test_a_run_on_a_long_tail(root, tmp_path):
     for name, members in (("head", ["bottle", "screw"]), ("tail", ["cable"])):
         assert result["groups"][name].keys() == result["metrics"].keys()
         for key, value in result["groups"][name].items():
+            if key == "aupimo":  # these images have too few normal pixels
+                assert value is None
+                continue
             assert value == pytest.approx(np.mean([result["per_category"][c][key] for c in members]), abs=1e-12)
     outcome = evaluate(f"run={tmp_path / 'run'}", f"output={tmp_path / 'again'}")
     assert outcome.code == 0, outcome.err

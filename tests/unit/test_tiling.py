@@ -236,7 +236,7 @@ def test_trained_evaluated_predicted(method, root, tmp_path):
     assert not result["cache"]["used"]
     assert sum("data.tiling: images are cut into 9 tiles of 32×32" in note for note in result["notes"]) == 1
     assert any("9 epochs saw all tiles" in note for note in result["notes"]) == (method == "uniad")
-    assert all(value is not None for value in result["metrics"].values())
+    assert all(value is not None for key, value in result["metrics"].items() if key != "aupimo")  # too few pixels
     if method == "patchcore":  # the bank holds all patches: with its own tiles a training image would have the score 0
         with np.load(run / "maps.npz") as file:
             assert file["normal/scores"].min() > 0.1 * max(scores_of(run).values())
