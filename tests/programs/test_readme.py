@@ -158,7 +158,7 @@ def test_python_that_scores_arrays(folder, monkeypatch, capsys):
     outcome = runs.predict("run=RUN", "input=photo.png", f"output={folder / 'predicted'}")
     assert outcome.code == 0, outcome.err
     _, row = (folder / "predicted" / "scores.csv").read_text().splitlines()
-    _, score, threshold, decision = row.split(",")
+    _, score, threshold, decision, _ = row.split(",")
     assert (names["scores"][0], names["run"].thresholds["image"]) == (np.float32(score), float(threshold))
     assert printed[1] == str(decision == "defective")
     assert names["maps"][0].shape == (32, 32)
