@@ -120,7 +120,7 @@ def test_evaluate_and_predict(arguments, root, send, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert runs.evaluate(*evaluate).code == 0
     predict = (f"run={run}", f"input={root}", f"output={tmp_path / 'new'}")
-    monkeypatch.setattr("anomalib_lite.predict.draw", lambda *_: os.kill(os.getpid(), USR1))
+    monkeypatch.setattr("anomalib_lite.runs.predictions.overlay", lambda *_: os.kill(os.getpid(), USR1))
     assert_stopped(runs.predict(*predict), "SIGUSR1")
     assert list((tmp_path / "new").iterdir()) == []
     monkeypatch.undo()
