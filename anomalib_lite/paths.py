@@ -80,8 +80,9 @@ def write_text(file: Path, text: str) -> None:
 
 
 def make_folder(folder: Path, option: str) -> None:
-    """Make the folder that the option names; UserError where that is not possible."""
+    """Make the folder that the option names; UserError where that is not possible, or where no file can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}; choose another {option}=DIR") from error

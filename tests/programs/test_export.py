@@ -287,6 +287,13 @@ def test_bad_input(arguments, message, trained, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["there.py"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="no /proc")
+def test_a_folder_that_takes_no_file(trained):
+    outcome = export(f"run={trained('patchcore')}", "output=/proc/a.onnx")
+    assert outcome.code == 2
+    assert re.fullmatch(r"error: /proc: .*; choose another output=DIR\n", outcome.err)
+
+
 def test_missing_packages(trained, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     outcome = export(f"run={trained('patchcore')}", f"output={tmp_path / 'a.onnx'}")
