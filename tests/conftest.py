@@ -23,6 +23,18 @@ def finished_run(tmp_path_factory):
     return real_run(tmp_path_factory.mktemp("finished"))
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of a small run, for tests that predict with it and leave it as it is."""
+    from tests.helpers.image_trees import make_mvtec
+    from tests.helpers.run_programs import folder_data, result_of
+
+    run = tmp_path_factory.mktemp("trained") / "run"
+    make_mvtec(run.parent / "data")
+    result_of(*folder_data(run.parent / "data"), run_dir=run)
+    return run
+
+
 @pytest.fixture
 def write(finished_run, tmp_path):
     """Writes runs with chosen numbers into tmp_path/runs: see tests/helpers/written_runs.py."""

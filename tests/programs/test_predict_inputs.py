@@ -12,14 +12,6 @@ from tests.helpers.run_programs import Outcome, folder_data, predict, result_of
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("trained") / "run"
-    make_mvtec(run.parent / "data")
-    result_of(*folder_data(run.parent / "data"), run_dir=run)
-    return run
-
-
-@pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
     """a/1.png a/2.jpg a/notes.txt a/deep/1.png b/1.png c, d.png and [e].png; every picture differs."""
     folder = tmp_path_factory.mktemp("photos")

@@ -8,11 +8,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
-import pytest
 from PIL import Image
 
-from tests.helpers.image_trees import make_mvtec, save_image
-from tests.helpers.run_programs import folder_data, predict, result_of
+from tests.helpers.image_trees import save_image
+from tests.helpers.run_programs import predict
 
 HOSTILE = [
     '<script>alert("1")<⁄script>.png', "<img src=x onerror=alert(1)>.png", "\"'><b>&amp;.png", "{{ 7*7 }}{% x %}.png",
@@ -38,14 +37,6 @@ class Page(HTMLParser):
 
     def values(self, tag: str, name: str) -> list[str]:
         return [attributes[name] or "" for each, attributes in self.tags if each == tag and name in attributes]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("trained") / "run"
-    make_mvtec(run.parent / "data")
-    result_of(*folder_data(run.parent / "data"), run_dir=run)
-    return run
 
 
 def test_hostile_names_and_order(trained, tmp_path):

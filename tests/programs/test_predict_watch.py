@@ -17,16 +17,8 @@ import pytest
 from anomalib_lite.errors import UserError
 from anomalib_lite.runs import watching
 from anomalib_lite.runs.prediction_table import GrowingTable, Prediction
-from tests.helpers.image_trees import make_mvtec, save_image
-from tests.helpers.run_programs import ROOT, Outcome, folder_data, predict, result_of
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("trained") / "run"
-    make_mvtec(run.parent / "data")
-    result_of(*folder_data(run.parent / "data"), run_dir=run)
-    return run
+from tests.helpers.image_trees import save_image
+from tests.helpers.run_programs import ROOT, Outcome, predict
 
 
 @pytest.fixture(autouse=True)
