@@ -7,7 +7,7 @@ WORKERS ?= 2
 QUICK := tests/unit tests/programs/test_readme.py::test_readme_is_short --ignore tests/unit/test_features.py -k "not ranks"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quick test test-real lint bench clean
+.PHONY: help setup demo quick test test-real lint bench gpu-check reproduce clean
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -42,6 +42,12 @@ lint: setup ## ruff (format and lint) and mypy
 
 bench: setup ## timings, each beside a well-known implementation, in one run
 	$(BIN)/python -m pytest -m bench -s
+
+gpu-check: setup ## is a GPU's result the CPU's, and how fast is it? 8 minutes on one card; without a card it says so (ARGS="--output FILE.md")
+	$(BIN)/python -m tests.benchmarks.gpu_check $(ARGS)
+
+reproduce: setup ## run every published setting on the data in DATA=DIR and compare; it can be stopped and started again (ARGS=--dry-run: the time)
+	$(BIN)/python experiments/reproduce.py "$(DATA)" $(ARGS)
 
 clean: ## remove what runs and builds leave behind (not .venv)
 	rm -rf outputs wandb build dist .mypy_cache .ruff_cache .pytest_cache

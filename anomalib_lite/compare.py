@@ -11,6 +11,8 @@ DIR              folders; every result.json below them is read; damaged and fore
 --markdown FILE  the same as Markdown
 --plots DIR      dot plots of every metric, curves of every category, and with few shots every metric over the number of
                  training images, as PNG
+--published FILE published figures beside ours: a table that --markdown and --html show too. The checkout has them in
+                 experiments/published.yaml
 
 Runs share a table where data set, files, split and protocol.data agree; what differs is named. Runs that differ in the
 seed alone are averaged; those that differ in any other key of their configuration get rows of their own. Few shots
@@ -28,7 +30,7 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: the matrices are small, and threads only wait
 
 from anomalib_lite.cli import program
-from anomalib_lite.comparison import export, find_runs, grouping, terminal
+from anomalib_lite.comparison import export, find_runs, grouping, published, terminal
 from anomalib_lite.comparison.find_runs import Run
 from anomalib_lite.comparison.tables import Table
 from anomalib_lite.console import make_console
@@ -50,32 +52,38 @@ def compare(arguments: Sequence[str]) -> None:
     parser = program.Parser()
     parser.add_argument("DIR", nargs="+", type=Path)
     parser.add_argument("--metric", default="image_auroc")
-    for name in FILES:
+    for name in (*FILES, "published"):
         parser.add_argument(f"--{name}", type=Path)
     options = parser.parse_intermixed_args(arguments)
 
+    entries = published.read(options.published.expanduser()) if options.published else []
     problems: list[str] = []
     runs, left_out = find_runs.read((path.expanduser() for path in options.DIR), problems)
-    if not runs:
+    if not runs and not entries:
         terminal.warn("left out", left_out)
         raise UserError(
             f"{find_runs.shorten(map(str, options.DIR))}: no readable result.json below; give other folders"
         )
     tables = grouping.tables(runs)
     metric, metrics = options.metric, list(dict.fromkeys(metric for table in tables for metric in table.metrics))
-    if metric not in metrics:
+    if metric not in metrics and runs:
         raise UserError(f"--metric {metric}: the runs have {', '.join(metrics)}; choose one of them")
-    write_files(options, tables, runs)  # before anything is printed: the reader of the output may go away
+    board = published.board(entries, tables)
+    write_files(options, tables, runs, board)  # before anything is printed: the reader of the output may go away
     terminal.warn("left out", left_out)
     console = make_console(width=120)
     try:
         for number, table in enumerate(tables, 1):
             terminal.show(console, table, [metric], f"table {number}: " * (len(tables) > 1))
+        if board:
+            terminal.show_board(console, board)
     finally:
         terminal.warn("warning", problems)
 
 
-def write_files(options: Namespace, tables: Sequence[Table], runs: Sequence[Run]) -> None:
+def write_files(
+    options: Namespace, tables: Sequence[Table], runs: Sequence[Run], board: Sequence[published.Line]
+) -> None:
     """Write what the options ask for. A file that can't be written does not keep the others from being written.
 
     Raise UserError for all files that can't be written.
@@ -84,12 +92,12 @@ def write_files(options: Namespace, tables: Sequence[Table], runs: Sequence[Run]
     def page() -> str:
         from anomalib_lite.comparison.page import to_html
 
-        return to_html(tables, options.metric)
+        return to_html(tables, options.metric, board)
 
     texts = {
         "csv": lambda: export.to_csv(tables, runs),
         "latex": lambda: export.render("table.tex", tables, options.metric),
-        "markdown": lambda: export.render("table.md", tables, options.metric),
+        "markdown": lambda: export.render("table.md", tables, options.metric, board=board),
         "html": page,
     }
     failures = []

@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 
 from anomalib_lite.comparison.find_runs import Run, shorten
+from anomalib_lite.comparison.published import HEADINGS
 from anomalib_lite.comparison.statistics import DRAWS
 from anomalib_lite.comparison.tables import COSTS, FEWEST_CATEGORIES, Cell, Column, Over, Row, Table, shots_text
 from anomalib_lite.metrics.names import name_of
@@ -141,6 +142,7 @@ def render(template: str, tables: Sequence[Table], metric: str, **context: Any) 
         line_statement_prefix="%%",
     )
     environment.filters |= {of.__name__: of for of in (amount, heading, latex, markdown, name_of)}
+    context = {"board": (), "board_headings": HEADINGS} | context
     context |= {"tables": tables, "metric": metric, "texts": sys.modules[__name__]}
     return environment.get_template(template).render(context).rstrip() + "\n"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from anomalib_lite.comparison.export import render
+from anomalib_lite.comparison.published import Line
 from anomalib_lite.comparison.tables import Row, Table
 from anomalib_lite.comparison.worst_cases import Case, best_rows, curves, worst_cases
 from anomalib_lite.metrics.curves import CURVES, Curve
@@ -29,10 +30,10 @@ class Pictures:
     cases: list[Case]
 
 
-def to_html(tables: Sequence[Table], metric: str) -> str:
-    """The page, with `metric` shown first."""
+def to_html(tables: Sequence[Table], metric: str, board: Sequence[Line] = ()) -> str:
+    """The page, with `metric` shown first and the lines of `published.board` at its end."""
     script = "\n" + Path(__file__).with_name("page.js").read_text(encoding="utf-8")
-    budget = BYTES // min(sum(len(table.categories) for table in tables), MOST_CATEGORIES)
+    budget = BYTES // max(1, min(sum(len(table.categories) for table in tables), MOST_CATEGORIES))
     left, pictures = MOST_CATEGORIES, []
     for table in tables:
         rows, categories = best_rows(table, metric), table.categories[: max(left, 0)]
@@ -42,6 +43,7 @@ def to_html(tables: Sequence[Table], metric: str) -> str:
         "page.html",
         tables,
         metric,
+        board=board,
         title="Comparison: " + ", ".join(dict.fromkeys(table.title for table in tables)),
         metrics=list(dict.fromkeys(name for table in tables for name in table.metrics)),
         pictures=pictures,

@@ -9,6 +9,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from anomalib_lite.comparison import export as texts
+from anomalib_lite.comparison.published import HEADINGS, Line
 from anomalib_lite.comparison.tables import COSTS, Cell, Column, Row, Table
 from anomalib_lite.metrics.names import name_of
 
@@ -63,6 +64,16 @@ def show(
     grid = _grid(["method", *(name.replace(" (", "\n(") for name in COSTS)], label_width=label_width)
     for row, costs in table.costs().items():
         grid.add_row(Text(row.full_label), *map(texts.amount, costs.values()))
+    output.print(grid)
+    output.print()
+
+
+def show_board(output: Console, board: Sequence[Line]) -> None:
+    """Print published figures beside ours; `--markdown` and `--html` also say what each published figure is."""
+    output.print(Text("published figures and ours, in percent", style="bold"))
+    grid = _grid(HEADINGS[:-1], labels=4, label_width=22)
+    for line in board:
+        grid.add_row(*map(Text, line.texts()[:-1]))
     output.print(grid)
     output.print()
 

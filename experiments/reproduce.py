@@ -1,0 +1,190 @@
+"""Run every published setting on the data at hand, and put our figures beside the published ones.
+
+    make reproduce DATA=DIR [ARGS="--only recontrast --dry-run trainer.max_steps=20 ..."]
+    python experiments/reproduce.py DIR [--only METHOD,...] [--output DIR] [--dry-run] [KEY=VALUE ...]
+
+DIR holds the data sets: MVTec AD in mvtec/, mvtec_ad/ or parts/ (or in DIR itself), VisA in visa/. Categories that are
+missing are left out, and the board says so. The settings run one sweep after the other. The same command goes on where
+an earlier one was stopped: finished runs stay, and interrupted ones resume.
+KEY=VALUE holds for all runs. --dry-run only prints what would run, with an estimate of its time on this device.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from anomalib_lite.comparison.published import Published, read
+from anomalib_lite.data.readers import MVTEC, VISA
+from anomalib_lite.errors import UserError
+
+HERE = Path(__file__).resolve().parent
+FILE = HERE / "published.yaml"
+FOLDERS = {"mvtec": ("mvtec", "mvtec_ad", "MVTec_AD", "parts", "."), "visa": ("visa", "VisA")}
+TRIAL_COUNTS = {"train": 16, "good": 2, "defective": 1}  # drawn images; wood has several kinds of defects
+TRIAL_STEPS = 2  # on a CPU, one with the published networks may take a minute
+
+
+@dataclass
+class Study:
+    """A published setting as a command: its experiment, the data that are there, and its cost."""
+
+    entry: Published
+    root: Path
+    categories: list[str]
+    output: Path
+    extra: list[str]
+
+    def arguments(self, category: str | None = None) -> list[str]:
+        """Those of the sweep, or those of its runs on one category."""
+        names = category or ",".join(self.categories)
+        chosen = f"[{names}]" if self.entry.setting == "unified" and not category else names
+        data = [f"data.root={self.root}", f"data.category={chosen}"]
+        return [f"+experiments={self.entry.experiment}", *self.entry.overrides, *data, *self.extra]
+
+    @property
+    def name(self) -> str:
+        own = "_".join(override.replace("=", "-").replace("/", "-") for override in self.entry.overrides)
+        return f"{self.entry.experiment}{'_' * bool(own)}{own}"
+
+    def run(self) -> int:
+        """The sweep; its exit code."""
+        place = f"hydra.sweep.dir={self.output / self.name}"
+        command = [sys.executable, "-m", "anomalib_lite.train", "-m", *self.arguments(), place]
+        print(f"\n== {self.name}: {' '.join(command[1:])}", flush=True)
+        return subprocess.run(command, check=False).returncode
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, metavar="DIR")
+    parser.add_argument("--only", default="", help="names of methods, separated by commas")
+    parser.add_argument("--output", type=Path, default=Path("outputs/reproduce"))
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    options = parser.parse_intermixed_args(arguments)
+    if not options.data.is_dir():
+        parser.error(f"DIR: {options.data} is no folder; give the folder that holds mvtec/ and visa/")
+    entries = [entry for entry in read(FILE) if not options.only or entry.method in options.only.split(",")]
+    if not entries:
+        parser.error(f"--only {options.only}: {FILE.name} has {', '.join(dict.fromkeys(e.method for e in read(FILE)))}")
+
+    studies, absent = plan(entries, options.data.resolve(), options.output.resolve(), options.overrides)
+    for line in absent:
+        print(f"left out: {line}")
+    if not studies:
+        parser.error(
+            f"DIR: no data set of a published setting lies in {options.data}; see --help for the folders' names"
+        )
+    estimate(studies, options.output.resolve())
+    failed = [] if options.dry_run else [study.name for study in studies if study.run()]
+    options.output.mkdir(parents=True, exist_ok=True)
+    board = ["--published", FILE, "--markdown", options.output / "board.md", "--html", options.output / "board.html"]
+    compare = [sys.executable, "-m", "anomalib_lite.compare", options.output, *board]
+    subprocess.run(list(map(str, compare)), check=True)
+    print(f"the board: {options.output / 'board.md'} and {options.output / 'board.html'}")
+    if failed:
+        print(f"failed, see above: {', '.join(failed)}; the same command tries them again")
+    return 1 if failed else 0
+
+
+def plan(entries: Sequence[Published], data: Path, output: Path, extra: Sequence[str]) -> tuple[list[Study], list[str]]:
+    """The studies that the data at hand allow, and why the others are left out."""
+    studies, absent = [], []
+    for entry in entries:
+        found = next(categories_below(data, entry.dataset), None)
+        if entry.experiment is None:
+            absent.append(f"{entry.method} on {entry.dataset} ({entry.setting}): there is no experiment for it")
+        elif found is None:
+            absent.append(f"{entry.method} on {entry.dataset}: no such data set below {data}")
+        else:
+            studies.append(Study(entry, *found, output, list(extra)))
+    return studies, absent
+
+
+def categories_below(data: Path, dataset: str) -> Iterator[tuple[Path, list[str]]]:
+    """(root, categories) of the folders that may hold this data set."""
+    for name in FOLDERS.get(dataset, ()):
+        root = data / name
+        places = [root / part for part in ("1cls", ".")]
+        known = {"mvtec": MVTEC, "visa": VISA}[dataset]
+        found = [
+            name for name in known if any((p / name / sub).is_dir() for p in places for sub in ("train/good", "Data"))
+        ]
+        if found:
+            yield root.resolve(), found
+
+
+def estimate(studies: Sequence[Study], output: Path) -> None:
+    """Print what will run and how long it will take: a few training steps and test batches of each are timed."""
+    total = 0.0
+    print(f"{'study':60} {'runs':>5} {'steps each':>10} {'estimate':>10}")
+    for study in studies:
+        try:
+            runs, steps, seconds = timed(study, output)
+            total += runs * seconds
+            print(f"{study.name[:60]:60} {runs:5} {steps:10} {runs * seconds / 3600:8.1f} h", flush=True)
+        except Exception as error:  # the study may run nevertheless
+            print(f"{study.name[:60]:60} can't be estimated: {' '.join(str(error).split())[:300]}", flush=True)
+    print(f"{'together, without finished runs being left out':60} {'':16} {total / 3600:8.1f} h\n")
+
+
+def timed(study: Study, output: Path) -> tuple[int, int, float]:
+    """The number of runs, the steps of one, and its seconds: from a few steps on drawn images with random weights."""
+    known = {"mvtec": MVTEC, "visa": VISA}[study.entry.dataset]
+    counts = [known[category] for category in study.categories]
+    train, test = sum(n for n, _, _ in counts), sum(good + bad for _, good, bad in counts)
+    arguments = study.arguments(study.categories[0])
+    cfg = composed(arguments)
+    seeds = math.prod(
+        len(str(values).split(","))
+        for key, values in (cfg["hydra"]["sweeper"]["params"] or {}).items()
+        if key != "data.category" and not any(given.startswith(f"{key}=") for given in arguments)
+    )
+    runs = seeds
+    if study.entry.setting == "single":
+        runs, train, test = seeds * len(counts), train // len(counts), test // len(counts)
+    trial = output / "trials" / study.name
+    trainer, batch = cfg["trainer"], cfg["data"]["batch_size"]
+    limits = [trainer["max_steps"], trainer["max_epochs"] and trainer["max_epochs"] * -(-train // batch)]
+    steps = min(limit for limit in limits if limit is not None)
+    budget = ["trainer.max_epochs=null", f"trainer.max_steps={TRIAL_STEPS}"] if steps else []
+    drawn = ["data=synthetic", "data.category=wood", "split=full"]
+    drawn += [f"+data.reader.{part}={number}" for part, number in TRIAL_COUNTS.items()]
+    shutil.rmtree(trial, ignore_errors=True)
+    options = ["hydra.mode=RUN", f"hydra.run.dir={trial}", "logger=csv", "cache.enabled=false", "backbone.weights=none"]
+    options.append("hardware.measure_cost=false")
+    given = [argument for argument in arguments if not argument.startswith(("data", "split", "trainer.max"))]
+    command = [sys.executable, "-m", "anomalib_lite.train", *given, *drawn, *budget, *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(done.stderr.strip().rpartition("\n")[2])
+    result = json.loads((trial / "result.json").read_text())
+    timing, tested = result["timing"], sum(result["data"]["test_counts"]["wood"].values()) + TRIAL_COUNTS["train"]
+    step = timing["fit_s"] / timing["steps"] if timing["steps"] else 0.0
+    phases = timing["steps"] / TRIAL_STEPS
+    passes = train + test + train  # features or a fit, the test, and the scores of training images for thresholds
+    return runs, round(steps * phases), steps * phases * step + passes * timing["test_s"] / tested
+
+
+def composed(arguments: Sequence[str]) -> dict[str, Any]:
+    """The configuration of a command line, with Hydra's own part."""
+    with initialize_config_dir(str(HERE.parent / "conf"), version_base="1.3"):
+        cfg = compose("train", list(arguments), return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        parts = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("data", "trainer")}
+        return parts | {"hydra": {"sweeper": {"params": OmegaConf.to_container(cfg.hydra.sweeper.params)}}}  # type: ignore[dict-item]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""The reproduction board: published figures beside ours."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from anomalib_lite.comparison import published
+from anomalib_lite.errors import UserError
+from tests.helpers.run_programs import ROOT
+from tests.helpers.written_runs import Writer, compare, real_run, tables
+
+ENTRY = """
+published:
+- method: a
+  dataset: folder
+  categories: 2
+  values: {image_auroc: 90, pixel_auroc: 80}
+  per_category: {image_auroc: {bottle: 95, tile: 85}}
+  config: {data: {batch_size: 4}}
+  experiment: study
+  source: "paper | of <somebody>"
+  test_informed: the best epoch
+"""
+
+
+@pytest.fixture(scope="module")
+def write_into(tmp_path_factory):
+    real = real_run(tmp_path_factory.mktemp("real"))
+    return lambda folder: Writer(real, folder / "runs")
+
+
+@pytest.fixture
+def write(write_into, tmp_path):
+    return write_into(tmp_path)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "published.yaml"
+    path.write_text(ENTRY)
+    return path
+
+
+def lines_of(write: Writer, file) -> dict[str, published.Line]:
+    return {line.metric: line for line in published.board(published.read(file), tables(write))}
+
+
+def test_all_categories_and_seeds(write, file):
+    values: dict[str, list[float]] = {"image_auroc": [], "pixel_auroc": []}
+    for seed in (0, 1, 2):
+        for category in ("bottle", "tile"):
+            run = write("a", (category,), seed, quality=1.0)
+            for metric, found in values.items():
+                found.append(published_value(run, category, metric))
+    lines = lines_of(write, file)
+    for metric, found in values.items():
+        means = 100 * np.array(found).reshape(3, 2).mean(1)  # of each seed over categories
+        line = lines[metric]
+        assert line.ours == pytest.approx(means.mean(), abs=1e-9)
+        assert line.sd == pytest.approx(means.std(ddof=1), abs=1e-9)
+        assert (line.seeds, line.published) == (3, {"image_auroc": 90, "pixel_auroc": 80}[metric])
+        assert line.texts()[6] == f"{means.mean() - line.published:+.1f}"
+
+
+def published_value(run, category, metric):
+    return json.loads((run / "result.json").read_text())["per_category"][category][metric]
+
+
+def test_a_part_of_the_categories(write, file):
+    """Where the figure of the same categories is known, that one is compared; otherwise there is no difference."""
+    write("a", ("tile",))
+    lines = lines_of(write, file)
+    assert lines["image_auroc"].published == 85
+    assert lines["pixel_auroc"].published is None
+    assert lines["pixel_auroc"].texts()[6] == "–"
+    assert "1 of 2 categories (tile)" in lines["image_auroc"].texts()[7]
+
+
+def test_what_was_not_run_and_what_differs(write, file):
+    write("b")
+    line = lines_of(write, file)["image_auroc"]
+    assert line.texts()[5:8] == ["not run", "–", "+experiments=study"]
+    file.write_text(ENTRY.replace("batch_size: 4", "batch_size: 16"))
+    write("a")
+    assert "data.batch_size=4, published 16" in lines_of(write, file)["image_auroc"].remarks
+
+
+def test_files(write, file, tmp_path):
+    write("a")
+    pages = [tmp_path / name for name in ("board.md", "board.html")]
+    outcome = compare(write.root, "--published", file, "--markdown", pages[0], "--html", pages[1])
+    assert outcome.code == 0, outcome.err
+    assert "published figures and ours" in outcome.out
+    assert r"paper \| of &lt;somebody&gt;; test-informed: the best epoch" in pages[0].read_text()
+    assert "paper | of &lt;somebody&gt;" in pages[1].read_text()
+
+
+def test_without_runs(file, tmp_path):
+    (tmp_path / "empty").mkdir()
+    outcome = compare(tmp_path / "empty", "--published", file, "--html", tmp_path / "page.html")
+    assert outcome.code == 0, outcome.err
+    assert "not run" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: [", "published.yaml: .*; give a file"),
+        ("a: 1", "`published` is no list of settings"),
+        (ENTRY.replace("source", "sources"), "entry 1, source.*: .*; correct this field"),
+        (ENTRY.replace("categories: 2", "categories: two"), "entry 1, categories: .*; correct this field"),
+    ],
+)
+def test_a_wrong_file(file, text, expected):
+    file.write_text(text)
+    with pytest.raises(UserError, match=expected) as error:
+        published.read(file)
+    assert "\n" not in str(error.value)
+
+
+def test_our_own_file():
+    """Every entry names an experiment that exists and a method that exists, and its keys are keys of a run."""
+    entries = published.read(ROOT / "experiments" / "published.yaml")
+    for entry in entries:
+        assert (ROOT / "conf" / "method" / f"{entry.method}.yaml").is_file()
+        assert entry.experiment is None or (ROOT / "experiments" / f"{entry.experiment}.yaml").is_file()
+        assert all(re.fullmatch(r"(image|pixel)_\w+|aupro_\d+", metric) for metric in entry.values)
+        for values in entry.per_category.values():
+            assert len(values) == entry.categories
+    recontrast = entries[0]
+    mean = np.mean(list(recontrast.per_category["image_auroc"].values()))
+    assert abs(mean - recontrast.values["image_auroc"]) < 0.05  # the categories' figures give the table's mean
