@@ -148,7 +148,7 @@ def timed(study: Study, output: Path) -> tuple[int, int, float]:
     cfg = composed(arguments)
     seeds = math.prod(
         len(str(values).split(","))
-        for key, values in (cfg["hydra"]["sweeper"]["params"] or {}).items()
+        for key, values in cfg["swept"].items()
         if key != "data.category" and not any(given.startswith(f"{key}=") for given in arguments)
     )
     runs = seeds
@@ -164,7 +164,8 @@ def timed(study: Study, output: Path) -> tuple[int, int, float]:
     shutil.rmtree(trial, ignore_errors=True)
     options = ["hydra.mode=RUN", f"hydra.run.dir={trial}", "logger=csv", "cache.enabled=false", "backbone.weights=none"]
     options.append("hardware.measure_cost=false")
-    given = [argument for argument in arguments if not argument.startswith(("data", "split", "trainer.max"))]
+    real = ("data=", "data.root=", "data.category=", "split", "trainer.max")
+    given = [argument for argument in arguments if not argument.startswith(real)]
     command = [sys.executable, "-m", "anomalib_lite.train", *given, *drawn, *budget, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -178,12 +179,13 @@ def timed(study: Study, output: Path) -> tuple[int, int, float]:
 
 
 def composed(arguments: Sequence[str]) -> dict[str, Any]:
-    """The configuration of a command line, with Hydra's own part."""
+    """`data` and `trainer` of a command line, and the values that its experiment sweeps over."""
     with initialize_config_dir(str(HERE.parent / "conf"), version_base="1.3"):
         cfg = compose("train", list(arguments), return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
-        parts = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("data", "trainer")}
-        return parts | {"hydra": {"sweeper": {"params": OmegaConf.to_container(cfg.hydra.sweeper.params)}}}  # type: ignore[dict-item]
+        parts: dict[str, Any] = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("data", "trainer")}
+        swept = cfg.hydra.sweeper.get("params")
+        return parts | {"swept": OmegaConf.to_container(swept) if swept else {}}
 
 
 if __name__ == "__main__":

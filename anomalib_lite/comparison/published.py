@@ -54,6 +54,7 @@ class Line:
     ours: float | None = None
     sd: float | None = None
     seeds: int = 0
+    differs: bool = False  # whether ours has fewer categories or another setting
     remarks: list[str] = field(default_factory=list)
 
     def texts(self) -> list[str]:
@@ -137,6 +138,7 @@ def _line(entry: Published, metric: str, value: float, row: Row) -> Line:
         if means:
             line.ours, line.seeds = float(np.mean(means)), len(means)
             line.sd = float(np.std(means, ddof=1)) if len(means) > 1 else None
+    line.differs = bool(line.remarks)
     line.remarks.append(_where(row))
     return line
 

@@ -69,12 +69,15 @@ def show(
 
 
 def show_board(output: Console, board: Sequence[Line]) -> None:
-    """Print published figures beside ours; `--markdown` and `--html` also say what each published figure is."""
+    """Print published figures beside ours."""
     output.print(Text("published figures and ours, in percent", style="bold"))
-    grid = _grid(HEADINGS[:-1], labels=4, label_width=22)
+    grid = _grid(HEADINGS[:7], labels=4, label_width=22)
     for line in board:
-        grid.add_row(*map(Text, line.texts()[:-1]))
+        *names, published, ours, difference = line.texts()[:7]
+        grid.add_row(*map(Text, (*names, published, f"{'*' * line.differs}{ours}", difference)))
     output.print(grid)
+    text = "* fewer categories or another setting; --markdown and --html say which, and what each published figure is"
+    output.print(Text(text, style="dim"), soft_wrap=True)
     output.print()
 
 

@@ -61,6 +61,7 @@ def test_all_categories_and_seeds(write, file):
         assert line.ours == pytest.approx(means.mean(), abs=1e-9)
         assert line.sd == pytest.approx(means.std(ddof=1), abs=1e-9)
         assert (line.seeds, line.published) == (3, {"image_auroc": 90, "pixel_auroc": 80}[metric])
+        assert not line.differs
         assert line.texts()[6] == f"{means.mean() - line.published:+.1f}"
 
 
@@ -75,6 +76,7 @@ def test_a_part_of_the_categories(write, file):
     assert lines["image_auroc"].published == 85
     assert lines["pixel_auroc"].published is None
     assert lines["pixel_auroc"].texts()[6] == "–"
+    assert lines["image_auroc"].differs
     assert "1 of 2 categories (tile)" in lines["image_auroc"].texts()[7]
 
 
