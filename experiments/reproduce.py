@@ -171,6 +171,7 @@ def timed(study: Study, output: Path) -> tuple[int, int, float]:
     if done.returncode:
         raise UserError(done.stderr.strip().rpartition("\n")[2])
     result = json.loads((trial / "result.json").read_text())
+    shutil.rmtree(trial.parent)  # compare reads all runs below the output
     timing, tested = result["timing"], sum(result["data"]["test_counts"]["wood"].values()) + TRIAL_COUNTS["train"]
     step = timing["fit_s"] / timing["steps"] if timing["steps"] else 0.0
     phases = timing["steps"] / TRIAL_STEPS
