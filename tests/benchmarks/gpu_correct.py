@@ -61,7 +61,7 @@ class Checks:
         run = self.train(method, "cpu", device="cpu")
         images = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 3), dtype=np.uint8)
         scores, maps = zip(
-            *(load_run(run, device=device).predict(images) for device in ("cpu", self.device)), strict=True
+            *(load_run(run, device=device).predict(list(images)) for device in ("cpu", self.device)), strict=True
         )
         span = max(float(np.ptp(x)) for x in maps[0]) or 1.0
         apart = max(float(np.abs(a - b).max()) for a, b in zip(*maps, strict=True)) / span
