@@ -5,6 +5,7 @@ the data replaces the centre of the hypersphere; the distance to it is minimised
 """
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,18 +20,29 @@ from anomalib_lite.methods.patches import patch_features, projection
 class NormOCC(AnomalyModule):
     """The trained projector.
 
+    Features are divided by √λ, with λ the largest eigenvalue of E[φφᵀ], so that one learning rate suits all backbones.
+    Plain gradient descent keeps what the score needs, the directions with little energy (see NormOCCClosedForm). Adam
+    moves all weights at the same speed and so also changes those directions.
+
     Args:
         target: "point": ‖Pφ − c‖² with a random c of norm m; "shell": (‖Pφ‖_p − m)²; "zero": ‖Pφ‖², the infeasible
             norm, kept to show that it collapses when trained to convergence.
         norm: m / r₀, where r₀ is the mean ‖P₀φ‖ of the training patches before training.
         p: the shell's norm: 1, 2 or "inf". squared: whether the point's distance is squared. dim: outputs of P; None:
             as many as inputs.
+        residual: training stops after the first epoch whose mean loss is at most this share, in (0, 1), of the loss
+            before training; None: it uses the whole budget. The rule is ours (the paper's budget is not known to us),
+            and it sees training images alone.
     """
 
     frozen_features = True
     uses_images = False
     direction: Tensor
     radius: Tensor
+    scale: Tensor
+    loss_before: Tensor
+    loss_sum: Tensor
+    ended: Tensor
 
     def __init__(
         self,
@@ -39,40 +51,62 @@ class NormOCC(AnomalyModule):
         p: float | str = 2,
         squared: bool = True,
         dim: int | None = None,
+        residual: float | None = None,
         **context: Any,
     ):
         super().__init__(**context)
+        if residual is not None and not 0 < residual < 1:
+            raise UserError(f"method.residual={residual}: give a share above 0 and below 1, or null")
         if target not in ("point", "shell", "zero"):
             raise UserError(f"method.target={target}: choose point, shell or zero")
         if p not in (1, 2, "inf") or norm < 0:
             raise UserError(f"method.p={p}, method.norm={norm}: p is 1, 2 or inf, and the norm is not negative")
         assert self.backbone is not None
         channels = sum(self.backbone.channels)
-        self.target, self.norm, self.p, self.squared = target, norm, float(p), squared
+        self.target, self.norm, self.p, self.squared, self.residual = target, norm, float(p), squared, residual
         self.project = nn.Conv2d(channels, dim or channels, 1, bias=False)
         direction = torch.randn(dim or channels)  # c ~ N(0, I), seeded with the run, scaled to norm m by on_fit_start
         self.register_buffer("direction", direction / direction.norm())
         self.register_buffer("radius", torch.tensor(math.nan))
+        self.register_buffer("scale", torch.ones(()))  # 1 / √λ
+        self.register_buffer("loss_before", torch.zeros(()))  # training
+        self.register_buffer("loss_sum", torch.zeros(()))  # of this epoch's batches
+        self.register_buffer("ended", torch.tensor(False))
+        self.stopped_early = False
+        self.register_load_state_dict_pre_hook(complete)
 
+    @torch.no_grad()
     def on_fit_start(self) -> None:
-        """Set m = norm · r₀; a resumed run has it already."""
+        """Set the features' scale, m = norm · r₀ and the loss before training; a resumed run has them already."""
         if not self.radius.isnan():
+            self.stopped_early = bool(self.ended)
             return
-        total, count = torch.zeros((), dtype=torch.float64), 0
-        with torch.no_grad():
-            for batch in self.fit_batches():
-                norms = torch.linalg.vector_norm(self.projected(batch), self.p if self.target == "shell" else 2, dim=1)
-                total, count = total + norms.double().sum().cpu(), count + norms.numel()
-        self.radius.fill_(self.norm * total / count)
+        patches = lambda batch: patch_features(self.features(batch)).movedim(1, -1)  # noqa: E731
+        moment, _ = next(moments(self, patches))
+        self.scale.fill_(torch.linalg.eigvalsh(moment)[-1].clamp_min(1e-30) ** -0.5)
+        self.radius.fill_(self.norm * self.mean(self.norms))
+        self.loss_before.fill_(self.mean(self.distance))
+
+    def mean(self, values: Callable[[Batch], Tensor]) -> Tensor:
+        """The mean of a batch's values [B, h, w] over all training patches, float64."""
+        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        for batch in self.fit_batches():
+            found = values(batch)
+            total, count = total + found.double().sum(), count + found.numel()
+        return total / count
+
+    def norms(self, batch: Batch) -> Tensor:
+        """‖Pφ‖ in the target's norm, [B, h, w]."""
+        return torch.linalg.vector_norm(self.projected(batch), self.p if self.target == "shell" else 2, dim=1)
 
     def projected(self, batch: Batch) -> Tensor:
         """Pφ, [B, dim, h, w]."""
-        return projection(self.project.weight, self.features(batch))
+        return projection(self.project.weight * self.scale, self.features(batch))
 
     def offset(self, batch: Batch) -> Tensor:
         """Pφ − c, [B, dim, h, w]; only the point target has c ≠ 0."""
         centre = self.radius * self.direction if self.target == "point" else None
-        return projection(self.project.weight, self.features(batch), centre)
+        return projection(self.project.weight * self.scale, self.features(batch), centre)
 
     def distance(self, batch: Batch) -> Tensor:
         """Distance of every patch to the target, [B, h, w]."""
@@ -82,14 +116,47 @@ class NormOCC(AnomalyModule):
         return squares if self.squared else squares.sqrt()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        if self.residual is not None:
+            self.watch(loss.detach())
+        return loss
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The mean distance of the batch's patches to the target."""
         with self.autocast():
             if self.target == "shell" or not self.squared:
                 return self.distance(batch).mean()
             offset = self.offset(batch)
         return torch.linalg.vector_norm(offset, dtype=torch.float32) ** 2 / offset[:, 0].numel()  # one pass
 
+    def watch(self, loss: Tensor) -> None:
+        """Add a batch's loss; after an epoch's last batch, decide whether training ends."""
+        batches = self.trainer.datamodule.batches_per_epoch  # type: ignore[attr-defined]
+        self.loss_sum += loss
+        if (self.global_step + 1) % batches == 0:
+            mean = self.trainer.strategy.reduce(self.loss_sum / batches, reduce_op="mean")
+            self.ended = mean <= self.residual * self.loss_before
+            self.stopped_early = bool(self.ended)
+            self.loss_sum.zero_()
+
+    def notes(self) -> list[str]:
+        if self.residual is None or not self.steps or self.stopped_early:
+            return []
+        return [f"the budget ended before the loss fell to method.residual={self.residual} of that before training"]
+
     def anomaly_map(self, batch: Batch) -> Tensor:
         return self.distance(batch)
+
+
+def descent(parameters: Iterable[Any], lr: float) -> torch.optim.Optimizer:
+    """Plain gradient descent with a momentum of 0.9."""
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+
+
+def complete(module: NormOCC, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Add what checkpoints of versions before 0.2 lack: their features were not scaled, and no rule ended training."""
+    for name in ("scale", "loss_before", "loss_sum", "ended"):
+        state.setdefault(f"{prefix}{name}", getattr(module, name).detach().clone())
 
 
 class NormOCCClosedForm(AnomalyModule):

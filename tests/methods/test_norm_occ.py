@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from anomalib_lite.errors import UserError
-from anomalib_lite.methods.norm_occ import NormOCC, NormOCCClosedForm, descent_time
+from anomalib_lite.methods.norm_occ import NormOCC, NormOCCClosedForm, descent, descent_time
 from anomalib_lite.methods.patches import patch_features, projection
 
 IMAGES, CHANNELS, SIDE = 12, (3, 2), 4
@@ -113,12 +113,14 @@ def test_distance_literally(target, p, squared):
     images = make_images()
     model = fitted(NormOCC, images, target=target, p=p, squared=squared, norm=0.3, dim=7, precision="32")
     phi = patches(images)
+    phi = phi / np.sqrt(np.linalg.eigvalsh(moments(phi)[0])[-1])
     w0 = model.project.weight.detach().double().numpy()[:, :, 0, 0]
     assert w0.shape == (7, 5)
     order = float(p) if target == "shell" else 2
     r0 = np.mean([np.linalg.norm(w0 @ x, order) for x in phi])
     m = 0.3 * r0
     assert float(model.radius) == pytest.approx(m, rel=1e-5)
+    assert float(model.loss_before) == pytest.approx(maps_of(model, images).mean(), rel=1e-5)
 
     with torch.no_grad():  # as if trained: r₀ and m stay those of the beginning
         model.project.weight += 0.1 * torch.randn_like(model.project.weight)
@@ -179,6 +181,43 @@ def test_the_radius_does_not_depend_on_the_batch_size():
     images = make_images()
     radii = [float(fitted(NormOCC, images, size=size).radius) for size in (1, 5, IMAGES)]
     assert radii == pytest.approx([radii[0]] * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [4, 5])
+def test_training_ends_with_the_epoch_whose_loss_is_small_enough(size):
+    """Gradient descent in float64 by hand, with the mean loss of each epoch's batches."""
+    images = make_images()
+    model = fitted(NormOCC, images, residual=0.1, norm=0.3, precision="32")
+    parts = list(batches(images, size))
+    model.trainer.datamodule.batches_per_epoch = len(parts)
+    model.trainer.strategy.reduce = lambda x, reduce_op: x
+    model.trainer.global_step = 0
+    w = model.project.weight.detach().double().numpy()[:, :, 0, 0]
+    c = float(model.radius) * model.direction.double().numpy()
+    scale = np.linalg.eigvalsh(moments(patches(images))[0])[-1] ** -0.5
+    before = np.mean(np.sum((scale * patches(images) @ w.T - c) ** 2, 1))
+    optimizer, velocity = descent([model.project.weight], lr=0.1), np.zeros_like(w)
+    for _ in range(50):
+        losses = []
+        for batch in parts:
+            phi = scale * patches(batch["image"])
+            away = phi @ w.T - c
+            losses.append(np.mean(np.sum(away**2, 1)))
+            velocity = 0.9 * velocity + 2 * away.T @ phi / len(phi)
+            w = w - 0.1 * velocity
+            optimizer.zero_grad()
+            model.training_step(batch, 0).backward()
+            optimizer.step()
+            model.trainer.global_step += 1
+        assert model.stopped_early == (np.mean(losses) <= 0.1 * before)
+        if model.stopped_early:
+            break
+    assert model.stopped_early
+    assert model.trainer.global_step > len(parts)  # not at once
+    np.testing.assert_allclose(model.project.weight.detach().numpy()[:, :, 0, 0], w, atol=1e-5)
+    model.stopped_early = False
+    model.on_fit_start()  # of a resumed run
+    assert model.stopped_early
 
 
 def test_zero_collapses_and_a_norm_does_not():
@@ -333,6 +372,7 @@ def test_closed_form_does_not_depend_on_the_batch_size():
         (NormOCC, {"target": "sphere"}, "method.target=sphere"),
         (NormOCC, {"p": 3}, "method.p=3"),
         (NormOCC, {"norm": -1}, "method.norm=-1"),
+        (NormOCC, {"residual": 1}, "method.residual=1: give a share"),
         (NormOCCClosedForm, {"residual": 0}, "method.residual=0"),
         (NormOCCClosedForm, {"norm": -1}, "method.norm=-1"),
     ],
