@@ -5,12 +5,12 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from anomalib_lite.data.tiling import Tiling
 from anomalib_lite.errors import UserError
 from anomalib_lite.features.backbones import Backbone, has_bf16
+from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.scoring import image_scores, smooth
 from anomalib_lite.methods.tiles import tiled_map, tiles_of
 
@@ -224,7 +224,7 @@ class AnomalyModule(L.LightningModule):
 
     def _scored(self, raw: Tensor, size: tuple[int, ...]) -> dict[str, Tensor]:
         if raw.shape[-2:] != size:
-            raw = F.interpolate(raw[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+            raw = resize(raw[:, None], size)[:, 0]
         pixels, image = self.scoring["pixel_smooth"], self.scoring["image_smooth"]
         with torch.autocast(raw.device.type, enabled=False):  # hardware.precision=bf16 would round scores to 8 bits
             maps = smooth(raw, pixels)

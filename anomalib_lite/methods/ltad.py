@@ -21,6 +21,7 @@ from anomalib_lite.errors import UserError
 from anomalib_lite.features.vision_language import VisionLanguage
 from anomalib_lite.methods.base import Batch
 from anomalib_lite.methods.prompts import PROMPTS, Prompts, TextFree
+from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.transformer import jitter
 from anomalib_lite.methods.uniad import UniAD
 
@@ -224,4 +225,4 @@ class LTAD(UniAD):
         if self.classifier_weight:
             score = score + self.classifier_weight * self.logits(tokens, classes).sigmoid()
         grid = score.unflatten(1, self.grid)[:, None]
-        return F.interpolate(grid, self.image_size, mode="bilinear", align_corners=True)[:, 0]
+        return resize(grid, self.image_size, align_corners=True)[:, 0]

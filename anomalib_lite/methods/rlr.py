@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
+from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.transformer import (
     Attention,
     Grid,
@@ -190,10 +191,7 @@ class RLR(AnomalyModule):
         return torch.stack([errors.mean((1, 2)) for errors in self.errors(batch, 0.0)]).sum(0)
 
     def anomaly_map(self, batch: Batch) -> Tensor:
-        maps = [
-            F.interpolate(each[:, None], self.image_size, mode="bilinear", align_corners=True)[:, 0]
-            for each in self.errors(batch, 0.0)
-        ]
+        maps = [resize(each[:, None], self.image_size, align_corners=True)[:, 0] for each in self.errors(batch, 0.0)]
         return torch.stack(maps).mean(0)
 
 
