@@ -58,6 +58,8 @@ class LTAD(UniAD):
         context: the options of UniAD's transformer, its `jitter` and `clip`, and the base's arguments.
     """
 
+    unused_parameters = True  # in each phase those of the other one, and what an option leaves out
+
     conditions: Tensor
     fixed_states: Tensor
     error_mean: Tensor

@@ -154,6 +154,7 @@ class RLR(AnomalyModule):
         if layers < 1 or heads < 1:
             raise UserError(f"method.layers={layers}, method.heads={heads}: give numbers from 1")
         self.jitter, self.automatic_optimization = jitter, not zero_fill
+        self.unused_parameters = zero_fill or (not mix[0] and not learnable_key)  # other levels; the reference
         dims = per_level("dims", [32 * r for r in self.backbone.reductions] if dims is None else dims, grids)
         if any(dim < 1 or dim % heads or dim % 4 for dim in dims):
             raise UserError(f"method.dims={dims}: give multiples of 4 and of method.heads={heads}")
