@@ -17,7 +17,8 @@ from anomalib_lite.errors import UserError
 
 from anomalib_lite.cli.key_types import (  # isort: skip
     ALWAYS, FLAG, GIGABYTES, NAME, SECONDS, SHARE, SIZE, SMOOTH, WHOLE, WHOLE_OR_NULL, Auto, Box, Ends, Gauss, Key,
-    Names, NumberFrom0, Pool, Positive, Project, Share, Size, Tag, Text, TilingKey, Whole, WholeFrom0, refuse, require,
+    Mode, Names, NumberFrom0, Pool, Positive, Project, Share, Size, Tag, Text, TilingKey, Whole, WholeFrom0, refuse,
+    require,
 )  # fmt: skip
 
 OBJECTIVE = re.compile(r"validation\.((image|pixel)_(auroc|ap|f1max)|aupro_\d+|pixel_(iou|dice))")
@@ -82,6 +83,7 @@ class Hardware(Group):
     devices: Annotated[Auto | Whole, Key("a whole number from 1, or auto", ("compare",))]
     nodes: Annotated[Whole, Key(WHOLE, ("compare",))]
     precision: Annotated[Literal["auto", 32, "bf16"], Key("auto, 32 or bf16")]
+    deterministic: Annotated[Auto | bool, Key(f"auto, {FLAG}", ("compare",))] = "auto"
     threads: Annotated[Whole | None, Key(WHOLE_OR_NULL, ("compare",))]
     feature_memory_gb: Annotated[NumberFrom0, Key(GIGABYTES, ("compare",))]
     measure_cost: Annotated[bool, Key(FLAG, ("compare",))] = True
@@ -145,9 +147,7 @@ class Wandb(Group):
     job_type: Annotated[str | None, Key(NAME)] = None
     notes: Annotated[str | None, Key(NAME)] = None
     tags: Annotated[list[Tag] | None, Key("a list of tags, each of 1 to 64 characters, or null")] = None
-    mode: Annotated[
-        Literal["auto", "online", "offline", "disabled"] | None, Key("auto, online, offline or disabled")
-    ] = None
+    mode: Annotated[Mode | None, Key("auto, online, offline or disabled")] = None
     timeout: Annotated[Positive | None, Key(SECONDS)] = None
     upload_timeout: Annotated[Positive | None, Key(SECONDS)] = None
 

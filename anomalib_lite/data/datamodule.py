@@ -265,7 +265,7 @@ class AnomalyDataModule(L.LightningDataModule):
         self, dataset: AnomalyDataset, persistent: bool, workers: int | None = None, **options: Any
     ) -> AnomalyLoader:
         if workers is None:
-            workers = worker_count(self.workers, self.ranks()[1]) if dataset.images else 0
+            workers = worker_count(self.workers) if dataset.images else 0
         return AnomalyLoader(
             dataset,
             self.stored,

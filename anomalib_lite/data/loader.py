@@ -71,14 +71,15 @@ class AnomalyLoader(DataLoader):
         return [part.view(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
-def worker_count(workers: int | str, world: int) -> int:
-    """`workers`; "auto" is a few beside a GPU, none on a CPU, where they would take cores from training."""
+def worker_count(workers: int | str) -> int:
+    """`workers`; "auto" is none on a CPU, where they would take cores from training. Beside a GPU it is one for each
+    core of this rank but one, up to 8: a run has set OMP_NUM_THREADS to the rank's share of the cores.
+    """
     if workers != "auto":
         return int(workers)
     if not torch.cuda.is_available():
         return 0
-    devices = max(1, torch.cuda.device_count()) if world > 1 else 1
-    return min(4, max(1, threads() // devices))
+    return min(8, max(1, threads() - 1))
 
 
 def one_thread(worker: int) -> None:

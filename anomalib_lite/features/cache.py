@@ -65,6 +65,7 @@ def key(backbone: Backbone, pipeline: Pipeline, device: torch.device, dtype: str
         "pipeline": pipeline.description(),
         "bf16": backbone.low_precision(device),
         **{name: value for name, value in later.items() if value},
+        **({"float32": "ieee"} if device.type == "cuda" else {}),  # not TF32, whatever a method trains in
         "type": dtype,
         "computed": [f"torch {torch.__version__}", f"timm {timm.__version__}", on]
         + ([] if device.type == "cuda" else [f"{torch.get_num_threads()} threads"]),

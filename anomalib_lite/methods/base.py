@@ -5,12 +5,12 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from anomalib_lite.data.tiling import Tiling
 from anomalib_lite.errors import UserError
 from anomalib_lite.features.backbones import Backbone, has_bf16
+from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.scoring import image_scores, smooth
 from anomalib_lite.methods.tiles import tiled_map, tiles_of
 
@@ -39,6 +39,7 @@ class AnomalyModule(L.LightningModule):
     - `uses_images = False` with frozen_features: training uses neither `image` nor `mask`. If features are stored, no
       training image is decoded, and training batches come without these keys;
     - `clip`, set in the constructor: the largest norm of a step's gradient;
+    - `unused_parameters = True`: a training step may leave some weights unused, which several devices must know;
     - `own_image_score = True`: `anomaly_map` returns (maps, image scores [B]) for scoring.image_score=own.
 
     A batch is a dict: `image` float32 [B, 3, H, W], `mask` bool [B, H, W], `label` int64 [B], `category` int64 [B],
@@ -66,6 +67,7 @@ class AnomalyModule(L.LightningModule):
     own_image_score = False
     uses_tokens = False
     keeps = ""
+    unused_parameters = False
     phases = 1
     stopped_early = False
     clip: float | None = None
@@ -190,7 +192,8 @@ class AnomalyModule(L.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         if self.clip is not None:
-            self.clip_gradients(optimizer, self.clip, "norm")
+            # not Lightning's clip_gradients, which refuses fused optimizers in bf16, as if gradients were scaled
+            torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], self.clip)
 
     def make_optimizer(self, parameters: list[Any], **options: Any) -> torch.optim.Optimizer | None:
         """The configured optimizer for parameters or parameter groups; `options` override the configured options."""
@@ -224,7 +227,7 @@ class AnomalyModule(L.LightningModule):
 
     def _scored(self, raw: Tensor, size: tuple[int, ...]) -> dict[str, Tensor]:
         if raw.shape[-2:] != size:
-            raw = F.interpolate(raw[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+            raw = resize(raw[:, None], size)[:, 0]
         pixels, image = self.scoring["pixel_smooth"], self.scoring["image_smooth"]
         with torch.autocast(raw.device.type, enabled=False):  # hardware.precision=bf16 would round scores to 8 bits
             maps = smooth(raw, pixels)

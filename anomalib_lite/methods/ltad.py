@@ -21,6 +21,7 @@ from anomalib_lite.errors import UserError
 from anomalib_lite.features.vision_language import VisionLanguage
 from anomalib_lite.methods.base import Batch
 from anomalib_lite.methods.prompts import PROMPTS, Prompts, TextFree
+from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.transformer import jitter
 from anomalib_lite.methods.uniad import UniAD
 
@@ -56,6 +57,8 @@ class LTAD(UniAD):
         prompts: texts for `class`, `normal` and `abnormal`, in which {} stands for the class.
         context: the options of UniAD's transformer, its `jitter` and `clip`, and the base's arguments.
     """
+
+    unused_parameters = True  # in each phase those of the other one, and what an option leaves out
 
     conditions: Tensor
     fixed_states: Tensor
@@ -224,4 +227,4 @@ class LTAD(UniAD):
         if self.classifier_weight:
             score = score + self.classifier_weight * self.logits(tokens, classes).sigmoid()
         grid = score.unflatten(1, self.grid)[:, None]
-        return F.interpolate(grid, self.image_size, mode="bilinear", align_corners=True)[:, 0]
+        return resize(grid, self.image_size, align_corners=True)[:, 0]

@@ -18,6 +18,7 @@ from torch import Tensor
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
 from anomalib_lite.methods.fitted_buffers import register_fitted
+from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.tiles import position_note
 from anomalib_lite.methods.transformer import token_grids
 
@@ -107,7 +108,7 @@ class RAD(AnomalyModule):
         near = chosen[:, images]
         maps = [1 - largest_cosines(x, bank, images, near, self.r) for x, bank in zip(levels, self.banks, strict=True)]
         size = maps[0].shape[1:]
-        return torch.stack([F.interpolate(x[:, None], size, mode="bilinear")[:, 0] for x in maps]).mean(0)
+        return torch.stack([resize(x[:, None], size)[:, 0] for x in maps]).mean(0)
 
 
 def largest_cosines(x: Tensor, bank: Tensor, images: Tensor, near: Tensor, r: int) -> Tensor:

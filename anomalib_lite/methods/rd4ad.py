@@ -8,12 +8,12 @@ Anomalies are where it fails.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
 from anomalib_lite.methods.cosine import cosine, distance, products
+from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.reverse_distillation import Bottleneck, Decoder, blocks_of, check_levels
 
 
@@ -58,4 +58,4 @@ class RD4AD(AnomalyModule):
         """Channel-wise cosine distances at the input's size, summed over levels (equations 3 and 4)."""
         maps = [distance(*pair)[:, None] for pair in self.pairs(batch)]
         size = [side * self.reduction for side in maps[0].shape[-2:]]
-        return torch.cat([F.interpolate(x, size, mode="bilinear", align_corners=True) for x in maps], 1).sum(1)
+        return torch.cat([resize(x, size, align_corners=True) for x in maps], 1).sum(1)

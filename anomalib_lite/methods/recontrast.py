@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
@@ -19,6 +18,7 @@ from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.methods.base import AnomalyModule, Batch
 from anomalib_lite.methods.batch_norm import stabilise, sum_over_ranks, world_size
 from anomalib_lite.methods.cosine import cosine, distance, products
+from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.reverse_distillation import Bottleneck, Decoder, blocks_of, check_levels, initialise
 from anomalib_lite.methods.schedules import with_drop
 
@@ -134,7 +134,7 @@ class ReContrast(AnomalyModule):
         levels = torch.zeros(images.shape[:1] + images.shape[2:], device=images.device, dtype=maps[0].dtype)
         for first, second in zip(maps[:3], maps[3:], strict=True):  # interpolation is linear: once for both
             both = (first + second)[:, None]
-            levels += F.interpolate(both, images.shape[2:], mode="bilinear", align_corners=True)[:, 0]
+            levels += resize(both, images.shape[2:], align_corners=True)[:, 0]
         return levels / 6 if self.own["average"] else levels
 
     # --- optimisation ---

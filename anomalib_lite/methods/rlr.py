@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
+from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.transformer import (
     Attention,
     Grid,
@@ -153,6 +154,7 @@ class RLR(AnomalyModule):
         if layers < 1 or heads < 1:
             raise UserError(f"method.layers={layers}, method.heads={heads}: give numbers from 1")
         self.jitter, self.automatic_optimization = jitter, not zero_fill
+        self.unused_parameters = zero_fill or (not mix[0] and not learnable_key)  # other levels; the reference
         dims = per_level("dims", [32 * r for r in self.backbone.reductions] if dims is None else dims, grids)
         if any(dim < 1 or dim % heads or dim % 4 for dim in dims):
             raise UserError(f"method.dims={dims}: give multiples of 4 and of method.heads={heads}")
@@ -190,10 +192,7 @@ class RLR(AnomalyModule):
         return torch.stack([errors.mean((1, 2)) for errors in self.errors(batch, 0.0)]).sum(0)
 
     def anomaly_map(self, batch: Batch) -> Tensor:
-        maps = [
-            F.interpolate(each[:, None], self.image_size, mode="bilinear", align_corners=True)[:, 0]
-            for each in self.errors(batch, 0.0)
-        ]
+        maps = [resize(each[:, None], self.image_size, align_corners=True)[:, 0] for each in self.errors(batch, 0.0)]
         return torch.stack(maps).mean(0)
 
 

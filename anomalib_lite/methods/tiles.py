@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from anomalib_lite.data.dataset import Batch
 from anomalib_lite.data.tiling import Tiling
+from anomalib_lite.methods.resizing import resize
 
 PICTURES = ("image", "mask", "clean", "corruption_mask")  # what is cut; all else of a batch belongs to whole images
 Places = list[tuple[int, int, int]]  # (position in the batch, top, left) of tiles
@@ -57,7 +57,7 @@ def tiled(compute: Callable[[Batch], dict[str, Tensor]], batch: dict[str, Any], 
         for name, values in compute(tiles).items():
             values = values.float()
             if values.shape[-2:] != tiling.size:
-                values = F.interpolate(values, tiling.size, mode="bilinear", align_corners=False)
+                values = resize(values, tiling.size)
             if name not in whole:
                 whole[name] = values.new_zeros(count, values.shape[1], height, width)
             for value, (i, y, x) in zip(values, places, strict=True):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
+from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.schedules import with_drop
 from anomalib_lite.methods.transformer import ReconstructionTransformer, jitter, largest_window, token_grids
 
@@ -65,7 +66,7 @@ class UniAD(AnomalyModule):
 
     def joined(self, levels: list[Tensor]) -> Tensor:
         """All levels, resized to the coarsest one's grid and concatenated, [B, L, ΣC]."""
-        levels = [F.interpolate(x, self.grid, mode="bilinear", align_corners=True) for x in levels]
+        levels = [resize(x, self.grid, align_corners=True) for x in levels]
         return torch.cat(levels, 1).flatten(2).mT.contiguous()
 
     def reconstructed(self, tokens: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ class UniAD(AnomalyModule):
     def anomaly_map(self, batch: Batch) -> Tensor:
         tokens = self.joined_tokens(batch)
         errors = torch.linalg.vector_norm(self.reconstructed(tokens) - tokens, dim=-1).unflatten(1, self.grid)
-        return F.interpolate(errors[:, None], self.image_size, mode="bilinear", align_corners=True)[:, 0]
+        return resize(errors[:, None], self.image_size, align_corners=True)[:, 0]
 
     def configure_optimizers(self) -> Any:
         optimizer, drop = super().configure_optimizers(), self.drop

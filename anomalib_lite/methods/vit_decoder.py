@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from anomalib_lite.errors import UserError
 from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.methods.base import AnomalyModule, Batch
+from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.schedules import per_step, warm_up_then_cosine
 from anomalib_lite.methods.transformer import feed_forward
 
@@ -136,7 +137,7 @@ class GroupedReconstruction(AnomalyModule):
         pairs, grid, _ = self.pairs(batch)
         maps = means([distance(*pair) for pair in pairs], 1)[0].unflatten(1, grid)
         size = [side * max(self.backbone.reductions) for side in grid]
-        return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=True)[:, 0]
+        return resize(maps[:, None], size, align_corners=True)[:, 0]
 
     # --- optimisation ---
 

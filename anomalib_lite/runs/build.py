@@ -173,7 +173,6 @@ def make_trainer(
         max_epochs=-1 if steps else 0,
         logger=loggers or False,
         callbacks=callbacks,
-        deterministic="warn",
         default_root_dir=folder,
         limit_val_batches=0,
         use_distributed_sampler=False,  # the DataModule itself shares the samples out to the ranks, without padding
@@ -181,6 +180,8 @@ def make_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    # Otherwise every torch.empty is filled with NaN, also inside operators. It changes no result.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # cli.signals handles them. Lightning's handler of SIGTERM talks to the other ranks from within their own exchanges.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer

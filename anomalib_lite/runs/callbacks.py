@@ -16,6 +16,7 @@ from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.methods.held_out import mean_loss
 from anomalib_lite.progress import ProgressBar
 from anomalib_lite.runs.checkpoints import CheckpointWriter, on_any_rank
+from anomalib_lite.runs.devices import allow_tf32
 from anomalib_lite.runs.run_logger import RunLogger
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class Training(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.started = True
+        allow_tf32(module.device.type == "cuda" and self.cfg["hardware"]["precision"] != 32)
         signals.defer()  # until the next batch's checkpoint
         self.checkpoints.start(module)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -142,10 +144,12 @@ class Training(L.Callback):
             logger.log_metrics(row, step=self.steps)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        allow_tf32(False)  # Lightning calls this before the method's own on_train_end
         if self.bar:
             self.bar.close()
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        allow_tf32(False)
         signals.release(silently=True)
         if self.bar:
             self.bar.close()

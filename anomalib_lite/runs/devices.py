@@ -24,15 +24,18 @@ _own: tuple[str | None, str] | None = None
 class DDP(DDPStrategy):
     """Lightning's strategy with batch norm synchronised over all devices.
 
-    A method without trainable weights is not wrapped, because it has no gradients to exchange. If a method has several
-    phases, a step may leave some weights unused.
+    A method without trainable weights is not wrapped, because it has no gradients to exchange. A method says whether a
+    step may leave some weights unused (`unused_parameters`); one with several phases does. Buffers are not sent from
+    rank 0 before every step: synchronised batch norms keep theirs equal, and the others are constants.
     """
 
     def configure_ddp(self) -> None:
         if any(p.requires_grad for p in self.model.parameters()):  # type: ignore[union-attr]
             self.model = synchronise(self.model, self.root_device)  # type: ignore[arg-type]
-            if getattr(self.lightning_module, "phases", 1) > 1:
-                self._ddp_kwargs["find_unused_parameters"] = True
+            method: Any = self.lightning_module
+            unused = method.unused_parameters or method.phases > 1
+            options = {"broadcast_buffers": False, "gradient_as_bucket_view": True, "find_unused_parameters": unused}
+            self._ddp_kwargs.update(options)
             super().configure_ddp()
 
 
@@ -59,13 +62,14 @@ def lightning_options(hardware: dict[str, Any], multirun: bool) -> dict[str, Any
     several = devices * hardware["nodes"] > 1
     if several and multirun:
         raise UserError(ranks.several_in_one_process(devices, "basic"))
-    # ranks do not share the cores: with another number of threads a network's output may differ in its last bit
-    set_threads(hardware["threads"])
+    set_threads(hardware["threads"], most_threads(accelerator, devices, slurm))
+    allow_tf32(False)
     precision = "bf16-mixed" if hardware["precision"] == "bf16" else "32-true"
     strategy: Any = DDP(process_group_backend="gloo" if accelerator == "cpu" else None) if several else "auto"
     environment: dict[str, Any] = {}
     if slurm:
         environment["plugins"] = [SLURMEnvironment(auto_requeue=False)]  # submitit queues a job again
+        os.environ.setdefault("MASTER_PORT", str(ranks.slurm_port()))
     elif not several or ("SLURM_NTASKS" in os.environ and not ranks.started_by_torchrun()):
         environment["plugins"] = [LightningEnvironment()]  # otherwise Lightning treats tasks of a cluster as ranks
     if not several:
@@ -77,11 +81,44 @@ def lightning_options(hardware: dict[str, Any], multirun: bool) -> dict[str, Any
         "num_nodes": hardware["nodes"],
         "strategy": strategy,
         "precision": precision,
+        **determinism(hardware.get("deterministic", "auto"), accelerator),
         **environment,
     }
 
 
-def set_threads(wanted: int | None) -> None:
+def determinism(wanted: bool | str, accelerator: str) -> dict[str, Any]:
+    """The Trainer's options for hardware.deterministic.
+
+    "auto" is deterministic on a CPU, where it costs nothing, and warns of operations that can't be. On a GPU it is not:
+    cuDNN then chooses the fastest convolutions by trying them. With True an operation that can't be raises an error.
+    """
+    if wanted == "auto":
+        wanted = "warn" if accelerator == "cpu" else False
+    return {"deterministic": wanted, "benchmark": accelerator != "cpu" and not wanted}
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether a GPU may round the factors of float32 products to 10 bits (TF32), in matrix products and convolutions.
+
+    It does so only while a method trains, unless hardware.precision=32: see `callbacks.Training`. Features, closed
+    forms and scores are computed in full float32, whatever the environment asks for (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE).
+    """
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def most_threads(accelerator: str, devices: int, slurm: bool) -> int:
+    """How many CPU threads a process takes at most: beside a GPU a rank's share of the cores, up to 16.
+
+    CPU ranks do not share the cores: with another number of threads a network's output may differ in its last bit.
+    """
+    if accelerator == "cpu":
+        return cores.cores()
+    share = int(os.environ.get("SLURM_CPUS_PER_TASK") or 0) if slurm else 0
+    return max(1, min(16, share or cores.cores() // devices))
+
+
+def set_threads(wanted: int | None, most: int) -> None:
     """Set the CPU threads of this process, and OMP_NUM_THREADS for what it starts: `wanted`, else `cores.threads`."""
     global _own
     given = os.environ.get("OMP_NUM_THREADS")
@@ -89,7 +126,7 @@ def set_threads(wanted: int | None) -> None:
         os.environ.pop("OMP_NUM_THREADS")
         given = _own[0]
         os.environ |= {"OMP_NUM_THREADS": given} if given else {}
-    number = wanted or cores.threads()
+    number = wanted or min(most, cores.threads())
     torch.set_num_threads(number)
     cv2.setNumThreads(number)
     os.environ["OMP_NUM_THREADS"] = str(number)  # otherwise Lightning sets a different number

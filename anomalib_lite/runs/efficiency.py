@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.progress import ProgressBar
+from anomalib_lite.runs.devices import device_name
 
 LATENCY_RUNS, BATCH_RUNS = 9, 3  # beside one for the warm-up
 WINDOW = 0.1  # seconds for which other processes are watched at least: the system counts CPU time in steps of 0.01 s
@@ -29,7 +30,7 @@ def sizes(model: AnomalyModule) -> dict[str, Any]:
 
 def no_speed() -> dict[str, Any]:
     """The part of `timing` that `measure_cost` fills in."""
-    return dict.fromkeys(("latency_ms", "images_per_s", "batch_size", "threads", "beside"))
+    return dict.fromkeys(("latency_ms", "images_per_s", "batch_size", "threads", "device", "beside"))
 
 
 def measure_cost(
@@ -41,7 +42,8 @@ def measure_cost(
     seconds: float = 30,
 ) -> None:
     """Set `flops_per_image` in `cost`; and in `speed` `latency_ms` of one image, `images_per_s` at `batch_size`, the
-    process's `threads`, and what ran `beside` it. `batch_size` is at most the number of images in a loader of the run.
+    process's `threads`, the `device`, which is the model's, and what ran `beside` it. `batch_size` is at most the
+    number of images in a loader of the run.
 
     A multiply-add is 2 FLOPs; operations that PyTorch's counter does not know (pooling, indexing) are not counted.
     Times are measured from images in memory to scores. They are medians after a warm-up; the passes end after about
@@ -61,7 +63,7 @@ def measure_cost(
         with ProgressBar("measuring cost", LATENCY_RUNS + BATCH_RUNS + 3) as bar:
             with torch.inference_mode(), FlopCounterMode(display=False) as counter:
                 model.score(single)
-            cost["flops_per_image"] = counter.get_total_flops()
+            cost["flops_per_image"], speed["device"] = counter.get_total_flops(), device_name(model.device)
             bar.step()
             start, before = time.monotonic(), cpu_times()
             half = seconds / 2

@@ -8,6 +8,7 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def write_with_extras(
     data: AnomalyDataModule,
     outputs: dict[int, dict[str, Any]],
     model: AnomalyModule,
+    device: torch.device,
     batch_size: int | None,
     loggers: Sequence[Logger],
     seconds: float,
@@ -40,6 +42,7 @@ def write_with_extras(
     """Write scores, maps and result.json, then add the rest and complete result.json, which says `complete: true`.
 
     Args:
+        device: of the run, on which the cost is measured and figures are made.
         batch_size: at which the cost is measured; None: the cost is not measured, and its values are null.
         seconds: limit of each part.
     """
@@ -49,16 +52,19 @@ def write_with_extras(
     artifacts.write_maps(run, test, curves, normal)
     artifacts.write_result(run, result | {"complete": False, "notes": [*notes, PENDING]})
     log.info("the results are written; cost, curves and figures follow")
+    with attempt("the model on the run's device", seconds, notes):
+        model.to(device)  # Lightning moves it to the CPU after every fit and test
+    as_tested = partial(torch.autocast, device.type, torch.bfloat16, enabled=model.precision == "bf16")
     if batch_size:
-        with attempt("cost", seconds, notes):
+        with attempt("cost", seconds, notes), as_tested():
             measure_cost(model, data, batch_size, result["efficiency"], result["timing"])
     with attempt("curves", seconds, notes):
         curves |= make_curves(test, data.has_masks)
         artifacts.write_maps(run, test, curves, normal)
-    with attempt("figures", seconds, notes):
+    with attempt("figures", seconds, notes), as_tested():
         title = f"{result['method']}, seed {result['seed']}"
         write_figures(run / folder.FIGURES, data, test, result["thresholds"]["per_category"], title, model)
-    with attempt("figures of training images", seconds, notes):
+    with attempt("figures of training images", seconds, notes), as_tested():
         training_figure(run / folder.FIGURES, data, model)
     artifacts.write_result(run, result | {"complete": True})
     count = len(notes)

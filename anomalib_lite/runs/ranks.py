@@ -54,7 +54,34 @@ def started_by_torchrun() -> bool:
 
 
 def under_slurm(hardware: dict[str, Any]) -> bool:
-    return hardware.get("ranks") == "slurm" and {"SLURM_NTASKS", "SLURM_PROCID"} <= os.environ.keys()
+    """Whether SLURM's tasks are the ranks of this run, and this process is one of them."""
+    return hardware.get("ranks") == "slurm" and started_by_srun()
+
+
+def started_by_srun() -> bool:
+    """Whether SLURM has started this process as a task, or this process is alone.
+
+    A batch script has SLURM_PROCID and SLURM_NTASKS too, but its other tasks do not exist until srun starts them. The
+    shell of salloc or `srun --pty` has the variables of a step.
+    """
+    if not {"SLURM_NTASKS", "SLURM_PROCID"} <= os.environ.keys():
+        return False
+    return _number("SLURM_NTASKS") == 1 or ("SLURM_STEP_ID" in os.environ and not _is_shell())
+
+
+def _is_shell() -> bool:
+    """Whether a shell was started within SLURM: its variables speak of tasks that do not exist."""
+    return (
+        os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+        or "SLURM_PTY_PORT" in os.environ
+        or os.environ.get("SLURM_STEP_ID") == INTERACTIVE_STEP
+    )
+
+
+def slurm_port() -> int:
+    """A port that all ranks of a job's step know, from 10000 to 29999; two steps of a job do not share one."""
+    job, step = (os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return 10000 + (31 * int(job or 0) + int(step or 0)) % 20000
 
 
 def _devices(hardware: dict[str, Any]) -> int:
@@ -107,19 +134,19 @@ def check(hardware: dict[str, Any], launcher: str | None) -> None:
     if launcher and (several or hardware.get("ranks") == "slurm"):
         raise UserError(several_in_one_process(devices, launcher))
     started = _number("SLURM_NTASKS")
-    interactive = (  # a shell: its variables speak of tasks that were never started
-        os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
-        or "SLURM_PTY_PORT" in os.environ
-        or os.environ.get("SLURM_STEP_ID") == INTERACTIVE_STEP
-    )
     if hardware.get("ranks") == "slurm":
         if "SLURM_NTASKS" not in os.environ or "SLURM_PROCID" not in os.environ:
             raise UserError(
                 "hardware=slurm: SLURM has not started this process; start it with srun, sweep with "
                 "-m hydra/launcher=submitit_slurm, or choose another hardware"
             )
+        if not started_by_srun():
+            raise UserError(
+                f"hardware=slurm: SLURM has reserved {started} tasks, but this process is none of them; start it with "
+                "srun, as srun python -m anomalib_lite.train ... in the batch script"
+            )
         slurm_tasks(hardware)
-    elif started > 1 and "SLURM_STEP_ID" in os.environ and not interactive and not started_by_torchrun():
+    elif started > 1 and "SLURM_STEP_ID" in os.environ and not _is_shell() and not started_by_torchrun():
         raise UserError(
             f"hardware: srun has started {started} of these processes, which would all do the same; add hardware=slurm"
         )

@@ -96,9 +96,9 @@ def execute(
     result = result_of(cfg, names, data, model, outputs, timing, trainer.strategy.root_device, trained)
     result |= {"cache": cache, "overrides": list(overrides)}
     result["notes"] = [*notes_of(cfg, data, model), *result["notes"], *remarks]
-    batch_size = measured_batch_size(cfg, data, cache)
+    device, batch_size = trainer.strategy.root_device, measured_batch_size(cfg, data, cache)
     limit = EXTRA_SECONDS + 2 * (time.perf_counter() - started)
-    write_with_extras(run, result, data, outputs, model, batch_size, loggers, limit)
+    write_with_extras(run, result, data, outputs, model, device, batch_size, loggers, limit)
     return result
 
 

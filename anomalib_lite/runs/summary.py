@@ -141,9 +141,9 @@ def normal_columns(outputs: dict[int, dict[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def environment(cfg: dict[str, Any], model: AnomalyModule, device: torch.device) -> dict[str, Any]:
-    """Versions, device, git revision and precision."""
+    """Versions, device, git revision, precision, and whether algorithms were deterministic where they can be."""
     where = {"device": device_name(device), "precision": precision(cfg["hardware"]["precision"], model, device)}
-    return software() | where
+    return software() | where | {"deterministic": torch.are_deterministic_algorithms_enabled()}
 
 
 @functools.cache
@@ -169,11 +169,12 @@ def precision(wanted: str | int, model: AnomalyModule, device: torch.device) -> 
     Args:
         wanted: hardware.precision.
     """
+    tf32 = ", TF32 in training" if device.type == "cuda" and wanted != 32 and model.total_steps else ""
     if wanted == "bf16":
-        return "bf16"
+        return f"bf16{tf32}"
     low = {
         "frozen backbone": model.backbone is not None and model.backbone.low_precision(device),
         "the method's networks": model.autocasted and wanted == "auto" and has_bf16(device),
     }
     parts = " and ".join(part for part, is_low in low.items() if is_low)
-    return f"float32, {parts} in bf16" if parts else "float32"
+    return (f"float32, {parts} in bf16" if parts else "float32") + tf32

@@ -2,21 +2,22 @@
 
 import contextlib
 import ctypes
-import fcntl
 import importlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 from hydra._internal.utils import get_args_parser
 
 from anomalib_lite.runs.folder import is_run
+from anomalib_lite.sweeps.locks import lock
 
 #: environment variables of a process that is a rank of a run; a job starts without them
 RANK_VARIABLES = (
@@ -36,6 +37,8 @@ class Command:
     folder: Path  # of the job
     environment: dict[str, str]  # the variables that differ from those of the calling process
     home: Path = field(default_factory=Path.cwd)  # relative paths begin here, and a user's method file lies here
+    grace: float = 5.0  # seconds that the process may take to write a checkpoint when it must end
+    process: Any = field(default=None, init=False, compare=False)  # while it runs
 
     def __call__(self) -> dict[str, Any]:
         """Run the job as a new process and wait for it.
@@ -45,7 +48,7 @@ class Command:
         """
         with self.sole_output() as output:
             started, parent = time.time(), os.getpid()
-            process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, "-m", "anomalib_lite.train", *self.resuming_arguments()],
                 cwd=self.home,
                 env=self.full_environment(),
@@ -55,14 +58,21 @@ class Command:
                 preexec_fn=lambda: die_with(parent),
             )
             try:
-                code = process.wait()
+                # with a time limit the process is not locked while it is waited for: `checkpoint` comes in between
+                code = self.process.wait(threading.TIMEOUT_MAX)
             except BaseException:  # Ctrl-C, or the time limit of the job
-                process.send_signal(signal.SIGTERM)  # it writes a checkpoint at its next batch
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(5)
-                process.kill()
+                self.stop()
                 raise
+            finally:
+                self.process = None
         return {"code": code, "seconds": time.time() - started}
+
+    def stop(self) -> None:
+        """End the process: it writes a checkpoint at its next batch."""
+        self.process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(self.grace)
+        self.process.kill()
 
     @contextlib.contextmanager
     def sole_output(self) -> Iterator[IO[bytes]]:
@@ -73,8 +83,10 @@ class Command:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "output.log").open("ab") as output:
-            if os.environ.get("SUBMITIT_EXECUTOR") != "slurm" or os.environ["SLURM_PROCID"] == "0":
-                fcntl.flock(output, fcntl.LOCK_EX)
+            is_first = os.environ.get("SUBMITIT_EXECUTOR") != "slurm" or os.environ["SLURM_PROCID"] == "0"
+            if is_first and (remark := lock(output, wait=True)):
+                output.write(f"{self.folder}: {remark}\n".encode())
+                output.flush()
             yield output
 
     def resuming_arguments(self) -> list[str]:
@@ -86,8 +98,14 @@ class Command:
         return {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES} | self.environment
 
     def checkpoint(self) -> Any:
-        """Called by submitit shortly before SLURM ends the job: the job is queued again and resumes."""
-        return importlib.import_module("submitit.helpers").DelayedSubmission(self)
+        """Called by submitit, in its handler of SIGUSR2, shortly before SLURM ends the job: it writes a checkpoint.
+        Then submitit queues it again.
+        """
+        if self.process is not None:
+            self.stop()
+        return importlib.import_module("submitit.helpers").DelayedSubmission(replace(self))  # without the process
+
+    __submitit_checkpoint__ = checkpoint  # its name in later versions of submitit
 
 
 def die_with(parent: int) -> None:

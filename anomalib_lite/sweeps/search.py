@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.sweeps.job import check_whole
-from anomalib_lite.sweeps.sweep import locked
+from anomalib_lite.sweeps.locks import locked
 
 log = logging.getLogger(__name__)
 LOWEST = {"n_trials": 1, "n_jobs": 1, "n_startup_trials": 0}

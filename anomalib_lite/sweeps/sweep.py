@@ -4,7 +4,6 @@ A job is identified by its overrides, in any order. `sweep.json` in the sweep's 
 folder. What a run left in its folder says whether the job is finished, interrupted or failed."""
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -32,15 +31,16 @@ from anomalib_lite.runs.early_checks import check_inputs
 from anomalib_lite.runs.folder import is_run
 from anomalib_lite.sweeps.forks import ForkedJobs
 from anomalib_lite.sweeps.job import Job, as_typed, check_whole, key_of, without_value
+from anomalib_lite.sweeps.locks import locked
 from anomalib_lite.sweeps.view import View, print_end, print_interrupted
 
 log = logging.getLogger(__name__)
 #: the options of launchers that are whole numbers, with the lowest one
 LOWEST = {
-    "jobs": 1, "threads": 1, "gpus_per_job": 0, "cpus_per_job": 1, "timeout_min": 1, "nodes": 1, "tasks_per_node": 1,
+    "jobs": 1, "jobs_per_gpu": 1, "threads": 1, "gpus_per_job": 0, "cpus_per_job": 1, "timeout_min": 1, "nodes": 1,
+    "tasks_per_node": 1,
     "gpus_per_node": 0, "cpus_per_task": 1, "mem_gb": 1, "signal_delay_s": 1, "max_num_timeout": 0,
 }  # fmt: skip
-PATIENCE = 10.0  # seconds that the previous sweep in the same folder may take to end
 
 
 class Sweep:
@@ -56,7 +56,7 @@ class Sweep:
         self.index = self.folder / "sweep.json"
         self.sweeper = str(config.hydra.sweeper._target_).rpartition(".")[2]
         self.searches = self.sweeper in ("RandomSweeper", "TPESweeper")  # a search prints the end after its last batch
-        self.gpus = self.visible_gpus()
+        self.gpus, self.jobs_per_gpu = self.visible_gpus(), self.options.get("jobs_per_gpu") or 1
         self.jobs: dict[str, Job] = {}
         self.engine: Any = None  # starts jobs and reports their ends, as ForkedJobs does
 
@@ -67,7 +67,9 @@ class Sweep:
             raise without_value(as_typed(self.config.hydra.overrides.task), self.loader)
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder), sigterm_as_interrupt():
+        with locked(self.folder / "sweep.lock") as remark, sigterm_as_interrupt():
+            if remark:
+                log.warning("%s: %s", self.folder, remark)
             keys = [key_of(overrides) for overrides in job_overrides]
             self.plan(dict(zip(keys, job_overrides, strict=True)), first)
             jobs = list({key: self.jobs[key] for key in keys}.values())
@@ -157,13 +159,19 @@ class Sweep:
     # --- what they run on ---
 
     def visible_gpus(self) -> list[str]:
-        """The GPUs' names that CUDA_VISIBLE_DEVICES takes, found without torch."""
+        """The GPUs' names that CUDA_VISIBLE_DEVICES takes, found without torch; a divided GPU's parts (MIG) by UUID."""
         if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
             return [name for name in given.split(",") if name.strip() not in ("", "-1")]
         if shutil.which("nvidia-smi") is None:
+            if any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
+                log.warning("nvidia-smi is missing, which lists the GPUs; name them, as in CUDA_VISIBLE_DEVICES=0,1")
             return []
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-        return [str(number) for number, _ in enumerate(re.findall(r"^GPU ", listed, re.MULTILINE))]
+        names = list[str]()
+        for gpu in re.split(r"^(?=GPU \d+:)", listed, flags=re.MULTILINE):
+            if number := re.match(r"GPU (\d+):", gpu):
+                names += re.findall(r"\(UUID: (MIG-[^)]+)\)", gpu) or [number[1]]
+        return names
 
     def check_one_node(self, hardware: dict[str, Any]) -> None:
         if hardware.get("ranks") == "slurm":
@@ -181,24 +189,26 @@ class Sweep:
         """How many GPUs a job reserves, and whether it runs on several devices."""
         self.check_one_node(hardware)
         wanted, given = hardware["devices"], self.options["gpus_per_job"]
+        if given == 0:
+            raise UserError(
+                "hydra.launcher.gpus_per_job=0: all jobs would use GPU 0; give jobs_per_gpu=2 for two on each"
+            )
         if hardware["accelerator"] == "cpu" or not self.gpus:
             if given and hardware["accelerator"] != "cpu":
                 raise UserError(f"hydra.launcher.gpus_per_job={given}: no GPU is visible here")
             return 0, wanted != "auto" and wanted > 1
-        if given == 0:
-            return 0, (len(self.gpus) if wanted == "auto" else wanted) > 1
         gpus, jobs = given or (len(self.gpus) if wanted == "auto" else wanted), self.options["jobs"] or 1
-        if gpus * jobs > len(self.gpus):
+        if gpus > len(self.gpus) or gpus * jobs > len(self.gpus) * self.jobs_per_gpu:
             raise UserError(
                 f"hydra.launcher: {jobs} jobs at a time with {gpus} GPUs each, but {len(self.gpus)} are visible here; "
-                "lower jobs or gpus_per_job (0: they share all)"
+                "lower jobs or gpus_per_job, or let jobs share a GPU with jobs_per_gpu"
             )
         return gpus, (gpus if wanted == "auto" else wanted) > 1
 
     def limit(self, jobs: list[Job]) -> int:
         """How many jobs run at a time."""
         share = max((job.gpus for job in jobs), default=0)
-        return self.options["jobs"] or (len(self.gpus) // share if share else 1)
+        return self.options["jobs"] or (len(self.gpus) * self.jobs_per_gpu // share if share else 1)
 
     def threads(self, limit: int) -> int | None:
         """CPU threads of each job."""
@@ -212,7 +222,7 @@ class Sweep:
     def run(self, jobs: list[Job]) -> None:
         """Run the waiting jobs and set the state of each when it ends."""
         waiting = [job for job in jobs if job.state == "waiting"]
-        limit, free, held = self.limit(waiting), list(self.gpus), dict[int, list[str]]()
+        limit, free, held = self.limit(waiting), self.gpus * self.jobs_per_gpu, dict[int, list[str]]()
         running: dict[int, Job] = {}
         hydra = as_typed(self.config.hydra.overrides.hydra)
         if waiting and self.engine is None:
@@ -220,9 +230,11 @@ class Sweep:
             weakref.finalize(self, self.engine.close)
         with View(self.folder, jobs, limit) as view:
             while waiting or running:
-                while waiting and len(running) < limit and waiting[0].gpus <= len(free):
+                while waiting and len(running) < limit and waiting[0].gpus <= len(set(free)):
                     job = waiting.pop(0)
-                    gpus, free = free[: job.gpus], free[job.gpus :]
+                    gpus = sorted(dict.fromkeys(free), key=lambda gpu: -free.count(gpu))[: job.gpus]  # least busy first
+                    for gpu in gpus:
+                        free.remove(gpu)
                     running[job.number], held[job.number] = job, gpus
                     job.folder.mkdir(parents=True, exist_ok=True)
                     job.state, job.started = "running", time.monotonic()
@@ -236,31 +248,6 @@ class Sweep:
                     job.finish(code)
                     view.ended(job)
                 view.update()
-
-
-@contextlib.contextmanager
-def locked(place: Path) -> Iterator[None]:
-    """Hold the lock on a folder or file, so that one sweep at a time works in it.
-
-    Raises:
-        UserError: another process has held it for PATIENCE seconds
-    """
-    descriptor = os.open(place, os.O_RDONLY if place.is_dir() else os.O_RDWR | os.O_CREAT)
-    end = time.monotonic() + PATIENCE
-    try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise UserError(
-                        f"{place}: another sweep works in it; wait for its end, or choose another hydra.sweep.dir"
-                    ) from None
-                time.sleep(0.1)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -12,23 +12,29 @@ from anomalib_lite.runs.run_logger import RunLogger
 
 
 class CSVLogger(RunLogger):
-    """`metrics.csv` in the run's folder, one row per step. A resumed run retains the rows up to its checkpoint."""
+    """`metrics.csv` in the run's folder, one row per step. A resumed run retains the rows up to its checkpoint.
+
+    New rows are appended. The file is written anew where a row has a new column, or changes after it was written.
+    """
 
     def __init__(self, run_dir: str | Path):
         super().__init__()
         self.file = Path(run_dir) / folder.METRICS_LOG
         self.rows: list[dict[str, Any]] = []
+        self.columns: list[str] = []
+        self.written = 0  # rows that the file holds, under these columns
 
     def keep_until(self, step: int) -> None:
         """Read the rows of an interrupted run up to this step."""
         if self.file.is_file():
-            with self.file.open(newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+            whole = self.file.read_text().rpartition("\n")[0].splitlines()  # a killed run may leave a part of a line
+            self.rows = [row for row in csv.DictReader(whole) if int(row["step"]) <= step]
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if self.rows and int(self.rows[-1]["step"]) == step:
             self.rows[-1].update(metrics)
+            self.written = 0 if self.written == len(self.rows) else self.written
         else:
             self.rows.append({"step": step, **metrics})
         if len(self.rows) % 50 == 0:
@@ -38,11 +44,16 @@ class CSVLogger(RunLogger):
     def save(self) -> None:
         if not self.rows and self.file.is_file():
             return  # a run that was trained before and is only tested now
-        columns = dict.fromkeys(key for row in self.rows for key in row)
-        with replacing(self.file) as part, part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(columns) or ["step"])
-            writer.writeheader()
-            writer.writerows(self.rows)
+        columns = list(dict.fromkeys([*self.columns, *(key for row in self.rows[self.written :] for key in row)]))
+        if self.written and columns == self.columns:
+            with self.file.open("a", newline="") as file:
+                csv.DictWriter(file, columns).writerows(self.rows[self.written :])
+        else:
+            with replacing(self.file) as part, part.open("w", newline="") as file:
+                writer = csv.DictWriter(file, columns or ["step"])
+                writer.writeheader()
+                writer.writerows(self.rows)
+        self.columns, self.written = columns, len(self.rows)
 
     def finalize(self, status: str) -> None:
         self.save()

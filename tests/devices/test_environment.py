@@ -87,8 +87,9 @@ def hardware(devices=1, nodes=1, **more):
         (hardware(1, 2), {"NODE_RANK": "1", "RANK": "0", "MASTER_ADDR": "host", "MASTER_PORT": "1"}, False),
         (hardware(1, 2), {"NODE_RANK": "0", "RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "1"}, True),
         (hardware(1, 2), TORCHRUN | {"LOCAL_RANK": "0", "GROUP_RANK": "1"}, False),
-        (hardware(4, ranks="slurm"), SLURM | {"RANK": "0"}, False),
-        (hardware(4, ranks="slurm"), SLURM | {"SLURM_PROCID": "0", "LOCAL_RANK": "1"}, True),
+        (hardware(4, ranks="slurm"), SLURM | {"SLURM_STEP_ID": "0", "RANK": "0"}, False),
+        (hardware(4, ranks="slurm"), SLURM | {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "LOCAL_RANK": "1"}, True),
+        (hardware(1, ranks="slurm"), SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, True),  # a script of one task
         (hardware("auto"), {"RANK": "1"}, True),
     ],
 )
@@ -113,3 +114,32 @@ def test_ranks_that_do_not_fit(wanted, environment, message, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         ranks.settle(wanted)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"SLURM_STEP_ID": "4294967290"},
+        {"SLURM_STEP_ID": "0", "SLURM_PTY_PORT": "40000"},
+        {"SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "bash"},
+    ],
+)
+def test_a_batch_script_without_srun_is_refused(more, monkeypatch):
+    """It would wait for ranks that do not exist. Of a shell within SLURM the same holds."""
+    for name, value in (SLURM | {"SLURM_PROCID": "0"} | more).items():
+        monkeypatch.setenv(name, value)
+    wanted = hardware("auto", ranks="slurm")
+    assert not ranks.under_slurm(wanted)
+    with pytest.raises(UserError, match=r"hardware=slurm: SLURM has reserved 4 tasks, .* start it with srun"):
+        ranks.check(wanted, None)
+
+
+def test_two_steps_of_a_job_have_two_ports(monkeypatch):
+    ports = set()
+    for job, step in (("1234567", "0"), ("1234567", "1"), ("1234568", "0"), ("1244567", "0")):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_STEP_ID", step)
+        ports.add(ranks.slurm_port())
+    assert len(ports) == 4
+    assert all(10000 <= port < 30000 for port in ports)

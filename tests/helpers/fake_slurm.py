@@ -1,6 +1,9 @@
-"""A stand-in for SLURM on one machine: sbatch, srun, sacct, scancel, which do what submitit and Lightning rely on.
+"""A stand-in for SLURM on one machine: sbatch, srun, sacct, scancel, scontrol, which do what submitit and Lightning
+rely on.
 
-An sbatch script runs at once, in a session of its own; srun starts its tasks with the variables that SLURM sets.
+An sbatch script runs at once, in a session of its own; srun starts its tasks with the variables that SLURM sets. It
+refuses to start them without --cpus-per-task: since 22.05 they would get one core. `scancel --signal=USR2 JOB` signals
+the tasks alone, as SLURM does before the time limit; `scontrol requeue JOB` kills the job and starts its script again.
 What it can't show: queues, nodes, time limits.
 """
 
@@ -23,13 +26,16 @@ environment = os.environ | {
 }
 log = open(os.path.join(place, "log-" + number), "w")
 done = subprocess.Popen(["bash", script], env=environment, stdout=log, stderr=log, start_new_session=True)
-with open(os.path.join(place, "job-" + number), "w") as file:
-    file.write(str(done.pid))
+for name, text in (("job", str(done.pid)), ("script", os.path.abspath(script))):
+    with open(os.path.join(place, name + "-" + number), "w") as file:
+        file.write(text)
 print("Submitted batch job", number)
 """
 SRUN = r"""
 import os, subprocess, sys
 words = sys.argv[1:]
+if "--wait=0" not in words or not any(word.startswith("--cpus-per-task=") for word in words):
+    sys.exit("srun: every task would get one core; give --cpus-per-task and --wait=0")
 while words[0].startswith("-"):
     option = words.pop(0)
     if option in ("--output", "--error"):
@@ -40,6 +46,9 @@ for rank in range(count):
     own = {"PROCID": rank, "LOCALID": rank % tasks, "NODEID": rank // tasks, "STEP_ID": 0}
     own = {"SLURM_" + name: str(value) for name, value in own.items()}
     started.append(subprocess.Popen(words, env=os.environ | own))
+place = os.path.dirname(os.path.abspath(__file__))
+with open(os.path.join(place, "tasks-" + os.environ["SLURM_JOB_ID"]), "w") as file:
+    file.write(" ".join(str(process.pid) for process in started))
 sys.exit(max(process.wait() for process in started))
 """
 SACCT = r"""
@@ -57,14 +66,40 @@ for number in [word for before, word in zip(sys.argv, sys.argv[1:]) if before ==
 SCANCEL = r"""
 import os, signal, sys
 place = os.path.dirname(os.path.abspath(__file__))
-os.killpg(int(open(os.path.join(place, "job-" + sys.argv[1])).read()), signal.SIGKILL)
+if sys.argv[1] == "--signal=USR2":
+    for task in open(os.path.join(place, "tasks-" + sys.argv[2])).read().split():
+        os.kill(int(task), signal.SIGUSR2)
+else:
+    os.killpg(int(open(os.path.join(place, "job-" + sys.argv[1])).read()), signal.SIGKILL)
+"""
+SCONTROL = r"""
+import os, signal, subprocess, sys, time
+place = os.path.dirname(os.path.abspath(__file__))
+assert sys.argv[1] == "requeue"
+number = sys.argv[2]
+job = os.path.join(place, "job-" + number)
+if os.fork():
+    sys.exit(0)
+os.setsid()
+before = int(open(job).read())
+open(job, "w").write(str(os.getpid()))
+time.sleep(1)  # the task ends by itself, as submitit lets it
+try:
+    os.killpg(before, signal.SIGKILL)
+except ProcessLookupError:
+    pass
+log = open(os.path.join(place, "log-" + number), "a")
+script = open(os.path.join(place, "script-" + number)).read()
+started = subprocess.Popen(["bash", script], stdout=log, stderr=log, start_new_session=True)
+open(job, "w").write(str(started.pid))
 """
 
 
 def install(place: Path) -> str:
     """Write the commands into a folder; gives the PATH that finds them first."""
     place.mkdir()
-    for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("sacct", SACCT), ("scancel", SCANCEL)):
+    commands = {"sbatch": SBATCH, "srun": SRUN, "sacct": SACCT, "scancel": SCANCEL, "scontrol": SCONTROL}
+    for name, text in commands.items():
         (place / name).write_text(f"#!{sys.executable}\n{text}")
         (place / name).chmod(0o755)
     return f"{place}{os.pathsep}{os.environ['PATH']}"

@@ -125,6 +125,7 @@ def restored() -> Iterator[None]:
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     numbers = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  those that a run seeds
     cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         yield
     finally:
@@ -142,6 +143,7 @@ def restored() -> Iterator[None]:
         np.random.set_state(numbers[1])  # noqa: NPY002
         torch.set_rng_state(numbers[2])
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
         GlobalHydra.instance().clear()
         Singleton._instances.pop(HydraConfig, None)
 

@@ -192,6 +192,28 @@ def test_switches_act(name, option, arguments, finished, tmp_path):
     assert scores_of(tmp_path / "run") != pytest.approx(scores_of(finished(name)), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", [next(n for n, case in CASES.items() if case.method == m) for m in dict.fromkeys(
+    case.method for case in CASES.values()
+)])  # fmt: skip
+def test_bf16(name, arguments, tmp_path, monkeypatch):
+    """hardware.precision=bf16 fits and tests every method, and rounds neither maps nor scores to bf16's 8 bits."""
+    found: list[dict[str, Any]] = []
+    score = AnomalyModule.score
+
+    def noting(self: AnomalyModule, batch: Any) -> dict[str, Any]:
+        found.append(score(self, batch))
+        return found[-1]
+
+    monkeypatch.setattr(AnomalyModule, "score", noting)
+    given = [option for option in arguments(CASES[name]) if option != "hardware.precision=32"]
+    result = runs.result_of(*given, "hardware.precision=bf16", run_dir=tmp_path / "run")
+    assert result["environment"]["precision"] == "bf16"
+    for scored in found:
+        assert (scored["map"].dtype, scored["score"].dtype) == (torch.float32, torch.float32)
+    bits = torch.cat([scored["map"].flatten() for scored in found])
+    assert (bits != bits.bfloat16().float()).float().mean() > 0.9
+
+
 def built(command: list[str], categories: list[str], **context: Any) -> AnomalyModule:
     """The method of a command line, as a run builds it."""
     with runs.restored():

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 from typing import Any
 
@@ -11,8 +12,19 @@ import pytest
 
 from tests.helpers import fake_slurm as slurm
 from tests.helpers import run_programs as runs
-from tests.helpers.user_folder import SMALL, Started, assert_refused, in_process, result_of, state_of
+from tests.helpers.user_folder import SMALL, YAML, Started, assert_refused, in_process, result_of, state_of
 
+SEEN = """
+import os
+import time
+from sweep_methods import Mean
+
+
+class Seen(Mean):
+    def on_train_start(self):
+        print(f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}", flush=True)
+        time.sleep(3)  # the other job must not begin after this one's end
+"""
 ONE = ("data.category=bottle", "hardware.threads=1")
 LOCAL, SLURM, RAY = (f"hydra/launcher={name}" for name in ("submitit_local", "submitit_slurm", "ray"))
 
@@ -100,6 +112,44 @@ def test_slurm(home, alone, tmp_path, monkeypatch):
     assert "gpus" not in "".join(asked)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_slurm_queues_a_job_again(home, tmp_path, monkeypatch):
+    """Before the time limit SLURM signals the tasks: the job saves, is queued again, and continues."""
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", slurm.install(tmp_path / "slurm"))
+    monkeypatch.setattr("tests.helpers.user_folder.SMALL", [a for a in SMALL if a != "hardware=cpu"])
+    sweep, budget = tmp_path / "sweep", ("method=mean", "method.pause=0.5", "trainer.log_every=1", "seed=0")
+    hardware = (SLURM, "hardware=slurm", "hardware.accelerator=cpu", "trainer.checkpoint_minutes=0")
+    started = Started(home, *ONE, *hardware, *budget, f"hydra.sweep.dir={sweep}")
+    started.until(lambda: (sweep / "0" / "checkpoints" / "last.ckpt").exists(), 120)
+    subprocess.run([tmp_path / "slurm" / "scancel", "--signal=USR2", "1000"], check=True)
+    outcome = started.end()
+    assert outcome.code == 0, outcome.err
+    output = (sweep / "0" / "output.log").read_text()
+    assert "interrupted by SIGTERM" in output  # not by its own USR2, which reached the task alone
+    assert re.search(r"resuming after batch [1-9]", output)
+    single = (*ONE, *budget, "hardware=cpu", f"hydra.run.dir={tmp_path / 'alone'}")
+    assert in_process(*single).code == 0
+    assert state_of(sweep / "0")[::2] == state_of(tmp_path / "alone")[::2]
+
+
+@pytest.mark.slow
+def test_ray_hands_each_job_its_own_gpu(home, tmp_path):
+    """Two GPUs are pretended; with hardware=auto each of two jobs at a time reserves one."""
+    pytest.importorskip("ray")
+    (home / "seen_methods.py").write_text(SEEN)
+    (home / "my_conf" / "method" / "seen.yaml").write_text(YAML.format("Seen", "pause: 0.0").replace("sweep_", "seen_"))
+    small = (*(a for a in SMALL if a != "hardware=cpu"), "hardware=auto")
+    arguments = (*ONE, RAY, "method=seen", "seed=0,1", "+hydra.launcher.init.num_gpus=2", f"hydra.sweep.dir={tmp_path}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.helpers.user_folder.SMALL", small)
+        outcome = Started(home, *arguments, "hydra.launcher.jobs=2").end()
+    assert outcome.code == 0, outcome.err
+    found = {re.search(r"CUDA_VISIBLE_DEVICES=(\S*)", (tmp_path / n / "output.log").read_text())[1] for n in "01"}  # type: ignore[index]
+    assert found == {"0", "1"}
+
+
 # --- what is refused before anything starts ---
 
 
@@ -158,18 +208,23 @@ def test_missing_extra(launcher, package, tmp_path, monkeypatch):
         ("hardware=slurm", {}, "hardware=slurm: SLURM has not started this process; start it with srun"),
         (
             "hardware=slurm hardware.devices=3",
-            {"SLURM_NTASKS": "4", "SLURM_NNODES": "1", "SLURM_PROCID": "0"},
+            {"SLURM_NTASKS": "4", "SLURM_NNODES": "1", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0"},
             "hardware.devices=3: SLURM has started 4 tasks on 1 nodes",
         ),
         (
             "hardware=slurm",
-            {"SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_PROCID": "0"},
+            {"SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0"},
             "hardware.nodes=1: SLURM has started 2; give hardware.nodes=2",
         ),
         (
             "hardware=cpu",
             {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1"},
             "hardware: srun has started 2 of these processes, which would all do the same; add hardware=slurm",
+        ),
+        (
+            "hardware=slurm",
+            {"SLURM_NTASKS": "4", "SLURM_NNODES": "1", "SLURM_PROCID": "0"},
+            "hardware=slurm: SLURM has reserved 4 tasks, but this process is none of them; start it with srun",
         ),
         ("hardware=ddp hardware.nodes=2", {}, "hardware.nodes=2: nothing says where the other machines are"),
     ],

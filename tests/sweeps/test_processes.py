@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from anomalib_lite.sweeps import sweep
+from anomalib_lite.sweeps import locks
 from anomalib_lite.sweeps.job import Job
 from tests.helpers.user_folder import Started, assert_refused, in_process, result_of, state_of
 
@@ -274,8 +274,11 @@ def test_folder_of_another_sweep(tmp_path):
 
 
 def test_folder_in_use(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "PATIENCE", 0.1)
-    held = os.open(tmp_path, os.O_RDONLY)
+    monkeypatch.setattr(locks, "PATIENCE", 0.1)
+    (tmp_path / "sweep.lock").write_text("process 7 on node3\n")
+    held = os.open(tmp_path / "sweep.lock", os.O_RDWR)
     fcntl.flock(held, fcntl.LOCK_EX)
-    assert_refused("another sweep works in it", "method=mean", "seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    assert_refused(
+        "another sweep works in it .process 7 on node3.", "method=mean", "seed=0,1", f"hydra.sweep.dir={tmp_path}"
+    )
     os.close(held)

@@ -1,0 +1,218 @@
+"""How jobs get their devices, their locks and their end, without a cluster."""
+
+import errno
+import fcntl
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from anomalib_lite.errors import UserError
+from anomalib_lite.sweeps import command as command_module
+from anomalib_lite.sweeps.cluster import RaySweep, SlurmSweep
+from anomalib_lite.sweeps.command import Command
+from anomalib_lite.sweeps.engines import SlurmJobs
+from anomalib_lite.sweeps.job import Job
+from anomalib_lite.sweeps.locks import lock, locked
+from anomalib_lite.sweeps.sweep import Sweep
+from tests.helpers.user_folder import assert_refused
+
+LISTED = """GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5c89852c)
+  MIG 1g.5gb     Device  0: (UUID: MIG-aaa)
+  MIG 2g.10gb    Device  1: (UUID: MIG-bbb)
+GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-4a2f)
+"""
+
+
+def made(kind: Any, gpus: list[str], folder: Path = Path(), **options: Any) -> Any:
+    """A sweep without Hydra."""
+    sweep = object.__new__(kind)
+    sweep.options = {"jobs": None, "gpus_per_job": None, "threads": None, "jobs_per_gpu": 1} | options
+    sweep.gpus, sweep.jobs_per_gpu, sweep.folder = gpus, sweep.options["jobs_per_gpu"], folder
+    sweep.config = OmegaConf.create({"hydra": {"overrides": {"hydra": []}}})
+    return sweep
+
+
+# --- GPUs ---
+
+
+@pytest.mark.parametrize(("listed", "names"), [(LISTED, ["MIG-aaa", "MIG-bbb", "1"]), ("", []), ("No devices\n", [])])
+def test_gpus_and_their_parts(listed, names, tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'END'\n{listed}END\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert made(Sweep, []).visible_gpus() == names
+
+
+class Engine:
+    """Jobs of which `running` go on at a time; the order of their ends is given."""
+
+    def __init__(self, ends: list[int]):
+        self.ends, self.running, self.started = ends, dict[int, list[str]](), dict[int, float]()
+        self.seen, self.most = dict[int, list[str]](), dict[str, int]()
+
+    def start(self, job: Job, command: Command) -> None:
+        gpus = command.environment["CUDA_VISIBLE_DEVICES"].split(",")
+        self.running[job.number] = self.seen[job.number] = gpus
+        for gpu in gpus:
+            self.most[gpu] = max(self.most.get(gpu, 0), sum(gpu in each for each in self.running.values()))
+
+    def wait(self, seconds: float) -> dict[int, int]:
+        number = next(n for n in self.ends if n in self.running)
+        del self.running[number]
+        return {number: 1}
+
+
+@pytest.mark.parametrize(
+    ("per_gpu", "per_job", "jobs", "most", "first"),
+    [
+        (1, 1, None, 1, [["4"], ["5"]]),
+        (2, 1, None, 2, [["4"], ["5"], ["4"], ["5"]]),
+        (3, 1, 2, 1, [["4"], ["5"]]),  # fewer jobs than slots: the GPU with the fewest jobs is next
+        (2, 2, None, 2, [["4", "5"], ["4", "5"]]),
+    ],
+)
+def test_jobs_share_gpus_evenly(per_gpu, per_job, jobs, most, first, tmp_path):
+    sweep = made(Sweep, ["4", "5"], tmp_path, jobs_per_gpu=per_gpu, gpus_per_job=per_job, jobs=jobs)
+    hardware = {"accelerator": "auto", "devices": 1, "nodes": 1, "threads": None}
+    assert sweep.devices(hardware)[0] == per_job
+    sweep.engine = Engine([1, 0, *range(2, 9)])
+    given = [
+        Job(n, [f"seed={n}"], tmp_path / str(n), None, {"hardware": hardware, "objective": None}, per_job, False)
+        for n in range(9)
+    ]
+    sweep.run(given)
+    assert [job.state for job in given] == ["failed"] * 9
+    assert list(sweep.engine.most.values()) == [most, most]
+    assert [sweep.engine.seen[n] for n in range(len(first))] == first
+
+
+def test_more_jobs_than_slots(tmp_path, monkeypatch):
+    arguments = ("method=mean", "seed=0,1", "hardware=auto", f"hydra.sweep.dir={tmp_path}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    assert_refused("5 jobs at a time", *arguments, "hydra.launcher.jobs=5", "hydra.launcher.jobs_per_gpu=2")
+    assert_refused("gpus_per_job=0: all jobs would use GPU 0", *arguments, "hydra.launcher.gpus_per_job=0")
+    assert_refused("jobs_per_gpu=0: give a whole number from 1", *arguments, "hydra.launcher.jobs_per_gpu=0")
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "devices", "given", "in_cluster", "gpus"),
+    [("auto", 1, None, 2, 1), ("auto", 2, None, 2, 2), ("auto", 1, None, 0, 0), ("gpu", 1, None, 0, 1),
+     ("cpu", 1, None, 2, 0), ("auto", 1, 0, 2, 0)],
+)  # fmt: skip
+def test_what_ray_reserves(accelerator, devices, given, in_cluster, gpus):
+    sweep = made(RaySweep, [], gpus_per_job=given, cpus_per_job=1, remote={})
+    sweep.package = SimpleNamespace(cluster_resources=lambda: {"GPU": in_cluster} if in_cluster else {"CPU": 8.0})
+    job: Any = SimpleNamespace(plain={"hardware": {"accelerator": accelerator, "devices": devices, "nodes": 1}})
+    assert sweep.resources(job)["num_gpus"] == gpus
+
+
+# --- SLURM ---
+
+
+@pytest.mark.parametrize(("cpus", "expected"), [(6, ["--cpus-per-task=6"]), (None, [])])
+def test_what_srun_is_given(cpus, expected):
+    arguments = made(SlurmSweep, [], cpus_per_task=cpus).srun_arguments()
+    assert arguments == ["--kill-on-bad-exit=1", "--wait=0", *expected]
+
+
+def test_slurm_is_asked_seldom(monkeypatch):
+    engine = object.__new__(SlurmJobs)
+    asked, slept = list[int](), list[float]()
+    handle = SimpleNamespace(watcher=SimpleNamespace(update=lambda: asked.append(1)), done=lambda: False)
+    engine.running = dict.fromkeys(range(3), (handle, None))  # type: ignore[dict-item, misc]
+    monkeypatch.setattr(time, "sleep", slept.append)
+    for _ in range(3):
+        engine.wait(1e-9 + (0 if slept else 0.01))
+    assert len(asked) == 1
+    assert set(slept) <= {5.0}
+    assert slept
+
+
+SAVING = """#!/bin/sh
+trap 'sleep 0.3; echo saved > {file}; exit 143' TERM
+touch {file}.started
+while :; do sleep 0.05; done
+"""
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "__submitit_checkpoint__"])
+def test_a_job_saves_before_it_is_queued_again(name, tmp_path, monkeypatch):
+    """As submitit calls it: in the handler of SIGUSR2, while the process is waited for."""
+    pytest.importorskip("submitit")
+    program, file = tmp_path / "program", tmp_path / "state"
+    program.write_text(SAVING.format(file=file))
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    command = replace(Command([], tmp_path / "job", {}), grace=20.0)
+    found = []
+
+    def requeue(*_: Any) -> None:
+        delayed = getattr(command, name)()
+        found.append((file.read_text(), pickle.loads(pickle.dumps(delayed)).function))
+        raise SystemExit(255)
+
+    def send() -> None:
+        while not (tmp_path / "state.started").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    before = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        threading.Thread(target=send).start()
+        start = time.monotonic()
+        with pytest.raises(SystemExit):
+            command()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert time.monotonic() - start < 15  # not the whole grace
+    assert found == [("saved\n", command)]
+    assert found[0][1].process is None
+
+
+# --- locks ---
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(number, tmp_path, monkeypatch):
+    """Lustre without -o flock: the sweep and its jobs go on, and say so."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with locked(tmp_path / "sweep.lock") as remark:
+        assert "this file system has no locks" in remark
+    with Command([], tmp_path / "job", {}).sole_output():
+        pass
+    assert "has no locks" in (tmp_path / "job" / "output.log").read_text()
+    assert command_module.lock is lock
+
+
+def test_other_errors_of_locks_are_raised(tmp_path, monkeypatch):
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EIO, "bad disk")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError, match="bad disk"), locked(tmp_path / "sweep.lock"):
+        pass
+
+
+def test_the_holder_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("anomalib_lite.sweeps.locks.PATIENCE", 0.05)
+    with locked(tmp_path / "sweep.lock") as remark:
+        assert remark == ""
+        with pytest.raises(UserError, match=f"another sweep works in it .process {os.getpid()} on"):
+            locked(tmp_path / "sweep.lock").__enter__()
+    with locked(tmp_path / "sweep.lock"):
+        pass
