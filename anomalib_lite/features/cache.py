@@ -54,7 +54,7 @@ def key(backbone: Backbone, pipeline: Pipeline, device: torch.device, dtype: str
         "turned": any(getattr(backbone, "channels_last", ())),
         "norm": backbone.norm,
         "tokens": backbone.tokens,
-        "keeps": keeps,
+        "keeps": f"{keeps} in bf16" if keeps and backbone.low_precision(device) else keeps,
     }
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {

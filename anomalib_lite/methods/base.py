@@ -132,6 +132,13 @@ class AnomalyModule(L.LightningModule):
         """
         return levels
 
+    def stored_levels(self, levels: list[Tensor]) -> list[Tensor]:
+        """`kept(levels)`, rounded to bfloat16 if the backbone computes in it: means and resized levels stay small."""
+        kept = self.kept(levels)
+        if self.keeps and isinstance(self.backbone, Backbone) and self.backbone.low_precision(kept[0].device):
+            return [level.bfloat16().float() for level in kept]
+        return kept
+
     def features(self, batch: Batch) -> list[Tensor]:
         """The kept maps of a batch, list of float32 [B, C_i, H_i, W_i]: read from the batch, or computed."""
         return self.features_and_tokens(batch)[0]
@@ -146,7 +153,7 @@ class AnomalyModule(L.LightningModule):
             levels = [level.float().contiguous().movedim(-1, 1) for level in batch["features"]]
         else:
             assert self.backbone is not None
-            levels = self.kept(self.backbone(batch["image"]))
+            levels = self.stored_levels(self.backbone(batch["image"]))
         if not getattr(self.backbone, "tokens", 0):
             return levels, []
         half = len(levels) // 2

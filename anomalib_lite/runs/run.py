@@ -181,7 +181,7 @@ def with_features(
         return data, {"used": False, "why": "features of tiles are not stored"}
     cache = cfg.get("cache") or {"enabled": False}  # a stored run of an earlier version has none
     memory_gb = cfg["hardware"]["feature_memory_gb"]
-    stored, report = precompute(trainer, data, model.backbone, cache, memory_gb, fit, model.kept, model.keeps)
+    stored, report = precompute(trainer, data, model.backbone, cache, memory_gb, fit, model.stored_levels, model.keeps)
     return data.with_features(stored, model.uses_images), report
 
 
