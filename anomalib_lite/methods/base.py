@@ -36,8 +36,8 @@ class AnomalyModule(L.LightningModule):
     - `uses_tokens = True`: `self.tokens(batch)` returns the class and register tokens of a transformer;
     - `kept(levels)`: what the method keeps of the backbone's outputs, such as means of levels, and the text `keeps`,
       which names it in the key of the stored features;
-    - `uses_images = False` with frozen_features: training uses neither `image` nor `mask`. If features are stored, no
-      training image is decoded, and training batches come without these keys;
+    - `uses_images = False` with frozen_features: neither training nor test uses `image`, and training no `mask`. Images
+      whose features are stored are not decoded, and their batches come without these keys;
     - `clip`, set in the constructor: the largest norm of a step's gradient;
     - `own_image_score = True`: `anomaly_map` returns (maps, image scores [B]) for scoring.image_score=own.
 
