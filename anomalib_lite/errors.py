@@ -14,15 +14,24 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def enough_memory(option: Callable[[], str], cfg: dict[str, Any]) -> Iterator[None]:
-    """Turn an out-of-memory error, on any device, into a UserError that names the batch size `option()`."""
+def explained_memory(message: Callable[[], str]) -> Iterator[None]:
+    """Turn an out-of-memory error, on any device, into a UserError with the text `message()`, which says what to do."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch has no common class for it
         if not isinstance(error, MemoryError) and not NO_MEMORY.search(f"{type(error).__name__} {error}"):
             raise
+        raise UserError(f"out of memory: {message()}") from error
+
+
+def enough_memory(option: Callable[[], str], cfg: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """`explained_memory` for a batch size, which `option()` names."""
+
+    def message() -> str:
         group, key = option().split(".")
-        raise UserError(
-            f"out of memory: {option()}={cfg[group][key]} images of this size are too many for this device; give a "
-            "smaller one, or a smaller data.image_size"
-        ) from error
+        return (
+            f"{option()}={cfg[group][key]} images of this size are too many for this device; give a smaller one, or a "
+            "smaller data.image_size"
+        )
+
+    return explained_memory(message)

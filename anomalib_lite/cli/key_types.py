@@ -57,7 +57,7 @@ Text = Annotated[str, Field(min_length=1)]
 Side = Annotated[int, Field(ge=16)]
 Size = Side | Annotated[list[Side], Field(min_length=2, max_length=2)]
 Auto = Literal["auto"]
-Mode = Literal["auto", "online", "offline", "disabled"]
+Mode = Literal["auto", "online", "offline", "disabled"]  # of W&B
 Project = Annotated[str, Field(max_length=128, pattern=r"^[^/\\#?%:]*$")]
 Tag = Annotated[str, Field(min_length=1, max_length=64)]
 FLAG, WHOLE, WHOLE_OR_NULL = "true or false", "a whole number from 1", "a whole number from 1, or null"
@@ -83,6 +83,9 @@ class Box(Smoothing):
 
 class Pool(Smoothing):
     pool: Whole
+
+
+Smooth = Positive | Gauss | Box
 
 
 class Tiles(BaseModel, strict=True, extra="forbid"):

@@ -16,9 +16,8 @@ from anomalib_lite.cli.keys import assign, encodable, lookup, refuse_renamed, te
 from anomalib_lite.errors import UserError
 
 from anomalib_lite.cli.key_types import (  # isort: skip
-    ALWAYS, FLAG, GIGABYTES, NAME, SECONDS, SHARE, SIZE, SMOOTH, WHOLE, WHOLE_OR_NULL, Auto, Box, Ends, Gauss, Key,
-    Mode, Names, NumberFrom0, Pool, Positive, Project, Share, Size, Tag, Text, TilingKey, Whole, WholeFrom0, refuse,
-    require,
+    ALWAYS, FLAG, GIGABYTES, NAME, SECONDS, SHARE, SIZE, SMOOTH, WHOLE, WHOLE_OR_NULL, Auto, Ends, Key, Mode, Names,
+    NumberFrom0, Pool, Positive, Project, Share, Size, Smooth, Tag, Text, TilingKey, Whole, WholeFrom0, refuse, require,
 )  # fmt: skip
 
 OBJECTIVE = re.compile(r"validation\.((image|pixel)_(auroc|ap|f1max)|aupro_\d+|pixel_(iou|dice))")
@@ -56,6 +55,7 @@ class Data(Group):
     batch_size: Annotated[Whole, Key(WHOLE)]
     eval_batch_size: Annotated[Whole, Key(WHOLE, ALWAYS)]
     workers: Annotated[Auto | WholeFrom0, Key("a whole number from 0, or auto", ALWAYS)]
+    image_memory_gb: Annotated[NumberFrom0, Key(GIGABYTES, ALWAYS)] = 4
     val_fraction: Annotated[NumberFrom0, Field(lt=1), Key("a share from 0, below 1")]
     check: Annotated[Literal["fast", "thorough", "only"], Key("fast, thorough or only", ALWAYS)]
     value_range: Annotated[Ends | None, Key("[low, high] with low < high, or null", ("compare",))] = None
@@ -86,6 +86,7 @@ class Hardware(Group):
     deterministic: Annotated[Auto | bool, Key(f"auto, {FLAG}", ("compare",))] = "auto"
     threads: Annotated[Whole | None, Key(WHOLE_OR_NULL, ("compare",))]
     feature_memory_gb: Annotated[NumberFrom0, Key(GIGABYTES, ("compare",))]
+    feature_gpu_gb: Annotated[Auto | NumberFrom0, Key(f"{GIGABYTES}, or auto", ("compare",))] = "auto"
     measure_cost: Annotated[bool, Key(FLAG, ("compare",))] = True
 
 
@@ -124,10 +125,8 @@ class Backbone(Group):
 
 class Scoring(Group):
     map_size: Annotated[Size | Literal["original"] | None, Key(f"{SIZE}, original, or null")] = None
-    pixel_smooth: Annotated[Positive | Gauss | Box | Auto | None, Key(f"{SMOOTH} or null")]
-    image_smooth: Annotated[
-        Positive | Gauss | Box | Pool | Literal["auto", "same"] | None, Key(f"{SMOOTH}, {{pool: 16}} or null")
-    ]
+    pixel_smooth: Annotated[Smooth | Auto | None, Key(f"{SMOOTH} or null")]
+    image_smooth: Annotated[Smooth | Pool | Literal["auto", "same"] | None, Key(f"{SMOOTH}, {{pool: 16}} or null")]
     image_score: Annotated[
         Literal["auto", "own", "max", "mean"] | Share,
         BeforeValidator(refuse(int)),

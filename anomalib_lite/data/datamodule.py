@@ -1,6 +1,7 @@
 """The one LightningDataModule: reads, checks, splits and holds out once, then serves batches as plain dicts."""
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,11 @@ from anomalib_lite.data import value_range as value_ranges
 from anomalib_lite.data.data_options import check_options, checked
 from anomalib_lite.data.dataset import AnomalyDataset, MapSize, NewImages, collate_readable
 from anomalib_lite.data.held_out import fingerprint, hold_out
-from anomalib_lite.data.loader import AnomalyLoader, StoredFeatures, worker_count
+from anomalib_lite.data.kept_images import KeptImages
+from anomalib_lite.data.loader import AnomalyLoader, worker_count
 from anomalib_lite.data.sampler import TrainBatchSampler, rank_and_world
 from anomalib_lite.data.samples import DataSet, Sample, test_counts
+from anomalib_lite.data.stored_features import StoredFeatures
 from anomalib_lite.data.tiling import Tiling
 from anomalib_lite.data.transforms import Pipeline, pair
 from anomalib_lite.data.treatment import prepare
@@ -39,6 +42,7 @@ class AnomalyDataModule(L.LightningDataModule):
         batch_size: Training images per step, over all devices together.
         eval_batch_size: Images per batch and device elsewhere.
         workers: Loader processes per device, or "auto".
+        image_memory_gb: Limit of the memory for training images that are decoded once; see `kept_images`.
         val_fraction: Share of training images, per category, to hold out; every second one is corrupted.
         seed: Of shuffling, augmentation, holding out and corrupting.
         split: DataSet -> Split, the training images that the run may use (see `splits`); None is all.
@@ -79,6 +83,7 @@ class AnomalyDataModule(L.LightningDataModule):
         batch_size: int = 8,
         eval_batch_size: int = 32,
         workers: int | str = 0,
+        image_memory_gb: float = 4,
         val_fraction: float = 0.0,
         seed: int = 0,
         split: Callable[[DataSet], splits.Split] | None = None,
@@ -107,7 +112,8 @@ class AnomalyDataModule(L.LightningDataModule):
         self.tile_counts = dict[Path, int]()  # with tiling, the number of tiles of each image
         self.image_size = self.tiling.size if self.tiling else pair(image_size)
         self.map_size: MapSize = map_size if map_size is None or isinstance(map_size, str) else pair(map_size)
-        self.batch_size, self.eval_batch_size, self.workers = batch_size, eval_batch_size, workers
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.workers, self.image_memory_gb = workers, image_memory_gb
         self.val_fraction, self.seed, self.split, self.check = val_fraction, seed, split, check
         self.drop_last, self.balanced, self.copies = drop_last, balanced, copies
         self.corrupt, self.treatment, self.texture_size = corrupt, treatment, texture_size
@@ -120,7 +126,8 @@ class AnomalyDataModule(L.LightningDataModule):
         self._build_pipelines([] if category == "all" else [str(name) for name in names])
         self.first_batch, self.ranks = first_batch, ranks
         self.stored: StoredFeatures | None = None
-        self.uses_images, self._ready = True, False
+        self.device: torch.device | None = None
+        self.uses_images, self._ready, self._drawn = True, False, list[AnomalyLoader]()
 
     def _build_pipelines(self, categories: list[str]) -> None:
         """The transforms, once it is known whether the categories are textures."""
@@ -143,13 +150,8 @@ class AnomalyDataModule(L.LightningDataModule):
         data = replace(data, train=self.kept.train)
         headers, notes = checks.check(data, thorough=self.check == "thorough")
         self.notes = data.notes + self.kept.notes + notes
-        if self.stored_pixels is None:
-            self.pixels, notes = value_ranges.settle(data, headers, self.value_range)
-        else:
-            found = [(path, header.depth) for path, header in headers.items()]
-            notes = value_ranges.other_depths(self.pixels, found)
-        deep = [sample.path for sample in data.test if headers[sample.path].depth != "8-bit"]
-        self.notes += [*notes, *value_ranges.outside(self.pixels, deep)]
+        self.pixels, notes = value_ranges.of_run(data, headers, self.value_range, self.stored_pixels)
+        self.notes += notes
         self.root = data.root
         self.fingerprint = fingerprint(data)
         self._build_pipelines(self.categories)
@@ -167,14 +169,16 @@ class AnomalyDataModule(L.LightningDataModule):
 
     # --- loaders ---
 
-    def with_features(self, stored: StoredFeatures, uses_images: bool = True) -> "AnomalyDataModule":
-        """A copy whose loaders add stored features to the batches of all images that have them.
+    def with_features(
+        self, stored: StoredFeatures | None, uses_images: bool = True, device: torch.device | None = None
+    ) -> "AnomalyDataModule":
+        """A copy whose batches are on `device` (None: the CPU), with stored features of all images that have them.
 
-        Where training needs no images (`uses_images` is False), those batches come without `image` and `mask`, nothing
-        is decoded for them and no loader process is started.
+        Where the method needs no images (`uses_images` is False), batches with features come without `image`, in
+        training also without `mask`; nothing is decoded for them and no loader process is started.
         """
         module = copy.copy(self)
-        module.stored, module.uses_images = stored, uses_images
+        module.stored, module.uses_images, module.device, module._drawn = stored, uses_images, device, []
         return module
 
     @property
@@ -182,9 +186,8 @@ class AnomalyDataModule(L.LightningDataModule):
         return len(self._train_batches())
 
     def _train_batches(self, first_batch: int = 0) -> TrainBatchSampler:
-        rank, world = self.ranks()
         classes = [s.category for s in self.train_samples] if self.balanced else None
-        how = (self.batch_size, self.seed, rank, world, self.drop_last, first_batch, classes)
+        how = (self.batch_size, self.seed, *self.ranks(), self.drop_last, first_batch, classes)
         return TrainBatchSampler(len(self.train_samples), *how)
 
     def train_dataloader(self, first_batch: int | None = None) -> AnomalyLoader:
@@ -200,28 +203,30 @@ class AnomalyDataModule(L.LightningDataModule):
 
     def fit_dataloader(self) -> AnomalyLoader:
         """The images of `fit_keys`, prepared as in the first epochs: for methods in closed form."""
-        batch_size = self.tiling.batch if self.tiling else self.eval_batch_size
+        images, batch_size = self._train_images(), self.tiling.batch if self.tiling else self.eval_batch_size
         batches = list(BatchSampler(self.fit_keys(), batch_size, drop_last=False))  # type: ignore[arg-type]
-        images = self._train_images()
         images.keeps_last = self.tiling is not None
-        return self._loader(images, persistent=False, batch_sampler=batches)
+        return self._loader(images, batch_sampler=batches)
 
     def train_eval_dataloader(self, sharded: bool = False) -> AnomalyLoader:
         """The training images once, in order, prepared as in test: all of them on each rank, or a share of them."""
-        return self._in_order(self._images(self.train_samples, self.eval_pipeline, self.map_size), sharded)
+        return self._in_order(self._images(self.train_samples, map_size=self.map_size), sharded)
 
     def training_batch(self, indices: Sequence[int], epoch: int) -> dict[str, Any]:
-        """A batch of these training images, prepared as in this epoch, on this rank."""
-        keys = [(epoch, index) for index in indices]
-        return next(iter(self._loader(self._train_images(), persistent=False, workers=0, batch_sampler=[keys])))
+        """A batch of these training images, prepared as in this epoch, on this rank: cheap enough for every step."""
+        self._drawn = self._drawn or [
+            self._loader(self._train_images(), workers=0)
+        ]  # made once: a method may ask in every step
+        return self._drawn[0].batch_of([(epoch, index) for index in indices])
 
     def val_dataloader(self) -> AnomalyLoader | list:
         if not self.val_samples:
             return []
-        return self._in_order(self._evaluated(self.val_samples, pairs=self.corrupt is not None), True, persistent=True)
+        images = self._images(self.val_samples, map_size=self.map_size, truth=True, pairs=self.corrupt is not None)
+        return self._in_order(images, True, persistent=True)
 
     def test_dataloader(self) -> AnomalyLoader:
-        return self._in_order(self._evaluated(self.test_samples), sharded=True)
+        return self._in_order(self._images(self.test_samples, map_size=self.map_size, truth=True), sharded=True)
 
     def new_dataloader(self, files: Sequence[Path], category: int, batch_size: int, workers: int) -> DataLoader:
         """Images that belong to no data set, in order; `damaged` of a batch lists what could not be read of it."""
@@ -232,25 +237,31 @@ class AnomalyDataModule(L.LightningDataModule):
     def plain_dataloader(self, paths: Sequence[str], batch_size: int) -> DataLoader:
         """These images of the data set, in order and prepared as in test, on this rank: what features are made of."""
         samples = {str(sample.path): sample for sample in [*self.test_samples, *self.train_samples]}
-        chosen = [replace(samples[path], mask=None) for path in paths]
-        images = AnomalyDataset(chosen, self.categories, self.eval_pipeline, self.seed)
-        return self._loader(images, persistent=False, batch_size=batch_size)
+        images = self._images([replace(samples[path], mask=None) for path in paths], keeps=self.uses_images)
+        return self._loader(images, batch_size=batch_size)
 
     def _train_images(self) -> AnomalyDataset:
         return self._images(self.train_samples, self.train_pipeline, corrupt=self.corrupt)
 
     def _images(
-        self, samples: list[Sample], pipeline: Pipeline, map_size: MapSize = None, **more: Any
+        self, samples: list[Sample], pipeline: Pipeline | None = None, keeps: bool = True, **options: Any
     ) -> AnomalyDataset:
-        """Training images, which are decoded only where it takes an image."""
-        dataset = AnomalyDataset(samples, self.categories, pipeline, self.seed, map_size=map_size, **more)
+        """Images of the data set, prepared as in test or by another pipeline, and decoded only where it takes an image.
+
+        `keeps`: whether decoded training images are kept for the next time.
+        """
+        pipeline = pipeline or self.eval_pipeline
+        dataset = AnomalyDataset(samples, self.categories, pipeline, self.seed, **options)
         held = self.stored is not None and self.stored.rows_of(dataset) is not None
-        dataset.images = self.uses_images or not held
+        dataset.images = self.uses_images or not held or (dataset.truth and not pipeline.only_resizes)
+        dataset.kept_images = self.kept_images if keeps and dataset.images else None
         return dataset
 
-    def _evaluated(self, samples: list[Sample], pairs: bool = False) -> AnomalyDataset:
-        options = {"map_size": self.map_size, "pairs": pairs}
-        return AnomalyDataset(samples, self.categories, self.eval_pipeline, self.seed, **options)  # type: ignore[arg-type]
+    @functools.cached_property
+    def kept_images(self) -> KeptImages | None:
+        """The images that several epochs see; made before the first loader process is."""
+        often = [sample.path for sample in [*self.train_samples, *self.val_samples]]
+        return KeptImages(often, self.eval_pipeline.resize, self.image_memory_gb)
 
     def _in_order(self, dataset: AnomalyDataset, sharded: bool, persistent: bool = False) -> AnomalyLoader:
         """Rank r's share is every world-th batch from the r-th on, without padding.
@@ -262,17 +273,8 @@ class AnomalyDataModule(L.LightningDataModule):
         return self._loader(dataset, persistent, batch_sampler=batches[rank::world])
 
     def _loader(
-        self, dataset: AnomalyDataset, persistent: bool, workers: int | None = None, **options: Any
+        self, dataset: AnomalyDataset, persistent: bool = False, workers: int | None = None, **options: Any
     ) -> AnomalyLoader:
         if workers is None:
             workers = worker_count(self.workers) if dataset.images else 0
-        return AnomalyLoader(
-            dataset,
-            self.stored,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_initialized() and dataset.images,
-            persistent_workers=persistent and workers > 0,
-            # Its own generator: each iteration draws a number, which must not move the global one that training uses.
-            generator=torch.Generator().manual_seed(self.seed),
-            **options,
-        )
+        return AnomalyLoader(dataset, self.stored, self.device, workers, self.seed, persistent, **options)

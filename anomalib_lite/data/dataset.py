@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from anomalib_lite.data.image_files import read_header
+from anomalib_lite.data.kept_images import KeptImages
 from anomalib_lite.data.samples import Sample, load_mask, size_of
 from anomalib_lite.data.transforms import Pipeline, resize_mask
 from anomalib_lite.errors import UserError
@@ -55,7 +56,8 @@ class AnomalyDataset(Dataset):
     Args:
         samples: the images. categories: names of the classes; the label `category` is an index into these names.
         pipeline: prepares every image. seed: seed of augmentation and corruption.
-        images: False: images are not decoded, and items have neither `image` nor `mask`.
+        images: False: images are not decoded, and items have no `image`.
+        truth: True: items have `mask` even if images are not decoded, which then takes a pipeline that only resizes.
         map_size: items also have `gt_mask`, the mask at this size, and with "original" `size`, the image's own (H, W).
         corrupt: (uint8 image, rng) -> (image, mask). Every epoch corrupts `image` anew; `clean` is the image without
             corruption, and `corruption_mask` marks where the two differ.
@@ -73,12 +75,17 @@ class AnomalyDataset(Dataset):
         map_size: MapSize = None,
         corrupt: Callable[..., tuple[np.ndarray, np.ndarray]] | None = None,
         pairs: bool = False,
+        truth: bool = False,
     ):
         self.samples = samples
         self.categories = {name: i for i, name in enumerate(categories)}
         self.pipeline = pipeline
         self.seed = seed
-        self.images, self.map_size = images, map_size
+        self.images, self.map_size, self.truth = images, map_size, truth
+        #: True: images are normalised float32 [3, H, W]; False: uint8 [H, W, 3], for `Pipeline.normalised` on a GPU
+        self.normalises = True
+        #: resized images that are decoded once, where the pipeline allows it
+        self.kept_images: KeptImages | None = None
         #: whether the last decoded image is kept, for items that are parts of one image
         self.keeps_last, self.last = False, dict[Path, tuple[np.ndarray, np.ndarray]]()
         self.corrupt, self.pairs = corrupt, pairs or corrupt is not None
@@ -96,25 +103,47 @@ class AnomalyDataset(Dataset):
         try:
             if self.images:
                 item |= self._load(sample, epoch, index)
+            elif self.truth:
+                own = self._own_mask(sample, size_of(sample.path))
+                resize = self.pipeline.resize
+                item |= {"mask": torch.from_numpy(resize_mask(own, resize.size) if resize else own)}
+                item |= self._truth(own, own)
             elif self.map_size == "original":
                 item["size"] = size_of(sample.path)
         except UserError as error:
             raise LoadError(str(error)) from None
         return item
 
+    def _own_mask(self, sample: Sample, size: tuple[int, int]) -> np.ndarray:
+        """The mask of the file's image of this (height, width), bool [H, W]."""
+        return np.zeros(size, bool) if sample.mask is None else load_mask(sample.mask, sample.dark_mask)
+
     def _decoded(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         """The image uint8 [H, W, 3] and its mask bool [H, W]."""
         if sample.path in self.last:
             return self.last[sample.path]
         image = self.pipeline.load(sample.path)
-        mask = np.zeros(image.shape[:2], bool) if sample.mask is None else load_mask(sample.mask, sample.dark_mask)
+        mask = self._own_mask(sample, image.shape[:2])
         if self.keeps_last:
             self.last = {sample.path: (image, mask)}
         return image, mask
 
+    def _prepared(self, sample: Sample, seed: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The image uint8 [h, w, 3] and its mask bool [h, w] after all transforms, and the file's own mask."""
+        resize = self.pipeline.resize
+        if self.kept_images is None or resize is None:
+            image, own = self._decoded(sample)
+            return *self.pipeline.transform(image, own, seed), own
+        kept = self.kept_images.get(sample.path)
+        if kept is None:
+            image = self.pipeline.load(sample.path)
+            kept = self.kept_images.put(sample.path, resize.apply(image), image.shape[:2])
+        image, own = kept[0], self._own_mask(sample, kept[1])
+        mask = np.zeros(resize.size, bool) if sample.mask is None else resize_mask(own, resize.size)
+        return *self.pipeline.transform(image, mask, seed, resized=True), own
+
     def _load(self, sample: Sample, epoch: int, index: int) -> dict[str, Any]:
-        image, mask = self._decoded(sample)
-        clean, target = self.pipeline.transform(image, mask, (self.seed, AUGMENT, epoch, index))
+        clean, target, own = self._prepared(sample, (self.seed, AUGMENT, epoch, index))
         shown, changed = clean, np.zeros(clean.shape[:2], bool)
         held_out = sample.defect == CORRUPTED
         if held_out:
@@ -124,16 +153,23 @@ class AnomalyDataset(Dataset):
             target = changed
         elif self.corrupt is not None:
             shown, changed = self.corrupt(clean, np.random.default_rng([self.seed, CORRUPT_TRAINING, epoch, index]))
-        item: dict[str, Any] = {"image": self.pipeline.tensor(shown), "mask": torch.from_numpy(target)}
+        item: dict[str, Any] = {"image": self._tensor(shown), "mask": torch.from_numpy(target)}
         if self.pairs:
-            item["clean"] = self.pipeline.tensor(clean)
+            item["clean"] = self._tensor(clean)
             item["corruption_mask"] = torch.from_numpy(changed)
+        return item | self._truth(own, own if self.pipeline.only_resizes and not held_out else target)
+
+    def _tensor(self, image: np.ndarray) -> torch.Tensor:
+        return self.pipeline.tensor(image) if self.normalises else torch.from_numpy(np.ascontiguousarray(image))
+
+    def _truth(self, own: np.ndarray, target: np.ndarray) -> dict[str, Any]:
+        """What `map_size` adds to an item, from the file's own mask and the mask that maps are compared with."""
+        item: dict[str, Any] = {}
         if self.map_size == "original":
-            item["size"] = mask.shape
+            item["size"] = own.shape
         if self.map_size is not None:
-            size = mask.shape if isinstance(self.map_size, str) else self.map_size
-            own = mask if self.pipeline.only_resizes and not held_out else target
-            item["gt_mask"] = torch.from_numpy(resize_mask(own, size))
+            size = own.shape if isinstance(self.map_size, str) else self.map_size
+            item["gt_mask"] = torch.from_numpy(resize_mask(target, size))
         return item
 
 
@@ -141,7 +177,8 @@ def collate(items: list[dict[str, Any]]) -> Batch:
     """Join items to a batch: image float32 [B, 3, H, W], mask bool [B, H, W], label, category, index int64 [B], path.
 
     If items have them, the batch also holds `size` int64 [B, 2], `gt_mask` (list of bool [H_i, W_i]), `clean` float32
-    [B, 3, H, W] and `corruption_mask` bool [B, H, W]. `path` is a list. Raises LoadError if image sizes differ.
+    [B, 3, H, W] and `corruption_mask` bool [B, H, W]. `path` is a list. Images that a GPU is to normalise are uint8
+    [B, H, W, 3]. Raises LoadError if image sizes differ.
     """
     numbers = [key for key in ("label", "category", "index", "size") if key in items[0]]
     batch = Batch({key: torch.tensor([item[key] for item in items]) for key in numbers})
@@ -152,10 +189,10 @@ def collate(items: list[dict[str, Any]]) -> Batch:
                 raise LoadError(
                     f"{item['path']}: its size differs from the rest of the batch; add a Resize to data.transform"
                 )
-        for key in ("image", "mask", "clean", "corruption_mask"):
-            if key in items[0]:
-                tensors = [item[key] for item in items]
-                batch[key] = torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]  # a large one is not copied
+    for key in ("image", "mask", "clean", "corruption_mask"):
+        if key in items[0]:
+            tensors = [item[key] for item in items]
+            batch[key] = torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]  # a large one is not copied
     if "gt_mask" in items[0]:
         batch["gt_mask"] = [item["gt_mask"] for item in items]
     return batch

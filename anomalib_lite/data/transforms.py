@@ -196,12 +196,16 @@ class Pipeline:
             ):
                 raise UserError(f"data.{option}={value} must be a list of albumentations transforms, each a _target_")
         self.compose = A.Compose([*transforms, *augment])
+        #: the resizing, where it is all that comes before `augment`; `transform` then also takes resized images
+        self.resize = transforms[0] if len(transforms) == 1 and isinstance(transforms[0], Resize) else None
+        self.after_resize = A.Compose(list(augment))
         #: whether every part of an image stays where it was, so that masks can be resized from their own size
         self.only_resizes = all(isinstance(each, Resize) for each in transforms)
         self.steps = [("data.transform", each) for each in transforms] + [("data.augment", each) for each in augment]
         mean, std = (normalize["mean"], normalize["std"]) if isinstance(normalize, dict) else NORMALIZE[normalize]
         self.mean = torch.tensor(mean).view(3, 1, 1)
         self.std = torch.tensor(std).view(3, 1, 1)
+        self.on_device = dict[torch.device, list[Tensor]]()  # 255 and both of them, where `normalised` has been used
         self.value_range, self.check_size = value_range, check_size
 
     def load(self, path: Path) -> np.ndarray:
@@ -228,20 +232,23 @@ class Pipeline:
             image, mask = corrupt(image)
         return self.tensor(image), torch.from_numpy(np.ascontiguousarray(mask))
 
-    def transform(self, image: np.ndarray, mask: np.ndarray, seed: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The albumentations part: uint8 [h, w, 3] and bool [h, w]."""
+    def transform(
+        self, image: np.ndarray, mask: np.ndarray, seed: Sequence[int], resized: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The albumentations part: uint8 [h, w, 3] and bool [h, w]. `resized`: `self.resize` has been applied."""
         # Not Compose.set_random_seed: it gives every transform a generator of the same seed, so that two flips with
         # p=0.5 always agree. One shared generator makes them independent.
         rng = np.random.default_rng(list(seed))
         copy, index = seed[2:4] if len(seed) == 4 else (0, 0)
-        self.compose.set_random_state(rng, random.Random(int(rng.integers(2**63))))
+        compose = self.after_resize if resized else self.compose
+        compose.set_random_state(rng, random.Random(int(rng.integers(2**63))))
         try:
-            done = self.compose(image=image, mask=mask.astype(np.uint8), copy=copy, index=index)
+            done = compose(image=image, mask=mask.astype(np.uint8), copy=copy, index=index)
         except UserError:
             raise
         except Exception as error:
             frames = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
-            failed = next((each for each in reversed(frames) if isinstance(each, A.BasicTransform)), self.compose)
+            failed = next((each for each in reversed(frames) if isinstance(each, A.BasicTransform)), compose)
             augmented = failed in parts([each for key, each in self.steps if key == "data.augment"])
             raise transform_error("data.augment" if augmented else "data.transform", failed, error) from None
         image, mask = done["image"], done["mask"] > 0
@@ -253,6 +260,14 @@ class Pipeline:
         if self.check_size is not None:
             self.check_size(*mask.shape)
         return image, mask
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Images uint8 [B, H, W, 3] to `tensor`'s output [B, 3, H, W], on their device, to the last bit."""
+        if images.device not in self.on_device:
+            constants = torch.tensor(255.0), self.mean, self.std  # a GPU multiplies by a plain number's reciprocal
+            self.on_device[images.device] = [constant.to(images.device) for constant in constants]
+        largest, mean, std = self.on_device[images.device]
+        return images.movedim(-1, 1).contiguous().float().div_(largest).sub_(mean).div_(std)
 
     def denormalise(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] back to [0, 1]."""

@@ -25,6 +25,8 @@ def try_out(data: Any, sizes: Mapping[Path, tuple[int, int]]) -> None:
         UserError: a transform fails, leaves something else than a uint8 image, or another size than the method expects;
             or `data.corrupt` does.
     """
+    if data.transform is None and data.corrupt is None and data.train_pipeline is data.eval_pipeline:
+        return  # nothing of the user's can fail: a run whose features are stored decodes no image
     train = _extremes(data.train_samples, sizes)
     if data.transform is not None and train:
         _refuse_random(data.eval_pipeline, sizes[train[0].path])

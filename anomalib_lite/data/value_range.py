@@ -34,6 +34,18 @@ class Pixels(NamedTuple):
     value_range: Range | None = None
 
 
+def of_run(
+    data: DataSet, headers: Mapping[Path, Header], given: Sequence[float] | None, stored: Pixels | None
+) -> tuple[Pixels, list[str]]:
+    """Depth and range for these data, which a trained run has `stored` already, and notes for the result."""
+    if stored is None:
+        pixels, notes = settle(data, headers, given)
+    else:
+        pixels, notes = stored, other_depths(stored, [(path, header.depth) for path, header in headers.items()])
+    deep = [sample.path for sample in data.test if headers[sample.path].depth != "8-bit"]
+    return pixels, [*notes, *outside(pixels, deep)]
+
+
 def settle(data: DataSet, headers: Mapping[Path, Header], given: Sequence[float] | None) -> tuple[Pixels, list[str]]:
     """The depth and the range of a data set, given or found over its training images, and notes for the result.
 

@@ -1,14 +1,20 @@
 """Frozen or trainable feature extractors from timm."""
 
+import copy
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.features.timm_models import SizeError, create_for_sizes, feature_maps, normalisation
 from anomalib_lite.features.transformers import maps_and_tokens, prefix_tokens
+
+#: layers whose weights autocast casts as they are, unlike those of convolutions that standardise their weights
+CAST = (nn.Conv2d, nn.Linear, Conv2dSame)
 
 
 class Backbone(nn.Module):
@@ -46,6 +52,8 @@ class Backbone(nn.Module):
     tokens: int = 0
     class_token: bool = False
     norm: bool = False
+    casts_weights: bool = True  # on a GPU in bf16, once instead of in every pass
+    cast_net: tuple[nn.Module, ...] = ()  # the model `in_half` on such a GPU; in a tuple it is no part of the state
 
     grids: dict[tuple[int, int], list[tuple[int, int]]]
 
@@ -71,6 +79,7 @@ class Backbone(nn.Module):
         self.reductions: list[int] = list(self.net.feature_info.reduction())
         self.frozen = True
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+        self.register_load_state_dict_post_hook(renew_cast_net)
 
     @classmethod
     def normalisation(cls, name: str) -> dict[str, Sequence[float]]:
@@ -79,7 +88,7 @@ class Backbone(nn.Module):
 
     def unfreeze(self) -> "Backbone":
         """Make all weights trainable; from now on `train()` and `eval()` change the mode."""
-        self.frozen = False
+        self.frozen, self.cast_net = False, ()
         return self.requires_grad_(True)
 
     def train(self, mode: bool = True) -> "Backbone":
@@ -94,17 +103,23 @@ class Backbone(nn.Module):
         if not self.frozen:
             return self.maps(images)
         low = self.low_precision(images.device)
+        net = self.cast_net[0] if low and self.cast_net else self.net
         with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=low):
-            levels = self.maps(images)
+            levels = self.maps(images, net)
         return [level.float() for level in levels] if low else levels
 
-    def maps(self, images: Tensor) -> list[Tensor]:
-        """The model's outputs as [B, C_i, H_i, W_i], and the token maps behind them.
+    def _apply(self, *args: Any, **kwargs: Any) -> "Backbone":
+        super()._apply(*args, **kwargs)
+        renew_cast_net(self)  # the weights have moved to another device
+        return self
+
+    def maps(self, images: Tensor, net: Any = None) -> list[Tensor]:
+        """The outputs of the model, or of its copy `net`, as [B, C_i, H_i, W_i], and the token maps behind them.
 
         Some transformers (Swin) give [B, H_i, W_i, C_i].
         """
-        size = tuple(images.shape[-2:])
-        net = functools.partial(maps_and_tokens, self.net) if self.tokens else self.net
+        size, net = tuple(images.shape[-2:]), net or self.net
+        net = functools.partial(maps_and_tokens, net) if self.tokens else net
         if size in self.grids:
             levels = list(net(images))
         else:
@@ -117,6 +132,26 @@ class Backbone(nn.Module):
                 ) from error
         turned = [x.movedim(-1, 1) if last else x for x, last in zip(levels, self.channels_last, strict=False)]
         return [*turned, *levels[len(turned) :]]
+
+
+def renew_cast_net(backbone: Backbone, *_: Any) -> None:
+    """Make `cast_net` from the weights where the model is frozen, on a GPU and computes in bf16."""
+    first = next(backbone.parameters(), None)
+    cast = first is not None and first.is_cuda and backbone.casts_weights and backbone.low_precision(first.device)
+    backbone.cast_net = (in_half(backbone.net),) if cast else ()
+
+
+@torch.no_grad()
+def in_half(net: nn.Module) -> nn.Module:
+    """A copy whose convolutions and linear layers hold bf16 weights: the numbers that autocast makes in every pass.
+
+    Normalisations stay in float32.
+    """
+    half = copy.deepcopy(net)
+    for part in half.modules():
+        for name, parameter in part.named_parameters(recurse=False) if type(part) in CAST else ():
+            setattr(part, name, nn.Parameter(parameter.bfloat16(), requires_grad=False))
+    return half
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -15,6 +15,7 @@ import shutil
 import uuid
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anomalib_lite.data.loader import StoredFeatures
+from anomalib_lite.data.cores import threads
+from anomalib_lite.data.stored_features import StoredFeatures
 from anomalib_lite.data.transforms import Pipeline
 from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.paths import replacing
@@ -35,6 +37,7 @@ VERSION = 4  # Raise this number when the files' layout or the computation of fe
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CHUNK_IMAGES, CHUNK_BYTES = 1000, 2**28  # Limits of a file's size: a killed extraction loses at most one file.
 FILES = "*.safetensors"
+GPU_BATCH = 64  # images of every forward pass on a GPU
 
 
 def key(backbone: Backbone, pipeline: Pipeline, device: torch.device, dtype: str, keeps: str = "") -> dict[str, Any]:
@@ -54,7 +57,8 @@ def key(backbone: Backbone, pipeline: Pipeline, device: torch.device, dtype: str
         "turned": any(getattr(backbone, "channels_last", ())),
         "norm": backbone.norm,
         "tokens": backbone.tokens,
-        "keeps": keeps,
+        "keeps": f"{keeps} in bf16" if keeps and backbone.low_precision(device) else keeps,
+        "batch": GPU_BATCH if device.type == "cuda" else None,
     }
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
@@ -77,6 +81,10 @@ def image_key(path: str | Path) -> str:
     stat = Path(path).stat()
     text = f"{Path(path).absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}"
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:24]
+
+
+def checksum(row: Tensor) -> int:
+    return zlib.crc32(_bytes(row))
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -119,11 +127,11 @@ class FeatureFiles:
             yield
 
     def load(self, keys: dict[str, str], stored: StoredFeatures) -> None:
-        """Add the stored features of these images (path -> image key) to `stored`, mapped from disk.
+        """Add the stored features of these images (path -> image key) to `stored`, mapped from disk, if it lacks them.
 
         A damaged file is reported and removed: its features are computed again.
         """
-        paths = {image: path for path, image in keys.items()}
+        paths = {image: path for path, image in keys.items() if path not in stored.places}
         for file in sorted(self.folder.glob(FILES)):
             try:
                 with safe_open(file, "pt") as opened:
@@ -132,10 +140,12 @@ class FeatureFiles:
                     if not wanted:
                         continue
                     table = opened.get_tensor("features")
-                if any(zlib.crc32(_bytes(table[row])) != about["checksums"][row] for _, row in wanted):
+                with ThreadPoolExecutor(threads()) as pool:
+                    found = list(pool.map(checksum, [table[row] for _, row in wanted]))
+                if found != [about["checksums"][row] for _, row in wanted]:
                     raise ValueError("a checksum of its content is wrong")
                 stored.shapes = [tuple(shape) for shape in about["shapes"]]
-                stored.rows.update((path, table[row]) for path, row in wanted)
+                stored.add(table, dict(wanted))
                 os.utime(file)  # marks the time of its last use for make_room
             except FileNotFoundError:  # another run has deleted the file to make room
                 continue
@@ -168,7 +178,7 @@ class FeatureFiles:
 
     def write(self, images: Sequence[str], rows: Tensor, shapes: Sequence[Sequence[int]]) -> None:
         """Write a new file: rows [N, Σ H_i·W_i·C_i], one for each of these N image keys."""
-        checksums = [zlib.crc32(_bytes(row)) for row in rows]
+        checksums = [checksum(row) for row in rows]
         about = json.dumps({"images": list(images), "shapes": list(shapes), "checksums": checksums})
         with replacing(self.folder / f"{uuid.uuid4().hex}.safetensors") as part:
             try:

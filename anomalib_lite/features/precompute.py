@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,17 @@ import torch
 from torch import Tensor
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
-from anomalib_lite.data.loader import StoredFeatures
+from anomalib_lite.data.stored_features import StoredFeatures
 from anomalib_lite.features.backbones import Backbone
-from anomalib_lite.features.cache import CHUNK_BYTES, CHUNK_IMAGES, TYPES, FeatureFiles, image_key, key
+from anomalib_lite.features.cache import CHUNK_BYTES, CHUNK_IMAGES, GPU_BATCH, TYPES, FeatureFiles, image_key, key
 from anomalib_lite.paths import cache_folder
 from anomalib_lite.progress import ProgressBar
 
 log = logging.getLogger(__name__)
 
 Levels = list[Tensor]  # [B, C_i, H_i, W_i]
-BATCH = 16  # images of every forward pass: with another number a network's output may differ in its last bit
+# Images of every forward pass on a CPU. With another number, a network's output may differ in its last bit.
+BATCH = 16
 
 
 def precompute(
@@ -32,8 +34,9 @@ def precompute(
     fit: bool = True,
     kept: Callable[[Levels], Levels] = list,
     keeps: str = "",
+    of_test: bool = True,
 ) -> tuple[StoredFeatures, dict[str, Any]]:
-    """Compute the features of all training and test images, and return them with a report for result.json.
+    """Compute the features of training and (`of_test`) test images, and return them with a report for result.json.
 
     The features are stored in files that runs share (the `cache` group of the configuration). Without such files, the
     training images' features are held in memory if they need at most `memory_gb`; otherwise none are stored, and every
@@ -45,9 +48,8 @@ def precompute(
     Every rank must call this function, after the process group has been joined. Features of training images that are
     cropped, augmented or corrupted are not stored.
     """
-    changed = data.train_pipeline is not data.eval_pipeline or data.corrupt is not None
-    train = [] if changed else [str(sample.path) for sample in data.train_samples]
-    paths = list(dict.fromkeys([*train, *(str(sample.path) for sample in data.test_samples)]))
+    train = unchanged_images(data)
+    paths = list(dict.fromkeys([*train, *(str(sample.path) for sample in data.test_samples if of_test)]))
     stored, report = StoredFeatures(data.eval_pipeline), {"used": False}
     if cache["enabled"]:
         extraction = Extraction(trainer, data, backbone.to(trainer.strategy.root_device), cache, kept, keeps)
@@ -55,6 +57,12 @@ def precompute(
     if fit and train and not report["used"]:
         stored = in_memory(trainer, data, backbone.to(trainer.strategy.root_device), train, memory_gb * 2**30, kept)
     return stored, report
+
+
+def unchanged_images(data: AnomalyDataModule) -> list[str]:
+    """The training images; none if training crops, augments or corrupts them."""
+    changed = data.train_pipeline is not data.eval_pipeline or data.corrupt is not None
+    return [] if changed else [str(sample.path) for sample in data.train_samples]
 
 
 class Extraction:
@@ -127,13 +135,18 @@ class Extraction:
         return stored, self.report(stored, paths, len(missing))
 
     def fill(self, missing: list[str]) -> None:
-        """Compute this rank's share of the missing features, in whole batches, and write them into new files."""
+        """Compute this rank's share of the missing features, in whole batches, and write them into new files.
+
+        A thread writes a file while the next one's features are computed.
+        """
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        batches = [missing[at : at + BATCH] for at in range(0, len(missing), BATCH)][rank::world]
+        batches = in_batches(missing, self.backbone)[rank::world]
+        writing: Future[None] | None = None
         names: list[str] = []
         rows: list[Tensor] = []
         shapes: list[tuple[int, ...]] = []
-        with ProgressBar("features", sum(map(len, batches)), quiet=not self.trainer.is_global_zero) as bar:
+        quiet = not self.trainer.is_global_zero
+        with ProgressBar("features", sum(map(len, batches)), quiet=quiet) as bar, ThreadPoolExecutor(1) as writer:
             for number, (batch, levels) in enumerate(outputs(self.data, self.backbone, batches, self.kept)):
                 if not number:
                     shapes, dtype = shapes_of(levels), TYPES.get(self.cache["dtype"]) or smallest_type(levels)
@@ -144,14 +157,18 @@ class Extraction:
                 rows.append(as_rows(levels, dtype)[: len(batch)])
                 full = len(names) >= CHUNK_IMAGES or len(names) * row_bytes >= CHUNK_BYTES
                 if full or number == len(batches) - 1:
-                    self.files.write(names, torch.cat(rows), shapes)
+                    if writing:
+                        writing.result()
+                    writing = writer.submit(self.files.write, names, torch.cat(rows), shapes)
                     names, rows = [], []
                 bar.step(count=len(batch))
+            if writing:
+                writing.result()
 
     def report(self, stored: StoredFeatures, paths: list[str], computed: int) -> dict[str, Any]:
         if not stored.holds(paths):
             return {"used": False}
-        row = stored.rows[paths[0]]
+        row = stored.row(paths[0])
         size, dtype = round(len(paths) * row.nbytes / 2**30, 3), str(row.dtype).removeprefix("torch.")
         return {"used": True, "images": len(paths), "computed": computed, "gb": size, "type": dtype}
 
@@ -165,11 +182,10 @@ def in_memory(
     kept: Callable[[Levels], Levels],
 ) -> StoredFeatures:
     """Features of these images, held in memory; an empty store if they need more than `limit` bytes."""
-    batches = [paths[at : at + BATCH] for at in range(0, len(paths), BATCH)]
-    stored, table = StoredFeatures(data.eval_pipeline), torch.empty(0)
+    stored, table, done = StoredFeatures(data.eval_pipeline), torch.empty(0), 0
     with ProgressBar("features", len(paths), quiet=not trainer.is_global_zero) as bar:
-        for batch, levels in outputs(data, backbone, batches, kept):
-            if not stored.rows:
+        for batch, levels in outputs(data, backbone, in_batches(paths, backbone), kept):
+            if not done:
                 dtype, stored.shapes = smallest_type(levels), shapes_of(levels)
                 needed = len(paths) * row_size(stored.shapes) * dtype.itemsize
                 if needed > limit:
@@ -180,22 +196,37 @@ def in_memory(
                     )
                     return StoredFeatures(data.eval_pipeline)
                 table = torch.empty(len(paths), row_size(stored.shapes), dtype=dtype)
-            part = table[len(stored.rows) : len(stored.rows) + len(batch)]
-            part.copy_(as_rows(levels, dtype)[: len(batch)])
-            stored.rows.update(zip(batch, part, strict=True))
+            table[done : done + len(batch)] = as_rows(levels, dtype)[: len(batch)]
+            done += len(batch)
             bar.step(count=len(batch))
+    stored.add(table, {path: row for row, path in enumerate(paths)})
     return stored
 
 
 def outputs(
     data: AnomalyDataModule, backbone: Backbone, batches: list[list[str]], kept: Callable[[Levels], Levels]
 ) -> Iterator[tuple[list[str], Levels]]:
-    """(paths, kept levels) of each batch. A short batch is padded, so that every forward pass has BATCH images."""
-    full = [batch + batch[-1:] * (BATCH - len(batch)) for batch in batches]
-    loader = data.plain_dataloader([path for batch in full for path in batch], BATCH)
-    device = next(backbone.parameters()).device
+    """(paths, kept levels) of each batch. A short batch is padded, so that every forward pass has as many images."""
+    size, device = images_per_pass(backbone), next(backbone.parameters()).device
+    loader = data.plain_dataloader([path for batch in batches for path in batch], size)
     for batch, loaded in zip(batches, loader, strict=True):
-        yield batch, kept(backbone(loaded["image"].to(device)))
+        images = loaded["image"].to(device)
+        yield batch, kept(backbone(torch.cat([images, images[-1:].expand(size - len(images), -1, -1, -1)])))
+
+
+def images_per_pass(backbone: Backbone) -> int:
+    return GPU_BATCH if next(backbone.parameters()).is_cuda else BATCH
+
+
+def in_batches(paths: list[str], backbone: Backbone) -> list[list[str]]:
+    size = images_per_pass(backbone)
+    return [paths[at : at + size] for at in range(0, len(paths), size)]
+
+
+def row_bytes(backbone: Backbone, kept: Callable[[Levels], Levels], size: tuple[int, int]) -> int:
+    """Bytes of a stored row for images of this (height, width), found with one empty image."""
+    levels = kept(backbone(torch.zeros(1, 3, *size, device=next(backbone.parameters()).device)))
+    return row_size(shapes_of(levels)) * smallest_type(levels).itemsize
 
 
 def shapes_of(levels: Sequence[Tensor]) -> list[tuple[int, ...]]:

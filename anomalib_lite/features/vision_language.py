@@ -35,6 +35,7 @@ class VisionLanguage(Backbone):
             model; a layer does not exist.
     """
 
+    casts_weights = False
     scale: Tensor
     shift: Tensor
 

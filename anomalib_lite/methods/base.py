@@ -36,8 +36,8 @@ class AnomalyModule(L.LightningModule):
     - `uses_tokens = True`: `self.tokens(batch)` returns the class and register tokens of a transformer;
     - `kept(levels)`: what the method keeps of the backbone's outputs, such as means of levels, and the text `keeps`,
       which names it in the key of the stored features;
-    - `uses_images = False` with frozen_features: training uses neither `image` nor `mask`. If features are stored, no
-      training image is decoded, and training batches come without these keys;
+    - `uses_images = False` with frozen_features: neither training nor test uses `image`, and training no `mask`. Images
+      whose features are stored are not decoded, and their batches come without these keys;
     - `clip`, set in the constructor: the largest norm of a step's gradient;
     - `unused_parameters = True`: a training step may leave some weights unused, which several devices must know;
     - `own_image_score = True`: `anomaly_map` returns (maps, image scores [B]) for scoring.image_score=own.
@@ -134,6 +134,13 @@ class AnomalyModule(L.LightningModule):
         """
         return levels
 
+    def stored_levels(self, levels: list[Tensor]) -> list[Tensor]:
+        """`kept(levels)`, rounded to bfloat16 if the backbone computes in it: means and resized levels stay small."""
+        kept = self.kept(levels)
+        if self.keeps and isinstance(self.backbone, Backbone) and self.backbone.low_precision(kept[0].device):
+            return [level.bfloat16().float() for level in kept]
+        return kept
+
     def features(self, batch: Batch) -> list[Tensor]:
         """The kept maps of a batch, list of float32 [B, C_i, H_i, W_i]: read from the batch, or computed."""
         return self.features_and_tokens(batch)[0]
@@ -148,7 +155,7 @@ class AnomalyModule(L.LightningModule):
             levels = [level.float().contiguous().movedim(-1, 1) for level in batch["features"]]
         else:
             assert self.backbone is not None
-            levels = self.kept(self.backbone(batch["image"]))
+            levels = self.stored_levels(self.backbone(batch["image"]))
         if not getattr(self.backbone, "tokens", 0):
             return levels, []
         half = len(levels) // 2

@@ -23,7 +23,7 @@ from anomalib_lite.methods.base import Batch
 from anomalib_lite.methods.prompts import PROMPTS, Prompts, TextFree
 from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.transformer import jitter
-from anomalib_lite.methods.uniad import UniAD
+from anomalib_lite.methods.uniad import UniAD, tokens_of
 
 FILL: dict[str, Callable[[list[int]], float]] = {"median": statistics.median, "largest": max}
 
@@ -88,7 +88,7 @@ class LTAD(UniAD):
             raise UserError(f"method.temperature={temperature}: give a number above 0")
         self.classifier_weight, self.fill, self.temperature = classifier_weight, fill, temperature
         self.beta, self.strong = beta, strong
-        self.depth, count, channels = len(self.backbone.channels), len(self.categories), sum(self.backbone.channels)
+        count, channels = len(self.categories), sum(self.backbone.channels)
         self.language: Any
         if isinstance(self.backbone, VisionLanguage):
             self.language, self.variant = Prompts(self.backbone, PROMPTS | (prompts or {})), self.backbone.kind
@@ -104,9 +104,6 @@ class LTAD(UniAD):
         self.register_buffer("fixed_states", torch.full((count, states, text), torch.nan))
         self.register_buffer("error_mean", torch.zeros(count))
         self.register_buffer("error_std", torch.ones(count))
-
-    def joined(self, levels: list[Tensor]) -> Tensor:
-        return super().joined(levels[: self.depth])  # without a vision–language model's image embedding
 
     # --- training images of chosen classes ---
 
@@ -124,7 +121,7 @@ class LTAD(UniAD):
         indices = [self.images[c][int(torch.randint(len(self.images[c]), ()))] for c in classes.tolist()]
         batch = self.trainer.datamodule.training_batch(indices, self.global_step)  # type: ignore[attr-defined]
         levels = self.features(self.transfer_batch_to_device(batch, self.device, 0))
-        return self.joined(levels), self.language.image(levels)
+        return tokens_of(levels[0]), self.language.image(levels)
 
     # --- the two phases ---
 

@@ -1,7 +1,7 @@
 """Embeddings of classes and of their normal and abnormal states for LTAD: from a text encoder, or without text.
 
 Both kinds offer `start` (the learned parameters of all classes), `classes` and `states` (embeddings of every class, and
-of its normal and its abnormal state) and `image` (an image's embedding, from the backbone's outputs).
+of its normal and its abnormal state) and `image` (an image's embedding, from LTAD's kept outputs of the backbone).
 """
 
 from collections.abc import Sequence
@@ -72,5 +72,5 @@ class TextFree(nn.Module):
         return names[:, None] + self.offsets
 
     def image(self, levels: list[Tensor]) -> Tensor:
-        """[B, dim], the deepest level's mean over positions."""
-        return levels[-1].mean((2, 3))
+        """[B, dim], the mean over positions of the deepest level, which is the end of the joined map's channels."""
+        return levels[-1][:, -self.dim :].mean((2, 3))

@@ -34,6 +34,7 @@ class UniAD(AnomalyModule):
 
     frozen_features = True
     uses_images = False
+    keeps = "levels on the last one's grid"
 
     def __init__(
         self,
@@ -60,14 +61,18 @@ class UniAD(AnomalyModule):
         channels = sum(self.backbone.channels)
         self.net = ReconstructionTransformer(channels, self.grid, dim, layers, heads, hidden, dropout, neighbours)
 
+    def kept(self, levels: list[Tensor]) -> list[Tensor]:
+        """All levels, resized to the last one's grid and concatenated, [B, ΣC, H, W]; then further outputs as they are.
+
+        Stored features of published sizes take a ninth of what the levels would take.
+        """
+        count = len(self.backbone.channels)  # type: ignore[union-attr]
+        maps = [resize(x, self.grid, align_corners=True) for x in levels[:count]]
+        return [torch.cat(maps, 1), *levels[count:]]
+
     def joined_tokens(self, batch: Batch) -> Tensor:
         """Clean tokens [B, L, ΣC] of a batch."""
-        return self.joined(self.features(batch))
-
-    def joined(self, levels: list[Tensor]) -> Tensor:
-        """All levels, resized to the coarsest one's grid and concatenated, [B, L, ΣC]."""
-        levels = [resize(x, self.grid, align_corners=True) for x in levels]
-        return torch.cat(levels, 1).flatten(2).mT.contiguous()
+        return tokens_of(self.features(batch)[0])
 
     def reconstructed(self, tokens: Tensor) -> Tensor:
         with self.autocast():
@@ -92,3 +97,8 @@ class UniAD(AnomalyModule):
         if drop is None or not isinstance(optimizer, torch.optim.Optimizer):
             return optimizer
         return with_drop(optimizer, drop, lambda: self.total_steps)
+
+
+def tokens_of(joined: Tensor) -> Tensor:
+    """A map [B, C, H, W] as tokens [B, H·W, C]."""
+    return joined.flatten(2).mT.contiguous()

@@ -14,7 +14,7 @@ from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.sampler import check_batch_size
 from anomalib_lite.data.samples import Sample
 from anomalib_lite.errors import UserError, enough_memory
-from anomalib_lite.features.precompute import BATCH, precompute
+from anomalib_lite.features.precompute import BATCH
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.runs import build, other_test_set, summary
 from anomalib_lite.runs.callbacks import Training
@@ -22,6 +22,7 @@ from anomalib_lite.runs.checkpoints import read_checkpoint
 from anomalib_lite.runs.devices import lightning_options, peak_memory_mb
 from anomalib_lite.runs.efficiency import no_speed, sizes
 from anomalib_lite.runs.extras import write_with_extras
+from anomalib_lite.runs.held_features import with_features
 from anomalib_lite.runs.run_logger import RunLogger
 from anomalib_lite.runs.terminal import silence_libraries
 from anomalib_lite.runs.test_outputs import HELD_OUT, NORMAL, TEST, Evaluation
@@ -75,10 +76,7 @@ def execute(
 
     with build.all_ranks(trainer):
         fit = fit and not stored.get("finished", False)  # a run that was interrupted in its test is trained already
-        cache: dict[str, Any] = {"used": False}
-        if model.frozen_features:
-            with enough_memory(lambda: "data.eval_batch_size", cfg):
-                data, cache = with_features(cfg, trainer, data, model, fit)
+        data, cache = with_features(cfg, trainer, data, model, fit)
         if fit:
             with enough_memory(lambda: "data.batch_size" if training.started else "data.eval_batch_size", cfg):
                 trainer.fit(model, datamodule=data, ckpt_path=checkpoint if stored else None, weights_only=True)
@@ -170,19 +168,6 @@ def check_fingerprint(cfg: dict[str, Any], data: AnomalyDataModule, stored: dict
         raise UserError(
             f"data.root={data.root}: not the files that {checkpoint} was trained and tested on{listed}; train anew"
         )
-
-
-def with_features(
-    cfg: dict[str, Any], trainer: L.Trainer, data: AnomalyDataModule, model: AnomalyModule, fit: bool
-) -> tuple[AnomalyDataModule, dict[str, Any]]:
-    """The data with the frozen backbone's features in its batches, and result.json's `cache`."""
-    assert model.backbone is not None
-    if data.tiling:
-        return data, {"used": False, "why": "features of tiles are not stored"}
-    cache = cfg.get("cache") or {"enabled": False}  # a stored run of an earlier version has none
-    memory_gb = cfg["hardware"]["feature_memory_gb"]
-    stored, report = precompute(trainer, data, model.backbone, cache, memory_gb, fit, model.kept, model.keeps)
-    return data.with_features(stored, model.uses_images), report
 
 
 def measured_batch_size(cfg: dict[str, Any], data: AnomalyDataModule, cache: dict[str, Any]) -> int | None:

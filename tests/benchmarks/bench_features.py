@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from anomalib_lite.data.loader import StoredFeatures
+from anomalib_lite.data.stored_features import StoredFeatures
 from anomalib_lite.data.transforms import Pipeline
 from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.features.cache import FeatureFiles
@@ -100,7 +100,7 @@ def test_bench_memory(capsys, tmp_path):
         files.load({str(i): str(i) for i in range(count)}, stored)
         peak = 0
         for at in range(0, count, BATCH):
-            batch = torch.stack([stored.rows[str(at + i)] for i in range(BATCH)]).float()
+            batch = torch.stack([stored.row(str(at + i)) for i in range(BATCH)]).float()
             peak = max(peak, anonymous() - before)
         grown[count] = peak
         size = sum(file.stat().st_size for file in (tmp_path / str(count)).glob("*/*.safetensors"))

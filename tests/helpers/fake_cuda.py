@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from anomalib_lite.features.backbones import Backbone, renew_cast_net
+
 
 class Answers(TorchDispatchMode):
     """Answers what can't be known without values: numbers are 1, conditions are false."""
@@ -23,6 +25,31 @@ class Answers(TorchDispatchMode):
             dtype = args[0].dtype
             return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
         return func(*args, **(kwargs or {}))
+
+
+class Counted(TorchDispatchMode):
+    """Counts what a step costs a real GPU beside its work; enter it inside `fake_cuda`.
+
+    Attributes:
+        bytes_to_gpu: bytes of tensors that are copied from the host.
+        waits: the number of operations for which the host waits, because it needs a value or a tensor of the GPU.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes_to_gpu, self.waits = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, on_gpu = func.__name__.split(".")[0], args and getattr(args[0], "is_cuda", False)
+        out = func(*args, **(kwargs or {}))
+        if name in ("_local_scalar_dense", "is_nonzero", "nonzero", "equal"):
+            self.waits += bool(on_gpu)
+        elif name in ("_to_copy", "copy_"):
+            source = args[1] if name == "copy_" else args[0]
+            if out.is_cuda and not source.is_cuda:
+                self.bytes_to_gpu += source.nbytes
+            self.waits += source.is_cuda and not out.is_cuda
+        return out
 
 
 @contextlib.contextmanager
@@ -52,6 +79,8 @@ def to_fake(module: nn.Module) -> None:
             tensors.update({name: fake(x) for name, x in tensors.items()})  # type: ignore[misc]
         if hasattr(part, "_device"):
             part._device = torch.device("cuda", 0)  # type: ignore[assignment]
+        if isinstance(part, Backbone):
+            renew_cast_net(part)
 
 
 def fake_batch(count: int, side: int, first: int = 0) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from anomalib_lite.methods.base import AnomalyModule
 from tests.helpers import run_programs as runs
-from tests.helpers.fake_cuda import FakeTrainer, fake_batch, fake_cuda, to_fake
+from tests.helpers.fake_cuda import Counted, FakeTrainer, fake_batch, fake_cuda, to_fake
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.interrupt import assert_same_run, interrupted_after
 from tests.helpers.language_checkpoints import SAVE
@@ -227,6 +227,10 @@ def built(command: list[str], categories: list[str], **context: Any) -> AnomalyM
         return instantiate(cfg["method"], backbone=backbone, scoring=cfg["scoring"], **context, _convert_="all")
 
 
+#: at most so many bytes to the GPU, and so many waits for it, in a step of four images that are there already
+COSTS = {"ltad": (1000, 1)}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_runs_on_a_fake_gpu(name, arguments):
     case = CASES[name]
@@ -244,8 +248,12 @@ def test_runs_on_a_fake_gpu(name, arguments):
             model.on_fit_start()
         if type(model).training_step is not AnomalyModule.training_step and model.automatic_optimization:
             for step in (0, 3):  # of a method with two phases, one each
-                model._trainer.global_step = step
-                assert model.training_step(fake_batch(4, SIDE), 0).device.type == "cuda"
+                model._trainer.global_step, batch = step, fake_batch(4, SIDE)
+                with Counted() as count:
+                    assert model.training_step(batch, 0).device.type == "cuda"
+                most = COSTS.get(case.method, (0, 0))
+                assert count.bytes_to_gpu <= most[0], count.bytes_to_gpu
+                assert count.waits <= most[1], count.waits
         model.eval()
         with torch.no_grad():
             for is_train_image in (False, True):

@@ -145,7 +145,7 @@ class Levels(Backbone):
 
     def __init__(self):
         nn.Module.__init__(self)
-        self.frozen, self.reductions, self.channels = True, [4, 8], [3, 9]
+        self.frozen, self.precision, self.reductions, self.channels = True, "32", [4, 8], [3, 9]
 
     def forward(self, images):
         first, second = images.flatten(1)[:, :192], images.flatten(1)[:, 192:336]
@@ -170,10 +170,9 @@ def model(**options: Any) -> Any:
 
 
 def stored_batch(indices, epoch):
-    """The features of four training images, as a loader hands them out."""
-    rows = [torch.randn(336, generator=torch.Generator().manual_seed(i)) for i in indices]
-    parts = torch.stack(rows).split([192, 144], 1)
-    return {"features": [parts[0].view(-1, 8, 8, 3), parts[1].view(-1, 4, 4, 9)]}
+    """The stored features of four training images, as a loader hands them out."""
+    rows = [torch.randn(192, generator=torch.Generator().manual_seed(i)) for i in indices]
+    return {"features": [torch.stack(rows).view(-1, 4, 4, 12)]}
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,10 @@ from torch import nn
 
 from anomalib_lite.cli.schema import Scoring, check_group
 from anomalib_lite.errors import UserError
+from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.methods import transformer
 from anomalib_lite.methods.scoring import image_scores, smooth
-from anomalib_lite.methods.transformer import Dropout, LearnedPositions, ReconstructionTransformer, drop, near
+from anomalib_lite.methods.transformer import Dropout, LearnedPositions, ReconstructionTransformer, drop, jitter, near
 from anomalib_lite.methods.uniad import UniAD
 from tests.helpers import run_programs as runs
 from tests.helpers.feature_levels import Levels, batch
@@ -183,6 +184,34 @@ def test_map_and_loss_literally():
     scores = scored._scored(maps, (32, 32))["score"]
     by_hand = [max(m[y : y + 16, x : x + 16].mean() for y in range(17) for x in range(17)) for m in expected.detach()]
     torch.testing.assert_close(scores.double(), torch.stack(by_hand), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [[1, 2], [2, 3, 4]])
+def test_what_is_kept_changes_no_bit(layers):
+    """Against levels that are stored as they are, channels last, and joined in every step."""
+    torch.manual_seed(0)
+    backbone = Backbone("test_resnet.r160_in1k", layers, "none", "32")
+    uniad = UniAD(backbone=backbone, image_size=(96, 64), precision=32, dim=16, heads=2, layers=1, neighbours=1)
+    given = torch.randn(5, 3, 96, 64)
+    joined = []
+    for level in backbone(given):
+        row = level.movedim(1, -1).flatten(1).unflatten(1, level.movedim(1, -1).shape[1:])
+        joined.append(F.interpolate(row.movedim(-1, 1), uniad.grid, mode="bilinear", align_corners=True))
+    tokens = torch.cat(joined, 1).flatten(2).mT
+    [kept] = uniad.stored_levels(backbone(given))
+    stored = {"features": [kept.movedim(1, -1).contiguous()]}
+    assert kept.shape == (5, sum(backbone.channels), *uniad.grid)
+    for either in (stored, {"image": given}):
+        assert torch.equal(uniad.joined_tokens(either), tokens)
+    torch.manual_seed(1)
+    loss = uniad.training_step(stored, 0)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        assert loss == F.mse_loss(uniad.net(jitter(tokens.contiguous(), uniad.jitter)), tokens)
+    uniad.eval()
+    errors = torch.linalg.vector_norm(uniad.net(tokens.contiguous()) - tokens, dim=-1).unflatten(1, uniad.grid)
+    maps = F.interpolate(errors[:, None], (96, 64), mode="bilinear", align_corners=True)[:, 0]
+    assert torch.equal(uniad.anomaly_map(stored), maps)
 
 
 def test_pooling_for_image_scores():

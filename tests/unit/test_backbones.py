@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from anomalib_lite.errors import UserError
-from anomalib_lite.features.backbones import Backbone, has_bf16
+from anomalib_lite.features.backbones import Backbone, has_bf16, in_half
 from tests.helpers import real_images as real
 
 RESNET = "resnet18.tv_in1k"
@@ -68,6 +68,24 @@ def test_shapes_and_chosen_layers(images, name, layers, channels, reductions):
         (3, c, 64 // r, 64 // r) for c, r in zip(channels, reductions, strict=True)
     ]
     assert all(x.dtype == torch.float32 and x.isfinite().all() for x in levels)
+
+
+@pytest.mark.parametrize("name", [RESNET, "tf_efficientnet_lite0", "test_vit.r160_in1k", "test_convnext.r160_in1k"])
+def test_weights_in_bf16_change_no_bit(name, images):
+    """A GPU's copy with bf16 weights, under autocast, gives what autocast makes of float32 weights in every pass."""
+    backbone = Backbone(name, [1, 2], "none", "bf16", [(64, 64)])
+    half = in_half(backbone.net)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        plain, cast = backbone.maps(images), backbone.maps(images, half)
+    assert all(torch.equal(*both) for both in zip(plain, cast, strict=True))
+    assert {p.dtype for p in half.parameters()} == {
+        torch.bfloat16,
+        torch.float32,
+    }  # of convolutions and linear layers, others
+    backbone.cast_net = (half,)
+    assert {p.dtype for p in backbone.state_dict().values() if p.is_floating_point()} == {torch.float32}
+    backbone.load_state_dict(backbone.state_dict())
+    assert not backbone.cast_net  # other weights, and a CPU
 
 
 def picture(*size: int) -> torch.Tensor:

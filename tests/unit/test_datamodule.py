@@ -1,4 +1,5 @@
 import hashlib
+import math
 import re
 import shutil
 from itertools import chain, pairwise
@@ -17,9 +18,10 @@ from omegaconf import OmegaConf
 from anomalib_lite.data import splits
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.dataset import CORRUPTED
-from anomalib_lite.data.loader import StoredFeatures
 from anomalib_lite.data.readers import read_folder
 from anomalib_lite.data.sampler import TrainBatchSampler
+from anomalib_lite.data.samples import Sample
+from anomalib_lite.data.stored_features import StoredFeatures
 from anomalib_lite.data.transforms import Pipeline
 from anomalib_lite.errors import UserError
 from tests.helpers.image_trees import make_mvtec, save_image
@@ -241,13 +243,24 @@ def test_copies_are_augmented_as_in_the_first_epochs(root):
         module(root, copies=3)
 
 
+def numbered(
+    data: Any, shapes: list[tuple[int, ...]], samples: list[Sample] | None = None, tables: int = 1
+) -> StoredFeatures:
+    """Stored features of the samples (None: of training), in some tables: every number is the sample's position."""
+    stored, size = StoredFeatures(data.eval_pipeline, shapes), sum(math.prod(shape) for shape in shapes)
+    paths = [str(sample.path) for sample in samples or data.train_samples]
+    for first in range(tables):
+        chosen = range(first, len(paths), tables)
+        stored.add(torch.tensor(chosen).float()[:, None].repeat(1, size), {paths[i]: n for n, i in enumerate(chosen)})
+    return stored
+
+
 def test_without_images_nothing_is_decoded(root, tmp_path):
     moved = shutil.copytree(root, tmp_path / "data")
     data = module(moved, workers=2)
     for sample in data.train_samples:
         sample.path.unlink()
-    rows = {str(sample.path): torch.full((6,), float(i)) for i, sample in enumerate(data.train_samples)}
-    data = data.with_features(StoredFeatures(data.eval_pipeline, [(1, 1, 2), (2, 2, 1)], rows), uses_images=False)
+    data = data.with_features(numbered(data, [(1, 1, 2), (2, 2, 1)], tables=3), uses_images=False)
     for loader in (data.train_dataloader(), data.fit_dataloader(), data.train_eval_dataloader()):
         assert loader.num_workers == 0
         for batch in loader:
@@ -269,9 +282,7 @@ def test_without_images_nothing_is_decoded(root, tmp_path):
 def test_changed_training_images_have_no_stored_features(root, change):
     """Crops, augmentations and corruptions: training gets images, and test and thresholds the stored features."""
     data = module(root, **change)
-    everything = [*data.train_samples, *data.test_samples]
-    stored = StoredFeatures(data.eval_pipeline, [(1, 1, 1)], {str(s.path): torch.zeros(1) for s in everything})
-    data = data.with_features(stored, uses_images=False)
+    data = data.with_features(numbered(data, [(1, 1, 1)], [*data.train_samples, *data.test_samples]), uses_images=False)
     for loader in (data.train_dataloader(), data.fit_dataloader(), [data.training_batch([0, 2], 1)]):
         assert all("image" in batch and "features" not in batch for batch in loader)
     for loader in (data.train_eval_dataloader(), data.test_dataloader()):

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from anomalib_lite.data.loader import StoredFeatures
+from anomalib_lite.data.stored_features import StoredFeatures
 from anomalib_lite.data.transforms import Pipeline, Resize
 from anomalib_lite.features import precompute
 from anomalib_lite.features.backbones import Backbone
@@ -66,18 +66,18 @@ def test_files_give_what_was_written(name, tmp_path):
     files.write(["key3", "key4"], rows[3:], shapes)
     stored = StoredFeatures(PIPELINE)
     files.load({f"image{i}": f"key{i}" for i in range(5)} | {"new": "other"}, stored)
-    assert set(stored.rows) == {f"image{i}" for i in range(5)}
+    assert set(stored.places) == {f"image{i}" for i in range(5)}
     assert stored.shapes == shapes
     assert stored.holds(["image4", "image0"])
     assert not stored.holds(["image0", "new"])
     for i in range(5):
-        assert stored.rows[f"image{i}"].dtype == dtype
+        assert stored.row(f"image{i}").dtype == dtype
         assert torch.equal(
-            stored.rows[f"image{i}"], torch.cat([x[i].movedim(0, -1).flatten() for x in levels]).to(dtype)
+            stored.row(f"image{i}"), torch.cat([x[i].movedim(0, -1).flatten() for x in levels]).to(dtype)
         )
     other = StoredFeatures(PIPELINE)
     FeatureFiles(tmp_path, {"a": 2}).load({"image0": "key0"}, other)
-    assert not other.rows
+    assert not other.places
 
 
 def test_type_without_loss():
@@ -155,6 +155,31 @@ def test_results_with_and_without(precision, root, cache, tmp_path):
     np.testing.assert_allclose(scores[0], scores[2], rtol=1e-5 if precision == "32" else 2e-2)
     short = run(root, cache, tmp_path / "short", *how, "cache.dtype=float16")
     assert short["cache"]["type"] == "float16"
+
+
+@pytest.mark.parametrize("options", [(), ("scoring.map_size=original",), ("scoring.map_size=[20,24]",)])
+def test_a_second_run_decodes_nothing(options, root, cache, tmp_path, monkeypatch):
+    """Before its figures, which show some images."""
+    from anomalib_lite.runs import run as runs_run
+
+    loads, before_figures, load, write = list[Path](), list[int](), Pipeline.load, runs_run.write_with_extras
+
+    def counted(self, path):
+        loads.append(path)
+        return load(self, path)
+
+    def noted(*arguments):
+        before_figures.append(len(loads))
+        return write(*arguments)
+
+    monkeypatch.setattr(Pipeline, "load", counted)
+    monkeypatch.setattr(runs_run, "write_with_extras", noted)
+    results = []
+    for name in "12":
+        loads.clear()
+        results.append(run(root, cache, tmp_path / name, *options))
+    assert before_figures == [12, 0]
+    assert results[0]["metrics"] == results[1]["metrics"]
 
 
 def test_a_method_that_needs_images_too(root, cache, tmp_path):
