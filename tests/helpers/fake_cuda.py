@@ -97,7 +97,7 @@ class FakeTrainer(SimpleNamespace):
     def __init__(self, categories: list[str], side: int):
         samples = [SimpleNamespace(path=str(i), category=categories[i % len(categories)], label=0) for i in range(7)]
         data = SimpleNamespace(
-            train_samples=samples, fit_keys=lambda: samples, val_samples=[], corrupt=True, batches_per_epoch=2,
+            train_samples=samples, fit_keys=lambda: samples, val_samples=[], corrupt=True, batches_per_epoch=100,
             training_batch=lambda indices, epoch: fake_batch(len(indices), side),
         )  # fmt: skip
         strategy = SimpleNamespace(reduce=lambda x, reduce_op: x)
