@@ -1,0 +1,43 @@
+"""`make gpu-check`: its script on a CPU, and without a GPU."""
+
+import pytest
+import torch
+
+from tests.benchmarks import gpu_check
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu(capsys):
+    assert gpu_check.main([]) == 0
+    assert "no GPU is visible" in capsys.readouterr().out
+
+
+def test_a_page_of_one_method(tmp_path, capsys):
+    """All parts run, with a CPU in the place of the GPU."""
+    file = tmp_path / "page.md"
+    assert gpu_check.main(["--device", "cpu", "--small", "--methods", "norm_occ", "--output", str(file)]) == 0
+    page = file.read_text()
+    assert "| norm_occ | 0.0e+00 | equal | equal |" in page
+    assert page.count("| norm_occ |") == 4  # right, ranks, speed, features
+    assert "FAILED" not in page
+    assert page.rstrip().endswith("Every row passed.")
+
+
+def test_a_row_that_fails_is_counted(tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of\nmemory")
+
+    page = gpu_check.Page(60)
+    page.table("Title", ["a", "b"], lambda name: fail() if name == "a" else {"x": "FAILED"})
+    assert page.failed == 2
+    assert "| a | RuntimeError: out of memory |" in page.lines
+    late = gpu_check.Page(-1)
+    late.table("Title", ["a"], fail)
+    assert late.lines[-1] == "No time was left for: a."
+
+
+def test_unknown_methods_are_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        gpu_check.main(["--methods", "norm_oc"])
+    assert end.value.code == 2
+    assert "there is no norm_oc" in capsys.readouterr().err
