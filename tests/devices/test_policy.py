@@ -110,7 +110,7 @@ def test_determinism_is_recorded_and_checked(root, tmp_path):
 
 
 class OnGPU(AnomalyModule):
-    device = torch.device("cuda")  # type: ignore[assignment]
+    device = torch.device("cuda")
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ def test_threads_of_a_small_share(gpus, monkeypatch):
 def test_cost_and_figures_are_made_on_the_runs_device(root, tmp_path, monkeypatch):
     """Lightning moves the method to the CPU after the test. Here "cpu:0" stands for the run's GPU."""
     asked, seen = [], dict[str, str]()
-    original = run_module.write_with_extras
+    original: Any = run_module.write_with_extras
 
     def elsewhere(*given: Any) -> None:
         asked.append(given[5])

@@ -127,10 +127,10 @@ def test_what_srun_is_given(cpus, expected):
 
 
 def test_slurm_is_asked_seldom(monkeypatch):
-    engine = object.__new__(SlurmJobs)
+    engine: Any = object.__new__(SlurmJobs)
     asked, slept = list[int](), list[float]()
     handle = SimpleNamespace(watcher=SimpleNamespace(update=lambda: asked.append(1)), done=lambda: False)
-    engine.running = dict.fromkeys(range(3), (handle, None))  # type: ignore[dict-item, misc]
+    engine.running = dict.fromkeys(range(3), (handle, None))
     monkeypatch.setattr(time, "sleep", slept.append)
     for _ in range(3):
         engine.wait(1e-9 + (0 if slept else 0.01))
