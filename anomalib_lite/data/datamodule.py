@@ -149,9 +149,8 @@ class AnomalyDataModule(L.LightningDataModule):
         self.full_fingerprint = fingerprint(data) if self.kept.profile == splits.SHOTS else None
         data = replace(data, train=self.kept.train)
         headers, notes = checks.check(data, thorough=self.check == "thorough")
-        self.notes = data.notes + self.kept.notes + notes
-        self.pixels, notes = value_ranges.of_run(data, headers, self.value_range, self.stored_pixels)
-        self.notes += notes
+        self.pixels, of_pixels = value_ranges.of_run(data, headers, self.value_range, self.stored_pixels)
+        self.notes = [*data.notes, *self.kept.notes, *notes, *of_pixels]
         self.root = data.root
         self.fingerprint = fingerprint(data)
         self._build_pipelines(self.categories)
