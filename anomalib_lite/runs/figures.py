@@ -9,6 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
@@ -84,13 +85,9 @@ def visualized(model: AnomalyModule, data: AnomalyDataModule, samples: list[Samp
     """What the method shows of test images, at data.image_size whatever the images' sizes; empty where it has none."""
     if type(model).visualize is AnomalyModule.visualize:
         return {}
-    size = data.image_size[::-1]
     batches = data.new_dataloader([sample.path for sample in samples], 0, 1, 0)
-    each = [_visualized(model, batch) for batch in batches]
-    resized = {
-        title: [cv2.resize(rows[title][0], size, interpolation=cv2.INTER_AREA) for rows in each] for title in each[0]
-    }
-    return {title: np.stack(row) for title, row in resized.items()}
+    each = [_visualized(model, batch, data.image_size) for batch in batches]
+    return {title: np.concatenate([rows[title] for rows in each]) for title in each[0]}
 
 
 def training_figure(folder: Path, data: AnomalyDataModule, model: AnomalyModule, count: int = 8) -> None:
@@ -102,7 +99,7 @@ def training_figure(folder: Path, data: AnomalyDataModule, model: AnomalyModule,
     batch = {key: value[:count] for key, value in next(iter(data.train_dataloader(first_batch=0))).items()}
     clean, corrupted = (data.train_pipeline.denormalise(batch[key]) for key in ("clean", "image"))
     images = {"clean": clean, "corrupted": corrupted, "mask": batch["corruption_mask"][:, None].float()}
-    rows = {title: _as_images(images) for title, images in images.items()} | _visualized(model, batch)
+    rows = {title: _as_images(images) for title, images in images.items()} | _visualized(model, batch, data.image_size)
     side = 110
     width = side + max(map(len, rows.values())) * (TILE + GAP)
     sheet = np.full((len(rows) * (TILE + GAP) + GAP, width, 3), 255, np.uint8)
@@ -117,10 +114,10 @@ def training_figure(folder: Path, data: AnomalyDataModule, model: AnomalyModule,
 
 
 @torch.inference_mode()
-def _visualized(model: AnomalyModule, batch: dict[str, Any]) -> Rows:
+def _visualized(model: AnomalyModule, batch: dict[str, Any], size: tuple[int, int]) -> Rows:
     batch = model.eval().transfer_batch_to_device(batch, model.device, 0)
     shown = tiled(model.visualize, batch, model.tiling) if model.tiling else model.visualize(batch)
-    return {title: _as_images(images) for title, images in shown.items()}
+    return {title: _as_images(F.interpolate(images, size, mode="area")) for title, images in shown.items()}
 
 
 def _as_images(images: Tensor) -> np.ndarray:

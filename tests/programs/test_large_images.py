@@ -52,6 +52,7 @@ def peak(program: str, *arguments: str | Path) -> float:
     [
         ("norm_occ", ["trainer.max_epochs=1"]),
         ("patchcore", ["backbone.layers=[3]", "method.coreset=0.001", "scoring.map_size=[750,1000]"]),
+        ("ssae", ["method.width=16", "method.patience=null", "trainer.max_epochs=1"]),
     ],
 )
 def test_peak_memory(method, options, root, tmp_path, capsys):

@@ -120,6 +120,7 @@ def test_faulty_folders(phone):
     refused("a0.png: data.normal names this image twice", None, "all", **right | {"normal": [f"{phone}/ok"] * 2})
     (phone / "again").symlink_to(phone / "ok")
     refused("data.normal and data.abnormal both", None, "all", normal=f"{phone}/ok", abnormal=f"{phone}/again")
+    refused("hole/b2.png: data.normal and data.abn", None, "all", normal=f"{phone}/ng", abnormal=f"{phone}/ng/hole")
     refused(
         "b0_mask.png: a mask for no image|data.masks contains", None, "all", **right | {"abnormal": f"{phone}/ng/hole"}
     )

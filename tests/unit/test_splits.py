@@ -673,8 +673,19 @@ def test_program_writes_what_training_reads(form, root, tmp_path):
     assert rows[0] == rows[1] == [("bottle", "8"), ("screw", "4"), ("cable", "2")]
 
 
-def test_program_writes_few_shots(root, tmp_path):
-    chosen = [*folder_data(root)[:2], "split=shots", "split.shots=2", "split.seed=3"]
+def listed(root: Path, file: Path) -> Path:
+    """A table of the images of a root in the MVTec layout."""
+    data = read_folder(root, "all")
+    rows = [(s, part) for part, samples in (("train", data.train), ("test", data.test)) for s in samples]
+    lines = [f"{s.path.relative_to(root)},{s.category},{s.defect},{part},{s.mask or ''}" for s, part in rows]
+    return written(file, "\n".join(["path,category,label,split,mask", *lines]))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_program_writes_few_shots(own, root, tmp_path):
+    """Of the layout, and of a table, which is an option of its reader."""
+    table = ["data=table", f"data.table={listed(root, tmp_path / 'all.csv')}", f"data.root={root}"]
+    chosen = [*(table if own else folder_data(root)[:2]), "split=shots", "split.shots=2", "split.seed=3"]
     made = splits_program(*chosen, "--write", tmp_path / "few.json")
     assert made.code == 0, made.err
     data = read_folder(root, "all")

@@ -22,6 +22,7 @@ from anomalib_lite.runs.load import load_run
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec, save_image
 from tests.helpers.interrupt import interrupted_after
+from tests.helpers.ranks import on_ranks
 
 METHODS = sorted(path.stem for path in (runs.ROOT / "conf" / "method").glob("*.yaml"))
 TILES = "data.tiling={size: 32, overlap: 8}"  # 72 pixels are three tiles, the last one shifted
@@ -290,6 +291,20 @@ def test_a_tile_as_large_as_the_image_changes_nothing(root, tmp_path):
     outcome = runs.run(compare, tmp_path, "--csv", tmp_path / "runs.csv")
     assert outcome.code == 0
     assert len(re.findall(r"table \d+: .*: image AUROC", outcome.out)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "rel"), [("norm_occ", 1e-4), ("ssae", 1e-2)])
+def test_two_ranks_are_one_device(method, rel, root, tmp_path):
+    """Training shares the tiles of a batch, and the test whole images. Batch norm (ssae) is synchronised."""
+    options = [*runs.defaults(), *runs.folder_data(root), TILES, f"method={method}", "trainer.max_epochs=3"]
+    options += ["method.width=4"] if method == "ssae" else []
+    options += ["hardware=ddp", "hardware.accelerator=cpu", "hardware.precision=32"]
+    for ranks in (1, 2):
+        on_ranks("train", [*options, f"hardware.devices={ranks}", f"hydra.run.dir={tmp_path / str(ranks)}"], ranks)
+    one, two = (scores_of(tmp_path / str(ranks)) for ranks in (1, 2))
+    assert len(one) == 4
+    assert two == pytest.approx(one, rel=rel)
 
 
 @pytest.mark.parametrize("method", METHODS)
