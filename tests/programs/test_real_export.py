@@ -33,7 +33,7 @@ def in_turn(*scorers, repeats: int) -> list[tuple[float, float]]:
             start = time.perf_counter(), time.process_time()
             scorer()
             times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
-    return [tuple(1000 * statistics.median(each) for each in zip(*times[1:], strict=True)) for times in taken]  # type: ignore
+    return [tuple(1000 * statistics.median(each) for each in zip(*times[1:], strict=True)) for times in taken]
 
 
 @pytest.mark.parametrize("method", METHODS)
