@@ -73,6 +73,8 @@ def classified(entries: Iterable[Path]) -> Listing:
             found.unread[path] = "no regular file; remove it"
         elif path.suffix.lower() in IMAGE_SUFFIXES:
             found.images.append(path)
+        elif (mimetypes.guess_type(path.name)[0] or "").startswith("video/"):
+            found.unread[path] = "a video is not read; save its frames as images, or move it to another folder"
         elif _is_other_image(path):
             found.unread[path] = f"this kind of image is not read; convert it to one of {' '.join(IMAGE_SUFFIXES)}"
         else:
@@ -122,7 +124,7 @@ def means_normal(name: str) -> bool:
 def _is_other_image(path: Path) -> bool:
     """By its name or its content."""
     kind = mimetypes.guess_type(path.name)[0] or ""
-    if kind.startswith(("image/", "video/")) or path.suffix.lower() in OTHER_FORMATS:
+    if kind.startswith("image/") or path.suffix.lower() in OTHER_FORMATS:
         return True
     try:
         with Image.open(path):

@@ -111,6 +111,10 @@ PASSED_OVER = {
     ),
     "dead link": (dead_link("train/good/009.png"), r"train/good/009.png: a link to a file that is missing; restore"),
     "dead link to a mask": (dead_link("ground_truth/broken/x.png"), "broken/x.png: a link to a file that is missing"),
+    "video": (
+        written("train/good/a.MOV"),
+        r"train/good/a.MOV: a video is not read; save its frames as images, or move",
+    ),
     "camera's format": (written("train/good/a.CR2"), r"train/good/a.CR2: this kind of image is not read; convert it"),
     "iPhone's format": (written("test/good/a.heic"), r"test/good/a.heic: this kind of image is not read"),
     "image without suffix": (
