@@ -127,7 +127,7 @@ def test_fewer_test_images_than_ranks(root, tmp_path, method):
     assert_same_outcome(run, tmp_path / "one")
 
 
-@pytest.mark.parametrize("method", ["norm_occ", "norm_occ_closed_form"])
+@pytest.mark.parametrize("method", ["norm_occ", "norm_occ_closed_form", "patchcore"])
 def test_training_on_two_ranks_is_training_on_one(root, tmp_path, method):
     """Global batches are the same, so the weights are, up to the rounding of sums."""
     for devices in (1, 2):

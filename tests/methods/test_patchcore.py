@@ -13,8 +13,9 @@ from torch import Tensor
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.readers import read_folder
 from anomalib_lite.data.transforms import Turn
-from anomalib_lite.methods.coreset import greedy_coreset
-from anomalib_lite.methods.patchcore import PatchCore, neighbours
+from anomalib_lite.methods.coreset import greedy_coreset, sparse_projection
+from anomalib_lite.methods.nearest import Bank, nearest_in_parts
+from anomalib_lite.methods.patchcore import PatchCore
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.run_programs import folder_data, predict, result_of, train
 
@@ -60,11 +61,81 @@ def test_coreset_of_few(count):
     )
 
 
-def test_neighbours_are_the_nearest():
-    bank, x = clouds("lumps", 500), clouds("lumps", 1500) + 0.01
-    distance, index = neighbours(x, bank)
-    every = torch.cdist(x.double(), bank.double())
-    torch.testing.assert_close(distance.double(), every.min(1).values, rtol=1e-5, atol=0)
+def features(kind: str, count: int, seed: int) -> Tensor:
+    """Patch features [count, 256]: as a network's, few directions and a rest; and those that a bound is bad at."""
+    torch.manual_seed(seed)
+    points = torch.randn(count, 24) @ torch.randn(24, 256, generator=torch.Generator().manual_seed(0))
+    points = points.relu() + 0.3 * torch.randn(count, 256)
+    if kind == "random":
+        points = torch.randn(count, 256)
+    if kind == "copies":
+        points = points[torch.arange(count) % (count // 50)]
+    if kind == "zeros":
+        points[::3] = 0
+    if kind == "far":
+        points = 1e3 + points
+    if kind == "equal distances":  # of every x below to every row
+        points = torch.eye(256)[torch.arange(count) % 256] if seed else torch.zeros(count, 256)
+    return points
+
+
+@pytest.mark.parametrize("owned", [False, True])
+@pytest.mark.parametrize("kind", ["network", "random", "copies", "zeros", "far", "equal distances"])
+def test_neighbours_are_the_nearest(kind, owned):
+    rows, x = features(kind, 5000, 1), features(kind, 600, 0).view(2, 300, 256)
+    x[:, :9] = rows[:18].view(2, 9, 256)  # patches that are in the bank
+    owners = torch.arange(5000) % 7
+    bank = Bank(rows, owners)
+    assert bank.short is not None
+    distance, index = bank.nearest(x, torch.tensor([3, 5]) if owned else None)
+    for i, own in enumerate((3, 5)):
+        every = torch.cdist(x[i].double(), rows.double(), compute_mode="donot_use_mm_for_euclid_dist")
+        if owned:
+            every[:, own::7] = torch.inf
+        least = every.min(1).values
+        found = every.gather(1, index[i, :, None])[:, 0]
+        exact = kind in (
+            "network",
+            "zeros",
+            "far",
+        )  # else all rows are compared, by products in float32 as large as ‖x‖²
+        torch.testing.assert_close(
+            found, least, rtol=1e-6, atol=1e-6 if exact else 2e-3 * rows.norm(dim=1).max().item()
+        )
+        torch.testing.assert_close(distance[i].double(), found, rtol=1e-5, atol=1e-5)
+        if kind == "network":
+            assert torch.equal(index[i], every.argmin(1))
+
+
+def test_the_bound_is_used(monkeypatch):
+    rows, x = features("network", 5000, 1), features("network", 600, 0)
+    monkeypatch.setattr(
+        "anomalib_lite.methods.nearest.nearest_in_parts", lambda *_: pytest.fail("all rows were compared")
+    )
+    Bank(rows, torch.arange(5000)).nearest(x[None])
+
+
+def test_an_image_does_not_depend_on_the_images_beside_it():
+    rows, x = features("network", 5000, 1), features("random", 600, 0).view(3, 200, 256)
+    x[1] = features("network", 200, 2)
+    bank = Bank(rows, torch.arange(5000) % 9)
+    together = bank.nearest(x, torch.tensor([4, 2, 7]))
+    for i, own in enumerate((4, 2, 7)):
+        alone = bank.nearest(x[i : i + 1], torch.tensor([own]))
+        assert all(torch.equal(a[i], b[0]) for a, b in zip(together, alone, strict=True))
+
+
+def test_the_only_image_is_not_left_out():
+    bank = Bank(torch.randn(50, 8), torch.full((50,), 3))
+    assert bank.nearest(bank.rows[None], torch.tensor([3]))[0].max() == 0
+
+
+def test_parts_of_the_bank():
+    """As a GPU compares them: with parts of the bank and without the patches' own images."""
+    rows, x, owners = features("network", 900, 1), features("network", 60, 0), torch.arange(900) % 7
+    own = torch.arange(60) % 8
+    index = nearest_in_parts(x, rows, rows.square().sum(1), owners, own, part=128)
+    every = torch.cdist(x.double(), rows.double()).masked_fill(owners == own[:, None], torch.inf)
     assert torch.equal(index, every.argmin(1))
 
 
@@ -146,6 +217,62 @@ def test_rotations_of_few_shots(method, preset, copies, tmp_path):
         assert state["owners"].tolist() == [0, 1] * copies
 
 
+def test_patches_are_drawn_from_every_category():
+    backbone: Any = Given()
+    model = PatchCore(max_patches=30, backbone=backbone)
+    categories = ["b", "a", "b", "b", "a", "c"]
+    torch.manual_seed(1)
+    places = model.drawn(categories, 16)
+    assert places is not None
+    assert places.tolist() == sorted(set(places.tolist()))
+    counts = [sum(categories[place // 16] == name for place in places.tolist()) for name in "abc"]
+    assert counts == [30, 30, 16]
+    torch.manual_seed(1)
+    assert torch.equal(places, model.drawn(categories, 16))  # type: ignore[arg-type]
+    assert not torch.equal(places, model.drawn(categories, 16))  # type: ignore[arg-type]
+    assert PatchCore(backbone=backbone).drawn(categories, 16) is None
+
+
+def test_the_drawn_patches_are_those_of_their_images(tmp_path):
+    make_mvtec(tmp_path, "bottle", train=5)
+    data = AnomalyDataModule(read_folder, tmp_path, "bottle", image_size=32, normalize="none", eval_batch_size=2)
+    data.setup()
+    found = {}
+    for most in (None, 100):
+        model: Any = PatchCore(coreset=1, max_patches=most, backbone=Plain(), image_size=(32, 32))
+        model.trainer = SimpleNamespace(datamodule=data)
+        model.transfer_batch_to_device = lambda batch, device, index: batch
+        torch.manual_seed(0)
+        model.on_fit_start()
+        found[most] = model.bank, model.owners
+    (every, owners), (some, of_some) = found.values()
+    assert len(some) == 100
+    at = (some[:, None] == every).all(2).int().argmax(1)
+    assert torch.equal(every[at], some)
+    assert torch.equal(owners[at], of_some)
+    assert len(of_some.unique()) == 5
+
+
+def test_a_sparse_projection_keeps_distances_on_average():
+    torch.manual_seed(0)
+    points = torch.randn(40, 400)
+    projected = sparse_projection(points, 2000)
+    ratio = torch.pdist(projected) / torch.pdist(points)
+    assert ratio.mean() == pytest.approx(1, abs=0.02)
+    assert ratio.std() < 0.1
+    unit = sparse_projection(torch.eye(400), 100)
+    assert (unit != 0).float().mean() == pytest.approx(1 / 20, rel=0.1)
+    assert unit.unique().tolist() == pytest.approx([-math.sqrt(0.2), 0, math.sqrt(0.2)])
+
+
+def test_the_coreset_of_drawn_and_projected_patches(tmp_path):
+    make_mvtec(tmp_path / "data", "bottle")
+    options = (*folder_data(tmp_path / "data"), "method=patchcore", "method.max_patches=60", "method.project=8")
+    result_of(*options, run_dir=tmp_path / "run")
+    bank = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]["bank"]
+    assert bank.shape == (6, 384)
+
+
 def test_a_run(tmp_path):
     root = tmp_path / "data"
     make_mvtec(root, "bottle")
@@ -167,11 +294,13 @@ def test_a_run(tmp_path):
     assert column("out") == pytest.approx(column("run"), rel=1e-4)
 
 
-@pytest.mark.parametrize("argument", ["method.coreset=0", "method.coreset=1.5", "method.neighbours=0"])
+@pytest.mark.parametrize(
+    "argument", ["method.coreset=0", "method.coreset=1.5", "method.neighbours=0", "method.max_patches=0"]
+)
 def test_values_that_mean_nothing(argument):
     outcome = train("method=patchcore", argument)
     assert outcome.code == 2
-    assert outcome.err.startswith("error: method.coreset=")
+    assert outcome.err.startswith(f"error: method.{'max_patches' if 'max' in argument else 'coreset'}=")
 
 
 def test_no_score_of_its_own():
