@@ -101,7 +101,7 @@ class GatheredSamples:
 
     def _in_order(self) -> dict[str, Any]:
         _, first = np.unique(np.array(self.positions, np.int64), return_index=True)
-        values = {name: np.array(self.numbers[name], _dtype(name))[first] for name in self.numbers}
+        values: dict[str, Any] = {name: np.array(self.numbers[name], _dtype(name))[first] for name in self.numbers}
         values |= {name: store.ordered(first.tolist()) for name, store in self.images.items()}
         return {name: values[name] for name in self.fields}
 

@@ -56,7 +56,7 @@ class Pixels:
     def __init__(self, maps: Images, masks: Images, rows: Sequence[int] | Array | None = None):
         self.whole = isinstance(maps, np.ndarray) or not len(maps)
         if self.whole:
-            maps, masks = checked("maps", maps, "masks", masks, "[N, H, W]")
+            maps, masks = checked("maps", np.asarray(maps), "masks", np.asarray(masks), "[N, H, W]")
         elif len(maps) != len(masks):
             name, count = ("masks", len(masks)) if len(masks) < len(maps) else ("maps", len(maps))
             raise ValueError(f"the {name} are shorter than their counterpart: {count} images")

@@ -97,9 +97,8 @@ def execute(
     result, curves = result_of(cfg, names, data, model, outputs, timing, trainer.strategy.root_device, trained)
     result |= {"cache": cache, "overrides": list(overrides)}
     result["notes"] = [*notes_of(cfg, data, model), *result["notes"], *remarks]
-    batch_size = measured_batch_size(cfg, data, cache)
     limit = EXTRA_SECONDS + 2 * (time.perf_counter() - started)
-    write_with_extras(run, result, data, outputs, curves, model, batch_size, loggers, limit)
+    write_with_extras(run, result, data, outputs, curves, model, measured_batch_size(cfg, data, cache), loggers, limit)
     return result
 
 
