@@ -130,7 +130,7 @@ class Scoring(Group):
         Key("max, mean, own, or a share such as 0.01 for the mean of the top 1 %"),
     ]
     quantile: Annotated[Share, Key(SHARE)]
-    threshold_images: Annotated[Whole | None, Key(WHOLE_OR_NULL)] = None
+    threshold_images: Annotated[Whole | None, Key(WHOLE_OR_NULL, ("resume",))] = None
     fpr_limits: Annotated[list[Share], Field(min_length=1), Key("a list of false positive rates above 0 and at most 1")]
 
 
