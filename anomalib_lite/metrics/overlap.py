@@ -33,7 +33,7 @@ def overlap_counts(pixels: Pixels, threshold: float) -> Array:
     counts = np.empty((len(pixels), 4), np.int64)
     for row, (amap, mask) in zip(counts, pixels.each(), strict=True):
         found, defect = amap > np.float64(threshold), mask != 0
-        row[:] = [*(np.count_nonzero(x) for x in (found & defect, found, defect)), mask.size]
+        row[:] = [int(np.count_nonzero(x)) for x in (found & defect, found, defect)] + [mask.size]
     return counts
 
 
