@@ -13,6 +13,7 @@ scoring.image_score=0.01          max, mean, or the mean of the top share of a m
 scoring.fpr_limits=[0.3,0.1]      limits of the false positive rate for AUPRO
 scoring.map_size=original         maps and masks are compared at each image's own size; or a side, [h,w], or null (the
                                   input's size)
+scoring.threshold_images=null     thresholds come from all normal training images; or from so many of each category
 hardware=cpu                      another choice of hardware: auto, cpu, gpu or ddp
 hardware.devices=2                on several devices
 """

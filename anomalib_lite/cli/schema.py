@@ -111,9 +111,7 @@ class Backbone(Group):
         Key("timm's out_indices in ascending order, such as [2,3]", ("compare",)),
     ]
     weights: Annotated[Text, Key("auto, none, or a file", ("compare", "moved"))]
-    blocks: Annotated[
-        list[WholeFrom0] | None, Key("the default of backbone.layers for a transformer", ("resume", "compare"))
-    ] = None
+    blocks: Annotated[list[WholeFrom0] | None, Key("backbone.layers of a transformer", ("resume", "compare"))] = None
     norm: Annotated[bool, Key(FLAG, ("compare",))] = False
 
     @model_validator(mode="after")
@@ -133,6 +131,7 @@ class Scoring(Group):
         Key("max, mean, own, or a share such as 0.01 for the mean of the top 1 %"),
     ]
     quantile: Annotated[Share, Key(SHARE)]
+    threshold_images: Annotated[Whole | None, Key(WHOLE_OR_NULL, ("resume",))] = None
     fpr_limits: Annotated[list[Share], Field(min_length=1), Key("a list of false positive rates above 0 and at most 1")]
 
 

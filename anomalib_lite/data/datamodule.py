@@ -207,9 +207,10 @@ class AnomalyDataModule(L.LightningDataModule):
         images.keeps_last = self.tiling is not None
         return self._loader(images, batch_sampler=batches)
 
-    def train_eval_dataloader(self, sharded: bool = False) -> AnomalyLoader:
-        """The training images once, in order, prepared as in test: all of them on each rank, or a share of them."""
-        return self._in_order(self._images(self.train_samples, map_size=self.map_size), sharded)
+    def train_eval_dataloader(self, sharded: bool = False, positions: Sequence[int] | None = None) -> AnomalyLoader:
+        """The training images (at these positions) once, in order, prepared as in test; all or a share on each rank."""
+        images = self._images(self.train_samples, map_size=self.map_size)
+        return self._in_order(images, sharded, False, positions)
 
     def training_batch(self, indices: Sequence[int], epoch: int) -> dict[str, Any]:
         """A batch of these training images, prepared as in this epoch, on this rank: cheap enough for every step."""
@@ -262,13 +263,13 @@ class AnomalyDataModule(L.LightningDataModule):
         often = [sample.path for sample in [*self.train_samples, *self.val_samples]]
         return KeptImages(often, self.eval_pipeline.resize, self.image_memory_gb)
 
-    def _in_order(self, dataset: AnomalyDataset, sharded: bool, persistent: bool = False) -> AnomalyLoader:
-        """Rank r's share is every world-th batch from the r-th on, without padding.
-
-        The batches are those of one device: beside other images a network's output may differ in its last bit.
-        """
+    def _in_order(
+        self, dataset: AnomalyDataset, sharded: bool, persistent: bool = False, positions: Sequence[int] | None = None
+    ) -> AnomalyLoader:
+        """Rank r's share is every world-th batch of one device's from the r-th on, without padding: beside other images
+        a network's output may differ in its last bit."""
         rank, world = self.ranks() if sharded else (0, 1)
-        batches = list(BatchSampler(range(len(dataset)), self.eval_batch_size, drop_last=False))
+        batches = list(BatchSampler(positions or range(len(dataset)), self.eval_batch_size, drop_last=False))
         return self._loader(dataset, persistent, batch_sampler=batches[rank::world])
 
     def _loader(

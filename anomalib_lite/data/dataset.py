@@ -20,7 +20,7 @@ from anomalib_lite.errors import UserError
 CORRUPTED = "corrupted"  # the `defect` of a held-out training image that gets an artificial defect
 MapSize = tuple[int, int] | str | None  # size of maps and masks: (H, W), "original", None: the input's
 # Streams of random numbers: every generator is seeded by (seed, stream, ...).
-AUGMENT, SHUFFLE, HOLD_OUT, CORRUPT, CORRUPT_TRAINING, BALANCE = range(6)
+AUGMENT, SHUFFLE, HOLD_OUT, CORRUPT, CORRUPT_TRAINING, BALANCE, THRESHOLDS = range(7)
 
 
 class LoadError(UserError):

@@ -241,6 +241,13 @@ class AnomalyModule(L.LightningModule):
             for_score = maps if image in ("same", pixels) else smooth(raw, image)
         return {"map": maps, "score": image_scores(for_score, self.scoring["image_score"])}
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """The masks of tested images stay on the host, where the metrics are computed."""
+        tested = self._trainer is not None and self._trainer.testing
+        masks = {key: batch[key] for key in ("mask", "gt_mask") if tested and key in batch}
+        rest = type(batch)({key: value for key, value in batch.items() if key not in masks})
+        return super().transfer_batch_to_device(rest, device, dataloader_idx) | masks
+
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         return self.score(batch | {"is_train_image": dataloader_idx == 1})  # loader 1 has the training images
 

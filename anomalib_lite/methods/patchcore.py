@@ -11,13 +11,16 @@ re-weighting of the image score, which is in the paper.
 
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
-from anomalib_lite.methods.coreset import greedy_coreset
+from anomalib_lite.methods.coreset import greedy_coreset, sparse_projection
 from anomalib_lite.methods.fitted_buffers import register_fitted
+from anomalib_lite.methods.nearest import Bank, nearest_in_parts
 from anomalib_lite.methods.patches import patch_features
 
 
@@ -30,6 +33,10 @@ class PatchCore(AnomalyModule):
     Args:
         coreset: share of the training patches that the bank keeps, in (0, 1].
         neighbours: b of the re-weighting, m* among them; 1 switches it off.
+        max_patches: the largest number of a category's patches that the coreset is selected from, drawn at random;
+            None: all. `coreset` is then a share of the drawn patches.
+        project: dimensions of a sparse random projection in which the coreset is selected (the paper, section 3.2);
+            None: all dimensions.
     """
 
     frozen_features = True
@@ -38,33 +45,104 @@ class PatchCore(AnomalyModule):
     bank: Tensor
     owners: Tensor
 
-    def __init__(self, coreset: float = 0.1, neighbours: int = 9, **context: Any):
+    def __init__(
+        self,
+        coreset: float = 0.1,
+        neighbours: int = 9,
+        max_patches: int | None = None,
+        project: int | None = None,
+        **context: Any,
+    ):
         super().__init__(**context)
         if not 0 < coreset <= 1 or neighbours < 1:
             raise UserError(
                 f"method.coreset={coreset}, method.neighbours={neighbours}: a share above 0 and at most 1, and a whole "
                 "number from 1"
             )
+        if any(number is not None and number < 1 for number in (max_patches, project)):
+            raise UserError(
+                f"method.max_patches={max_patches}, method.project={project}: give whole numbers from 1, or null"
+            )
         assert self.backbone is not None
-        self.coreset, self.neighbours = coreset, neighbours
+        self.coreset, self.neighbours, self.max_patches, self.project = coreset, neighbours, max_patches, project
         # `owners`: indices of the bank's training images
         bank = torch.empty(0, sum(self.backbone.channels))
         register_fitted(self, bank=bank, owners=torch.empty(0, dtype=torch.long))
+        self._search: Bank | None = None
+
+    @property
+    def search(self) -> Bank:
+        """What searches need of the bank, computed once for each bank and device."""
+        if self._search is None or self._search.rows is not self.bank:
+            self._search = Bank(self.bank, self.owners)
+        return self._search
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
-        each, images = [], []
-        for batch in self.fit_batches():
-            each.append(self.patches(batch).flatten(1, 2).cpu())
-            images.append(batch["index"].cpu())  # the same for all augmented copies of an image
-        owners = torch.cat(images).repeat_interleave(each[0].shape[1])
-        patches = torch.cat(each).flatten(0, 1)
-        del each
+        """The first rank picks; the others get its bank."""
+        if not (dist.is_available() and dist.is_initialized()):
+            self.bank, self.owners = self.picked()
+            return
+        bank, owners = self.picked() if dist.get_rank() == 0 else (self.bank, self.owners)
+        count = torch.tensor(len(bank), device=self.device)
+        dist.broadcast(count, 0)
+        if dist.get_rank():
+            bank, owners = bank.new_empty(int(count), bank.shape[1]), owners.new_empty(int(count))
+        dist.broadcast(bank, 0)
+        dist.broadcast(owners, 0)
+        self.bank, self.owners = bank, owners
+
+    def picked(self) -> tuple[Tensor, Tensor]:
+        """The coreset's patches [N, D] and the images they belong to, [N]."""
+        patches, owners = self.all_patches()
+        points = patches if self.project is None else sparse_projection(patches, self.project)
         count = max(1, int(self.coreset * len(patches)))
         first = int(torch.randint(len(patches), ()))
-        picks = greedy_coreset(patches, count, first) if count < len(patches) else torch.arange(count)
-        self.bank = patches[picks].to(self.device)
-        self.owners = owners[picks].to(self.device)
+        if count == len(patches):
+            return patches, owners
+        picks = greedy_coreset(points, count, first)
+        return patches[picks], owners[picks]
+
+    def all_patches(self) -> tuple[Tensor, Tensor]:
+        """The training images' patches [N, D] on this device, and the images they belong to, [N]; with max_patches
+        those that are drawn. They are written once, into tensors of their size."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        keys, done, filled = data.fit_keys(), 0, 0
+        patches, owners, drawn = torch.empty(0), torch.empty(0), None
+        for batch in self.fit_batches():
+            each = self.patches(batch).flatten(1, 2)
+            size = each.shape[1]
+            if not done:
+                drawn = self.drawn([data.train_samples[i].category for _, i in keys], size)
+                patches = each.new_empty(len(keys) * size if drawn is None else len(drawn), each.shape[2])
+                owners = batch["index"].new_empty(len(patches))
+            # the index is the same for all augmented copies of an image
+            found, images = each.flatten(0, 1), batch["index"].repeat_interleave(size)
+            if drawn is not None:
+                rows = drawn[(drawn >= done) & (drawn < done + len(found))] - done
+                found, images = found[rows], images[rows]
+            patches[filled : filled + len(found)], owners[filled : filled + len(found)] = found, images
+            done, filled = done + len(each) * size, filled + len(found)
+        return patches, owners
+
+    def drawn(self, categories: list[str], size: int) -> Tensor | None:
+        """Positions, rising, of at most max_patches patches of every category; None if all are used.
+
+        Args:
+            categories: of the images, each of which has `size` patches.
+        """
+        if self.max_patches is None:
+            return None
+        rng = np.random.default_rng(int(torch.randint(2**31, ())))
+        chosen = []
+        for category in dict.fromkeys(categories):
+            images = np.flatnonzero(np.array(categories, object) == category)
+            count = len(images) * size
+            places = np.arange(count)
+            if count > self.max_patches:
+                places = rng.choice(count, self.max_patches, replace=False, shuffle=False)
+            chosen.append(images[places // size] * size + places % size)
+        return torch.from_numpy(np.sort(np.concatenate(chosen))).to(self.device)
 
     def patches(self, batch: Batch) -> Tensor:
         """Patch features [B, h, w, D] (section 3.1)."""
@@ -79,54 +157,22 @@ class PatchCore(AnomalyModule):
         worst, star = patches.flatten(1, 2)[rows, at], nearest[rows, at]
         if self.neighbours == 1 or len(self.bank) == 1:
             return distance, score
-        count = min(self.neighbours, len(self.bank))
-        around = distances(self.bank[star], self.bank).topk(count, largest=False).indices  # [B, b], m* among them
-        exponents = distances(worst[:, None], self.bank[around])[:, 0]
+        count, exporting = min(self.neighbours, len(self.bank)), torch.compiler.is_exporting()
+        size = self.bank.square().sum(1) if exporting else self.search.size
+        # less ‖m*‖², which is the same for all rows of the bank
+        around = torch.addmm(size, self.bank[star], self.bank.T, alpha=-2).topk(count, largest=False).indices  # [B, b]
+        exponents = torch.linalg.vector_norm(worst[:, None] - self.bank[around], dim=2)
         return distance, (1 - (score - exponents.logsumexp(1)).exp()) * score
 
     def nearest(self, patches: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
         """Distances [B, h, w] of patches [B, h, w, D] to the bank without those of the images `own` [B], and the rows
         [B, h·w] of the bank that are nearest."""
         if torch.compiler.is_exporting():  # any number of images: no loop over them
-            distance, index = nearest_in_parts(patches.flatten(0, 2), self.bank)
+            x = patches.flatten(0, 2)
+            index = nearest_in_parts(x, self.bank, self.bank.square().sum(1))
+            distance = torch.linalg.vector_norm(x - self.bank[index], dim=1)
             return distance.unflatten(0, (-1, *patches.shape[1:3])), index.unflatten(
                 0, (-1, patches.shape[1] * patches.shape[2])
             )
-        own = torch.full((len(patches),), -1, device=patches.device) if own is None else own
-        found = [neighbours(x.flatten(0, 1), self.bank, self.owners == i) for x, i in zip(patches, own, strict=True)]
-        distance = torch.stack([distance for distance, _ in found]).view(patches.shape[:3])
-        return distance, torch.stack([index for _, index in found])
-
-
-def neighbours(x: Tensor, bank: Tensor, without: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Distance [M] of each row of x [M, D] to the nearest row of the bank [N, D], and that row's index [M].
-
-    Rows where `without` [N] is true are left out, unless no row would remain.
-    """
-    size = bank.square().sum(1)
-    if without is not None and not without.all():
-        size = size.masked_fill(without, torch.inf)
-    # ‖x‖² is the same for all rows of the bank
-    nearest = torch.cat([torch.addmm(size, part, bank.T, alpha=-2).argmin(1) for part in x.split(1024)])
-    return torch.linalg.vector_norm(x - bank[nearest], dim=1), nearest
-
-
-def nearest_in_parts(x: Tensor, bank: Tensor, part: int = 4096) -> tuple[Tensor, Tensor]:
-    """`neighbours` for an exported graph: parts of the bank, whose size is known, instead of parts of x."""
-    best, index = x.new_full(x.shape[:1], torch.inf), torch.zeros(x.shape[:1], dtype=torch.long)
-    for start in range(0, len(bank), part):
-        rows = bank[start : start + part]
-        least = torch.addmm(rows.square().sum(1), x, rows.T, alpha=-2).min(1)
-        index = torch.where(least.values < best, least.indices + start, index)
-        best = torch.minimum(best, least.values)
-    return torch.linalg.vector_norm(x - bank[index], dim=1), index
-
-
-def distances(x: Tensor, y: Tensor) -> Tensor:
-    """Euclidean distances [..., M, N] of rows [..., M, D] and [..., N, D]."""
-    if not torch.compiler.is_exporting():
-        return torch.cdist(x, y)
-    if y.dim() > 2:
-        return torch.linalg.vector_norm(x - y, dim=-1)[..., None, :]  # M = 1
-    squares = x.square().sum(-1, keepdim=True) + y.square().sum(-1) - 2 * x @ y.mT
-    return squares.clamp_min(0).sqrt()
+        distance, index = self.search.nearest(patches.flatten(1, 2), own)
+        return distance.view(patches.shape[:3]), index

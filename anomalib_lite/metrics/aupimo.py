@@ -1,11 +1,12 @@
 """AUPIMO: how much of each defect is found while good images have next to no false positives."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from anomalib_lite.metrics.functional import Array, Images, checked_images
+from anomalib_lite.metrics.vertices import Array, Images, Pixels
 
 BOUNDS = (1e-5, 1e-4)  # of the false positive rate, the paper's
 FEWEST_LEVELS = 30
@@ -35,14 +36,19 @@ def aupimo(maps: Images, masks: Images, labels: Array, bounds: tuple[float, floa
     """
     if not 0 < bounds[0] < bounds[1] <= 1:
         raise ValueError(f"bounds must be 0 < L < U <= 1, got {bounds}")
-    maps, masks = checked_images(maps, masks)
-    rows = list(zip(maps, masks, labels, strict=True))
-    normal = [amap for amap, _, label in rows if not label]
-    defects = [amap[mask != 0] for amap, mask, label in rows if label and mask.any()]
-    if not defects or not enough_pixels([amap.size for amap in normal], bounds):
-        return None
+    areas = image_areas(Pixels(maps, masks), np.asarray(labels), bounds)
+    return math.fsum(areas.values()) / len(areas) if areas else None
+
+
+def image_areas(pixels: Pixels, labels: Array, bounds: tuple[float, float] = BOUNDS) -> dict[int, float]:
+    """AUPIMO_i of each defective image i with a defective pixel; empty where `enough_pixels` is false."""
+    defective = [i for i in np.flatnonzero(labels).tolist() if pixels.mask(i).any()]
+    normal = NormalMaps(pixels, np.flatnonzero(np.logical_not(labels)))
+    if not defective or not enough_pixels(normal.sizes, bounds):
+        return {}
     rates = _Rates(normal, bounds[1])
-    return math.fsum(_area(scores, rates, bounds) for scores in defects) / len(defects)
+    pairs = ((i, *pixels[i]) for i in defective)
+    return {i: _area(amap[mask != 0], rates, bounds) for i, amap, mask in pairs}
 
 
 def enough_pixels(sizes: Sequence[int], bounds: tuple[float, float] = BOUNDS) -> bool:
@@ -52,15 +58,26 @@ def enough_pixels(sizes: Sequence[int], bounds: tuple[float, float] = BOUNDS) ->
     return (bounds[1] - bounds[0]) * sum(sizes) > FEWEST_LEVELS
 
 
+class NormalMaps:
+    """The maps of good images, which are read one by one, and their numbers of pixels."""
+
+    def __init__(self, pixels: Pixels, rows: Array):
+        self.pixels, self.rows = pixels, rows
+        self.sizes = [pixels.mask(i).size for i in rows]
+
+    def __iter__(self) -> Iterator[Array]:
+        return (self.pixels[i][0] for i in self.rows)
+
+
 class _Rates:
     """The shared false positive rate at thresholds from `least` on, which reaches the upper bound."""
 
-    def __init__(self, normal: Sequence[Array], upper: float):
-        self.images, self.least = len(normal), min(amap.min() for amap in normal)
+    def __init__(self, normal: NormalMaps, upper: float):
+        self.images = len(normal.sizes)
         if upper * self.images < 1:  # at its k-th highest score, one image alone brings the mean to the bound
-            for amap in normal:
-                place = amap.size - 1 - int(upper * self.images * amap.size)
-                self.least = max(self.least, np.partition(amap, place, axis=None)[place])
+            self.least = max(_highest(amap, int(upper * self.images * amap.size)) for amap in normal)
+        else:
+            self.least = min(amap.min() for amap in normal)
         scores: dict[int, list[Array]] = {}
         for amap in normal:
             scores.setdefault(amap.size, []).append(amap[amap >= self.least])
@@ -71,6 +88,11 @@ class _Rates:
         """The rate of scores >= (side "left") or > ("right") each threshold; thresholds must be at least `least`."""
         counts = ((size, len(x) - np.searchsorted(x, thresholds, side)) for size, x in self.scores)  # type: ignore[call-overload]
         return sum(count / size for size, count in counts) / self.images
+
+
+def _highest(amap: Array, k: int) -> Any:
+    """The score of a map [H, W] that k others are not below."""
+    return np.partition(amap, amap.size - 1 - k, axis=None)[amap.size - 1 - k]
 
 
 def _area(scores: Array, rates: _Rates, bounds: tuple[float, float]) -> float:

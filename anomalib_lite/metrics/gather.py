@@ -5,12 +5,15 @@ repeated, so batch size, order and number of ranks change no bit of a metric.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from anomalib_lite.metrics.image_store import MEMORY, ImageStore
 
 #: what can be collected per image: the type in which it is stored, and whether it is an image [H, W] or a number
 FIELDS: dict[str, tuple[torch.dtype, bool]] = {
@@ -28,11 +31,14 @@ class GatheredSamples:
 
     Args:
         fields: names of FIELDS. Images may differ in size.
+        folder: where images lie that do not fit into memory; see `ImageStore`.
     """
 
-    def __init__(self, *fields: str) -> None:
+    def __init__(self, *fields: str, folder: Path | None = None) -> None:
         self.fields = fields
-        self.batches: list[tuple[list[int], dict[str, Tensor]]] = []  # positions, and {field: [B] or [B, H, W]}
+        self.positions: list[int] = []  # of the samples in the data set
+        self.numbers = {name: list[float]() for name in fields if not FIELDS[name][1]}
+        self.images = {name: ImageStore(_dtype(name), folder) for name in fields if FIELDS[name][1]}
 
     def update(self, index: Tensor, **batch: Tensor | list[Tensor]) -> None:
         """Add a batch: positions in the data set [B], and every field as a tensor [B] or [B, H, W], or as a list of B
@@ -40,6 +46,7 @@ class GatheredSamples:
 
         Raises:
             ValueError: a field has another number of samples or of dimensions.
+            UserError: images do not fit into memory, and the disk is full.
         """
         if any(isinstance(values, list) for values in batch.values()):
             for i in range(len(index)):
@@ -51,43 +58,60 @@ class GatheredSamples:
             if len(values) != len(index) or values.ndim != (3 if is_image else 1):
                 wanted = f"[{len(index)}, H, W]" if is_image else f"[{len(index)}]"
                 raise ValueError(f"{name} of {len(index)} images must be {wanted}, got {list(values.shape)}")
-            stored[name] = values.detach().to("cpu", dtype, copy=True).contiguous()
+            stored[name] = values.detach().to("cpu", dtype, copy=is_image and dtype != torch.bool).contiguous()
         if len(index):
-            self.batches.append((index.tolist(), stored))
+            self.positions += index.tolist()
+            for name, values in stored.items():
+                self._add(name, values)
+
+    def _add(self, name: str, values: Tensor) -> None:
+        if name in self.numbers:
+            self.numbers[name] += values.tolist()
+            return
+        self.images[name].limit = MEMORY // _ranks()
+        self.images[name].add(values.numpy())
 
     def gather(self) -> dict[str, Any] | None:
-        """On rank 0, {field: values of all ranks' samples by rising position}: an array [N], for images a list of N
+        """On rank 0, {field: values of all ranks' samples by rising position}: an array [N], for images a sequence of N
         arrays [H_i, W_i]; the values of a repeated position are those of its first sample. None on other ranks.
 
         This is a collective operation of the default process group: every rank must call it, also one without a sample.
         It needs no group on one device, and works with gloo and NCCL. Images are sent batch by batch to rank 0 alone,
-        where they are not copied again.
+        where they are stored once.
         """
-        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        own = [(index, {name: tuple(values.shape) for name, values in batch.items()}) for index, batch in self.batches]
-        plans: list[Any] = [own] * ranks
-        if ranks > 1:
+        shapes = {name: [batch.shape for batch in store.batches] for name, store in self.images.items()}
+        own = self.positions, self.numbers, shapes
+        plans: list[Any] = [own] * _ranks()
+        if len(plans) > 1:
             dist.all_gather_object(plans, own)
             if dist.get_rank() > 0:
-                for _, batch in self.batches:
-                    for values in batch.values():
-                        _send(values)
+                for store in self.images.values():
+                    for number in range(len(store.batches)):
+                        _send(torch.from_numpy(store.batch(number)))
                 return None
-        samples: dict[int, dict[str, Any]] = {}  # by position
-        for rank, plan in enumerate(plans):
-            for number, (index, shapes) in enumerate(plan):
-                batch = self.batches[number][1] if rank == 0 else {}
-                for name, shape in shapes.items() if rank else ():
-                    batch[name] = _receive(shape, FIELDS[name][0], rank)
-                arrays = {name: values.numpy() for name, values in batch.items()}
-                for i, position in enumerate(index):
-                    samples.setdefault(position, {name: array[i] for name, array in arrays.items()})
-        gathered: dict[str, Any] = {}
-        for name in self.fields:
-            gathered[name] = [samples[position][name] for position in sorted(samples)]
-            if not FIELDS[name][1]:
-                gathered[name] = np.array(gathered[name], torch.empty(0, dtype=FIELDS[name][0]).numpy().dtype)
-        return gathered
+        gathered = GatheredSamples(*self.fields)
+        gathered.positions = [position for positions, _, _ in plans for position in positions]
+        gathered.numbers = {name: [x for _, numbers, _ in plans for x in numbers[name]] for name in self.numbers}
+        gathered.images = {name: store.extended() for name, store in self.images.items()}
+        for rank, (_, _, sent) in list(enumerate(plans))[1:]:
+            for name in self.images:
+                for shape in sent[name]:
+                    gathered._add(name, _receive(shape, FIELDS[name][0], rank))
+        return gathered._in_order()
+
+    def _in_order(self) -> dict[str, Any]:
+        _, first = np.unique(np.array(self.positions, np.int64), return_index=True)
+        values: dict[str, Any] = {name: np.array(self.numbers[name], _dtype(name))[first] for name in self.numbers}
+        values |= {name: store.ordered(first.tolist()) for name, store in self.images.items()}
+        return {name: values[name] for name in self.fields}
+
+
+def _dtype(name: str) -> Any:
+    return torch.empty(0, dtype=FIELDS[name][0]).numpy().dtype
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _device() -> torch.device:

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from anomalib_lite.metrics.functional import Images, Metrics, checked_images
+from anomalib_lite.metrics.functional import Metrics
+from anomalib_lite.metrics.vertices import Array, Images, Pixels
 
 OVERLAP = ("pixel_iou", "pixel_dice")
 
@@ -24,11 +25,21 @@ def overlap_metrics(maps: Images, masks: Images, threshold: float) -> Metrics:
     Raises:
         ValueError: maps that are not finite, shapes that do not fit, no pixel at all.
     """
-    pairs = [(amap > np.float64(threshold), mask != 0) for amap, mask in zip(*checked_images(maps, masks), strict=True)]
-    hits = sum(int(np.count_nonzero(found & mask)) for found, mask in pairs)
-    found_pixels = sum(int(np.count_nonzero(found)) for found, _ in pairs)
-    defective = sum(int(np.count_nonzero(mask)) for _, mask in pairs)
-    if defective in (0, sum(mask.size for _, mask in pairs)):
+    return overlap_of(overlap_counts(Pixels(maps, masks), threshold).sum(0))
+
+
+def overlap_counts(pixels: Pixels, threshold: float) -> Array:
+    """Of each image the pixels that are found and defective, found, defective, and all, int64 [N, 4]."""
+    counts = np.empty((len(pixels), 4), np.int64)
+    for row, (amap, mask) in zip(counts, pixels.each(), strict=True):
+        found, defect = amap > np.float64(threshold), mask != 0
+        row[:] = [int(np.count_nonzero(x)) for x in (found & defect, found, defect)] + [mask.size]
+    return counts
+
+
+def overlap_of(counts: Array) -> Metrics:
+    """IoU and Dice from the summed counts of `overlap_counts`, [4]."""
+    hits, found, defective, size = map(int, counts)
+    if defective in (0, size):
         return dict.fromkeys(OVERLAP)
-    union = found_pixels + defective - hits
-    return dict(zip(OVERLAP, (hits / union, 2 * hits / (found_pixels + defective)), strict=True))
+    return dict(zip(OVERLAP, (hits / (found + defective - hits), 2 * hits / (found + defective)), strict=True))

@@ -2,79 +2,157 @@
 
 All functions take `outputs`, the columns of a table with one row per image:
 `categories` and `defects` [N] str ("good" is the defect of normal images), `paths` [N] str, `labels` [N] 0 or 1,
-`scores` [N], `maps` and `masks`, lists of N arrays [H_i, W_i].
+`scores` [N], `maps` and `masks`, sequences of N arrays [H_i, W_i], such as `image_store.ImageStore`.
 `has_masks` {category: bool} names all categories, in order, and says whether pixel metrics can be computed.
 """
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from anomalib_lite.metrics.aupimo import BOUNDS, FEWEST_LEVELS, aupimo
-from anomalib_lite.metrics.functional import Metrics, image_curves, image_metrics, pixel_curves, pixel_metrics
+from anomalib_lite.metrics.aupimo import BOUNDS, FEWEST_LEVELS, image_areas
+from anomalib_lite.metrics.functional import (
+    Metrics,
+    image_curves,
+    image_metrics,
+    pixel_curves_of,
+    pixel_metrics_of,
+)
 from anomalib_lite.metrics.names import overlap_key
-from anomalib_lite.metrics.overlap import OVERLAP, overlap_metrics
+from anomalib_lite.metrics.overlap import OVERLAP, overlap_counts, overlap_of
+from anomalib_lite.metrics.vertices import Pixels, pixel_vertices
 
 Outputs = dict[str, Any]
 Thresholds = dict[str, dict[str, float]]  # of `thresholds`, per category
 NAMES = ("auroc", "ap", "f1max")
 
 
-def category_metrics(
+class Measured(NamedTuple):
+    """What is measured of evaluated images.
+
+    Attributes:
+        per_category: {category: metrics}, with None where a metric can't be computed.
+        per_defect: {category: {defect: metrics}}, a kind's images against the category's good ones.
+        curves: points of the curves of `functional.image_curves` and `pixel_curves`, {"<category>/<curve>": float32
+            [P]}; of categories with good and defective images.
+        notes: the reasons why metrics can't be computed.
+    """
+
+    per_category: dict[str, Metrics]
+    per_defect: dict[str, dict[str, dict[str, Any]]]
+    curves: dict[str, np.ndarray]
+    notes: list[str]
+
+
+def measure_categories(
     outputs: Outputs, has_masks: dict[str, bool], fpr_limits: list[float], limits: Thresholds
-) -> tuple[dict[str, Metrics], list[str]]:
-    """{category: metrics}, and notes that give the reason where a metric could not be computed (None)."""
-    metrics, notes, too_few = {}, [], []
+) -> Measured:
+    """All metrics and curves. The scores of a category's pixels are sorted once for all of them."""
+    found = Measured({}, {}, {}, [])
+    too_few: list[str] = []
     for category, masks in has_masks.items():
-        rows = _rows(outputs, category)
-        labels = outputs["labels"][rows]
-        metrics[category] = _metrics(rows, outputs, masks, fpr_limits, _pixel_limit(limits, category))
-        missing = [key for key, value in metrics[category].items() if value is None]
-        if "aupimo" in missing and "pixel_auroc" not in missing:
-            missing.remove("aupimo")
-            pixels = sum(outputs["maps"][i].size for i in rows if not outputs["labels"][i])
-            too_few.append(f"{category} ({pixels:,})")
-        absent = [name for label, name in enumerate(("good", "defective")) if label not in labels]
-        no_images = f"no {' and no '.join(absent)} test images" if len(rows) else "no test images"
-        for is_image in (True, False):  # image metrics, pixel metrics
-            keys = [key for key in missing if key.startswith("image_") == is_image]
-            reason = no_images if is_image or 1 not in labels else "no ground truth masks"
-            if not is_image and masks:
-                some = any(outputs["masks"][i].any() for i in rows)
-                reason = f"the ground truth masks have no pixel {'without' if some else 'with'} a defect"
-            if keys:
-                notes.append(f"{category}: {', '.join(keys)} can't be computed: {reason}")
-        empty = [i for i in rows if masks and outputs["labels"][i] and not outputs["masks"][i].any()]
-        if empty:
-            notes.append(
-                f"{category}: {len(empty)} defective images have no defective pixel in their masks, the first is "
-                f"{Path(outputs['paths'][empty[0]]).name}"
-            )
+        rows = np.flatnonzero(outputs["categories"] == category)
+        limit = limits.get(category, {}).get("pixel")
+        kinds, each, curves = _measured(rows, outputs, masks, fpr_limits, limit)
+        found.per_category[category] = each[0]
+        found.per_defect[category] = {
+            name: {"images": len(images)} | metrics
+            for (name, images), metrics in zip(kinds.items(), each[1:], strict=True)
+        }
+        found.curves.update({f"{category}/{key}": points for key, points in curves.items()})
+        found.notes.extend(_reasons(category, rows, outputs, masks, each[0], too_few))
     if too_few:
         fewest = f"{FEWEST_LEVELS / (BOUNDS[1] - BOUNDS[0]):,.0f}"
-        notes.append(
+        found.notes.append(
             f"aupimo can't be computed: false positive rates from {BOUNDS[0]:g} to {BOUNDS[1]:g} need more than "
             f"{fewest} pixels in good test images: {', '.join(too_few)}"
         )
-    return metrics, notes
-
-
-def defect_metrics(
-    outputs: Outputs, has_masks: dict[str, bool], fpr_limits: list[float], limits: Thresholds
-) -> dict[str, dict[str, Metrics | dict[str, int]]]:
-    """Metrics per kind of defect: {category: {defect: metrics}}, its images against the category's good ones."""
-    found: dict[str, dict[str, Any]] = {category: {} for category in has_masks}
-    for category, masks in has_masks.items():
-        rows = _rows(outputs, category)
-        defective = outputs["labels"][rows] == 1
-        defects = outputs["defects"][rows]
-        for defect in dict.fromkeys(defects[defective].tolist()):
-            images = defective & (defects == defect)
-            chosen = rows[images | ~defective]
-            metrics = _metrics(chosen, outputs, masks, fpr_limits, _pixel_limit(limits, category))
-            found[category][defect] = {"images": int(images.sum())} | metrics
     return found
+
+
+def _measured(
+    rows: np.ndarray, outputs: Outputs, masks: bool, fpr_limits: list[float], threshold: float | None
+) -> tuple[dict[str, np.ndarray], list[Metrics], dict[str, np.ndarray]]:
+    """The kinds of defects with the positions of their images among the category's rows, the metrics of the category
+    and of each kind, and the points of the category's curves.
+    """
+    labels, scores, defects = (outputs[name][rows] for name in ("labels", "scores", "defects"))
+    names = dict.fromkeys(defects[labels == 1].tolist())
+    kinds = {name: np.flatnonzero((labels == 1) & (defects == name)) for name in names}
+    good = np.flatnonzero(labels != 1)
+    sets = [np.arange(len(rows)), *(np.concatenate((good, images)) for images in kinds.values())]
+    both = len(set(labels.tolist())) == 2
+    curves = image_curves(scores, labels) if both else {}
+    nothing: Metrics = dict.fromkeys(f"image_{name}" for name in NAMES)
+    each = [image_metrics(scores[chosen], labels[chosen]) if len(rows) else nothing for chosen in sets]
+    if masks and len(rows):
+        pixels = Pixels(outputs["maps"], outputs["masks"], rows)
+        found, points = _pixel_metrics(pixels, labels, [good, *kinds.values()], sets, fpr_limits, threshold)
+        curves |= points if both and any(pixels.mask(i).any() for i in range(len(rows))) else {}
+    else:
+        keys = (*(f"pixel_{x}" for x in NAMES), *(overlap_key("aupro", x) for x in fpr_limits), "aupimo", *OVERLAP)
+        found = [dict.fromkeys(keys) for _ in sets]
+    return kinds, [image | pixel for image, pixel in zip(each, found, strict=True)], curves
+
+
+def _pixel_metrics(
+    pixels: Pixels,
+    labels: np.ndarray,
+    groups: list[np.ndarray],
+    sets: list[np.ndarray],
+    fpr_limits: list[float],
+    threshold: float | None,
+) -> tuple[list[Metrics], dict[str, np.ndarray]]:
+    """Pixel metrics of each of the sets, and the points of the first one's curves.
+
+    Args:
+        groups: positions of the good images, and of each kind's. sets: positions of all images, and of each kind's with
+            the good ones.
+    """
+    areas = image_areas(pixels, labels)
+    counts = None if threshold is None else overlap_counts(pixels, threshold)
+    found: list[Metrics] = []
+    for vertices in pixel_vertices(pixels, groups):  # one after the other: each takes memory
+        found.append(pixel_metrics_of(vertices, fpr_limits))
+    curves = pixel_curves_of(vertices)
+    found = [found[-1], *found[:-1]]  # all groups together come last
+    for metrics, chosen in zip(found, sets, strict=True):
+        own = [areas[i] for i in chosen.tolist() if i in areas]
+        metrics["aupimo"] = math.fsum(own) / len(own) if own else None
+        metrics |= {} if counts is None else overlap_of(counts[chosen].sum(0))
+    return found, curves
+
+
+def _reasons(
+    category: str, rows: np.ndarray, outputs: Outputs, masks: bool, metrics: Metrics, too_few: list[str]
+) -> list[str]:
+    """Why metrics of a category are missing. One without AUPIMO alone is added to `too_few`."""
+    notes = []
+    labels = outputs["labels"][rows]
+    missing = [key for key, value in metrics.items() if value is None]
+    if "aupimo" in missing and "pixel_auroc" not in missing:
+        missing.remove("aupimo")
+        pixels = sum(outputs["masks"][i].size for i in rows if not outputs["labels"][i])
+        too_few.append(f"{category} ({pixels:,})")
+    absent = [name for label, name in enumerate(("good", "defective")) if label not in labels]
+    no_images = f"no {' and no '.join(absent)} test images" if len(rows) else "no test images"
+    for is_image in (True, False):  # image metrics, pixel metrics
+        keys = [key for key in missing if key.startswith("image_") == is_image]
+        reason = no_images if is_image or 1 not in labels else "no ground truth masks"
+        if not is_image and masks:
+            some = any(outputs["masks"][i].any() for i in rows)
+            reason = f"the ground truth masks have no pixel {'without' if some else 'with'} a defect"
+        if keys:
+            notes.append(f"{category}: {', '.join(keys)} can't be computed: {reason}")
+    empty = [i for i in rows if masks and outputs["labels"][i] and not outputs["masks"][i].any()]
+    if empty:
+        notes.append(
+            f"{category}: {len(empty)} defective images have no defective pixel in their masks, the first is "
+            f"{Path(outputs['paths'][empty[0]]).name}"
+        )
+    return notes
 
 
 def mean_metrics(metrics: dict[str, Metrics]) -> tuple[Metrics, list[str]]:
@@ -103,7 +181,7 @@ def thresholds(normal: dict[str, np.ndarray], quantile: float) -> dict[str, Any]
     """
     chosen = {}
     for category in dict.fromkeys(normal["categories"].tolist()):
-        rows = _rows(normal, category)
+        rows = np.flatnonzero(normal["categories"] == category)
         image, pixel = (float(np.quantile(normal[key][rows], quantile)) for key in ("scores", "map_max"))
         background = float(np.median(normal["map_median"][rows]))
         chosen[category] = {"image": image, "pixel": pixel, "background": background, "images": len(rows)}
@@ -114,53 +192,10 @@ def decisions(outputs: Outputs, per_category_thresholds: Thresholds) -> dict[str
     """What the thresholds would have decided, per category: `defective_found` and `good_flagged`, as shares."""
     shares: dict[str, dict[str, float | None]] = {}
     for category, threshold in per_category_thresholds.items():
-        rows = _rows(outputs, category)
+        rows = np.flatnonzero(outputs["categories"] == category)
         labels, above = outputs["labels"][rows], outputs["scores"][rows] > threshold["image"]
         shares[category] = {
             name: float(above[labels == label].mean()) if label in labels else None
             for name, label in (("defective_found", 1), ("good_flagged", 0))
         }
     return shares
-
-
-def curves(outputs: Outputs, has_masks: dict[str, bool]) -> dict[str, np.ndarray]:
-    """Points of the curves of `functional.image_curves` and `pixel_curves`, {"<category>/<curve>": float32 [P]};
-    of categories with good and defective images.
-    """
-    points: dict[str, np.ndarray] = {}
-    for category, masks in has_masks.items():
-        rows = _rows(outputs, category)
-        if len(set(outputs["labels"][rows].tolist())) == 2:
-            found = image_curves(outputs["scores"][rows], outputs["labels"][rows])
-            if masks and any(outputs["masks"][i].any() for i in rows):
-                found |= pixel_curves(*_pixels(rows, outputs))
-            points |= {f"{category}/{key}": value for key, value in found.items()}
-    return points
-
-
-def _rows(outputs: Outputs, category: str) -> np.ndarray:
-    return np.flatnonzero(outputs["categories"] == category)
-
-
-def _pixel_limit(limits: Thresholds, category: str) -> float | None:
-    return limits.get(category, {}).get("pixel")
-
-
-def _pixels(rows: np.ndarray, outputs: Outputs) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    return [outputs["maps"][i] for i in rows], [outputs["masks"][i] for i in rows]
-
-
-def _metrics(
-    rows: np.ndarray, outputs: Outputs, masks: bool, fpr_limits: list[float], threshold: float | None
-) -> Metrics:
-    """Image and pixel metrics of some rows, with `None` where they can't be computed."""
-    image: Metrics = dict.fromkeys(f"image_{name}" for name in NAMES)
-    pixel: Metrics = dict.fromkeys(f"pixel_{name}" for name in NAMES)
-    pixel |= dict.fromkeys([*(overlap_key("aupro", limit) for limit in fpr_limits), "aupimo", *OVERLAP])
-    if len(rows):
-        image = image_metrics(outputs["scores"][rows], outputs["labels"][rows])
-    if len(rows) and masks:
-        pixels = _pixels(rows, outputs)
-        pixel = pixel_metrics(*pixels, tuple(fpr_limits)) | {"aupimo": aupimo(*pixels, outputs["labels"][rows])}
-        pixel |= overlap_metrics(*pixels, threshold) if threshold is not None else {}
-    return image | pixel

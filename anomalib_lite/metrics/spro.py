@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from anomalib_lite.metrics.functional import Array, Metrics, area_up_to, curve_vertices
+from anomalib_lite.metrics.functional import Metrics, area_up_to
 from anomalib_lite.metrics.names import overlap_key
+from anomalib_lite.metrics.vertices import Array, curve_vertices
 
 
 class Region(NamedTuple):
@@ -67,7 +68,7 @@ def spro_metrics(
         negatives.append(amap[normal].astype(dtype, copy=False))
     score, share = np.concatenate(scores), np.concatenate(shares)
     order = np.lexsort((share, -score))
-    vertices = curve_vertices([np.sort(np.concatenate(negatives))], score[order], share[order])
+    vertices = curve_vertices(np.sort(np.concatenate(negatives)), score[order], share[order])
     return {overlap_key("spro", x): area_up_to(vertices, x) if vertices else None for x in fpr_limits}
 
 

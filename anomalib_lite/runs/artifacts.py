@@ -89,9 +89,11 @@ def write_maps(
     """
     import cv2
 
-    small = [cv2.resize(amap, (MAP_SIZE, MAP_SIZE), interpolation=cv2.INTER_AREA) for amap in outputs["maps"]]
-    scale = np.float32(max((float(np.abs(amap).max()) for amap in small), default=1) or 1)
-    maps = (np.stack(small) if small else np.zeros((0, MAP_SIZE, MAP_SIZE), np.float32)) / scale
+    maps = np.empty((len(outputs["maps"]), MAP_SIZE, MAP_SIZE), np.float32)
+    for small, amap in zip(maps, outputs["maps"], strict=True):
+        small[:] = cv2.resize(amap, (MAP_SIZE, MAP_SIZE), interpolation=cv2.INTER_AREA)
+    scale = np.float32(max((float(np.abs(small).max()) for small in maps), default=1) or 1)
+    maps /= scale
     stored = {"maps": maps.astype(np.float16), "scale": scale, "paths": outputs["paths"], **curves}
     with replacing(run / folder.MAPS) as part:
         np.savez_compressed(part, **stored, **{key: normal[column] for column, key in NORMAL_KEYS.items()})  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What a run adds to its results once they are on disk: its cost, curves, figures, and the reports of its loggers.
+"""What a run adds to its results once they are on disk: its cost, figures, and the reports of its loggers.
 
 Nothing here may cost a result: each part has a limit of time, and one that fails becomes a note.
 """
@@ -12,20 +12,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.methods.base import AnomalyModule
-from anomalib_lite.metrics.per_category import curves as make_curves
 from anomalib_lite.runs import artifacts, folder, summary
+from anomalib_lite.runs.devices import peak_memory_mb
 from anomalib_lite.runs.efficiency import measure_cost
 from anomalib_lite.runs.figures import training_figure, write_figures
 from anomalib_lite.runs.run_logger import RunLogger
 from anomalib_lite.runs.test_outputs import TEST
 
 log = logging.getLogger(__name__)
-PENDING = "cost, curves and figures are missing: the run ended before they were made; resume=true makes them"
+PENDING = "cost and figures are missing: the run ended before they were made; resume=true makes them"
 
 
 def write_with_extras(
@@ -33,6 +34,7 @@ def write_with_extras(
     result: dict[str, Any],
     data: AnomalyDataModule,
     outputs: dict[int, dict[str, Any]],
+    curves: dict[str, np.ndarray],
     model: AnomalyModule,
     device: torch.device,
     batch_size: int | None,
@@ -42,30 +44,28 @@ def write_with_extras(
     """Write scores, maps and result.json, then add the rest and complete result.json, which says `complete: true`.
 
     Args:
+        curves: the points of the test images' curves.
         device: of the run, on which the cost is measured and figures are made.
         batch_size: at which the cost is measured; None: the cost is not measured, and its values are null.
         seconds: limit of each part.
     """
-    notes, curves = result["notes"], dict[str, Any]()
-    normal, test = summary.normal_columns(outputs), outputs[TEST]
+    notes, test = result["notes"], outputs[TEST]
     artifacts.write_scores(run, test)
-    artifacts.write_maps(run, test, curves, normal)
+    artifacts.write_maps(run, test, curves, summary.normal_columns(outputs))
     artifacts.write_result(run, result | {"complete": False, "notes": [*notes, PENDING]})
-    log.info("the results are written; cost, curves and figures follow")
+    log.info("the results are written; cost and figures follow")
     with attempt("the model on the run's device", seconds, notes):
         model.to(device)  # Lightning moves it to the CPU after every fit and test
     as_tested = partial(torch.autocast, device.type, torch.bfloat16, enabled=model.precision == "bf16")
     if batch_size:
         with attempt("cost", seconds, notes), as_tested():
             measure_cost(model, data, batch_size, result["efficiency"], result["timing"])
-    with attempt("curves", seconds, notes):
-        curves |= make_curves(test, data.has_masks)
-        artifacts.write_maps(run, test, curves, normal)
     with attempt("figures", seconds, notes), as_tested():
         title = f"{result['method']}, seed {result['seed']}"
         write_figures(run / folder.FIGURES, data, test, result["thresholds"]["per_category"], title, model)
     with attempt("figures of training images", seconds, notes), as_tested():
         training_figure(run / folder.FIGURES, data, model)
+    result["timing"]["peak_memory_mb"] = peak_memory_mb()
     artifacts.write_result(run, result | {"complete": True})
     count = len(notes)
     for logger in loggers:

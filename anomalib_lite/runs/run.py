@@ -25,10 +25,10 @@ from anomalib_lite.runs.extras import write_with_extras
 from anomalib_lite.runs.held_features import with_features
 from anomalib_lite.runs.run_logger import RunLogger
 from anomalib_lite.runs.terminal import silence_libraries
-from anomalib_lite.runs.test_outputs import HELD_OUT, NORMAL, TEST, Evaluation
+from anomalib_lite.runs.test_outputs import HELD_OUT, NORMAL, TEST, Evaluation, scored_for_thresholds
 
 log = logging.getLogger(__name__)
-EXTRA_SECONDS = 60  # cost, curves and figures may take this long each, and twice as long as the test
+EXTRA_SECONDS = 60  # cost and figures may take this long each, and twice as long as the test
 
 
 def execute(
@@ -68,7 +68,7 @@ def execute(
     if stored:
         build.load_weights(model, checkpoint)  # features are computed with the checkpoint's backbone
 
-    training, evaluation = Training(cfg, checkpoint, model.total_steps), Evaluation()
+    training, evaluation = Training(cfg, checkpoint, model.total_steps), Evaluation(run)
     loggers = build.make_loggers(cfg["logger"], run) if fit else []
     trainer = build.make_trainer(hardware, run, [training, evaluation], loggers, model.total_steps)
     if trainer.is_global_zero:
@@ -84,19 +84,20 @@ def execute(
         started = time.perf_counter()
         with enough_memory(lambda: "data.eval_batch_size", cfg):
             weights = None if fit else checkpoint
-            trainer.test(model, test_loaders(data), ckpt_path=weights, weights_only=True, verbose=False)
-        outputs = evaluation.gather(samples_of(data), Path(data.root or "/"))
+            scored = scored_for_thresholds(data.train_samples, cfg["scoring"].get("threshold_images"), cfg["seed"])
+            trainer.test(model, test_loaders(data, scored), ckpt_path=weights, weights_only=True, verbose=False)
+        outputs = evaluation.gather(samples_of(data, scored), Path(data.root or "/"))
     if not trainer.is_global_zero:
         return None
 
     timing = {"fit_s": training.fit_s, "steps": training.steps, "test_s": time.perf_counter() - started}
     trained = checkpoint.parents[1] if other else None
-    result = result_of(cfg, names, data, model, outputs, timing, trainer.strategy.root_device, trained)
+    result, curves = result_of(cfg, names, data, model, outputs, timing, trainer.strategy.root_device, trained)
     result |= {"cache": cache, "overrides": list(overrides)}
     result["notes"] = [*notes_of(cfg, data, model), *result["notes"], *remarks]
-    device, batch_size = trainer.strategy.root_device, measured_batch_size(cfg, data, cache)
-    limit = EXTRA_SECONDS + 2 * (time.perf_counter() - started)
-    write_with_extras(run, result, data, outputs, model, device, batch_size, loggers, limit)
+    device, limit = trainer.strategy.root_device, EXTRA_SECONDS + 2 * (time.perf_counter() - started)
+    batch_size = measured_batch_size(cfg, data, cache)
+    write_with_extras(run, result, data, outputs, curves, model, device, batch_size, loggers, limit)
     return result
 
 
@@ -129,14 +130,15 @@ def result_of(
     timing: dict[str, Any],
     device: torch.device,
     trained: Path | None = None,
-) -> dict[str, Any]:
-    """The content of result.json that follows from the run's objects; `notes` are those of metrics.
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The content of result.json that follows from the run's objects, and the points of curves; `notes` are those of
+    metrics.
 
     `trained` is the folder of the run whose model is tested on another test set. It gives the thresholds.
     """
     if trained:
         outputs |= other_test_set.normal_outputs(trained)
-    measured, reasons = summary.measure(cfg["scoring"], data, outputs)
+    measured, curves, reasons = summary.measure(cfg["scoring"], data, outputs)
     date = {"date": time.strftime("%Y-%m-%dT%H:%M:%S")}
     result = {
         **summary.describe(cfg, names, data, model),
@@ -148,17 +150,21 @@ def result_of(
     }
     if trained:
         other_test_set.mark(result, data, trained)
-    return result
+    return result, curves
 
 
-def test_loaders(data: AnomalyDataModule) -> list[Any]:
-    """The loaders of a test run, in the order of `test_outputs`; the held-out images last, where there are some."""
-    loaders = [data.test_dataloader(), data.train_eval_dataloader(sharded=True), data.val_dataloader()]
+def test_loaders(data: AnomalyDataModule, scored: Sequence[int]) -> list[Any]:
+    """The loaders of a test run, in the order of `test_outputs`; the held-out images last, where there are some.
+
+    `scored`: positions of the training images that thresholds come from.
+    """
+    normal = data.train_eval_dataloader(sharded=True, positions=scored)
+    loaders = [data.test_dataloader(), normal, data.val_dataloader()]
     return loaders if data.val_samples else loaders[:2]
 
 
-def samples_of(data: AnomalyDataModule) -> dict[int, list[Sample]]:
-    return {TEST: data.test_samples, NORMAL: data.train_samples, HELD_OUT: data.val_samples}
+def samples_of(data: AnomalyDataModule, scored: Sequence[int]) -> dict[int, list[Sample]]:
+    return {TEST: data.test_samples, NORMAL: [data.train_samples[i] for i in scored], HELD_OUT: data.val_samples}
 
 
 def check_fingerprint(cfg: dict[str, Any], data: AnomalyDataModule, stored: dict[str, Any], checkpoint: Path) -> None:

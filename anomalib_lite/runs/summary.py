@@ -3,6 +3,7 @@
 import functools
 import platform
 import subprocess
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,7 @@ from anomalib_lite.data.transforms import NORMALIZE
 from anomalib_lite.features.backbones import has_bf16
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.metrics.functional import Metrics
-from anomalib_lite.metrics.per_category import (
-    category_metrics,
-    decisions,
-    defect_metrics,
-    mean_metrics,
-    thresholds,
-)
+from anomalib_lite.metrics.per_category import decisions, mean_metrics, measure_categories, thresholds
 from anomalib_lite.paths import HOME
 from anomalib_lite.runs.artifacts import SCHEMA
 from anomalib_lite.runs.devices import device_name
@@ -42,7 +37,7 @@ def describe(
     """
     default = [{"resize": list(data.test_size), "filter": cfg["data"]["resample"], "as": "PIL, antialiased"}]
     default = [] if data.test_size == "original" else default
-    elsewhere = ("quantile", "fpr_limits", "map_size")
+    elsewhere = ("quantile", "fpr_limits", "map_size", "threshold_images")
     backbone = model.backbone
     norm = {"norm": True} if getattr(backbone, "norm", False) else {}
     return {
@@ -92,16 +87,16 @@ def other_normalisation(data: AnomalyDataModule) -> dict[str, Any]:
 
 def measure(
     scoring: dict[str, Any], data: AnomalyDataModule, outputs: dict[int, dict[str, Any]]
-) -> tuple[dict[str, Any], list[str]]:
-    """Metrics, validation, thresholds and decisions, and notes on metrics that can't be computed.
+) -> tuple[dict[str, Any], dict[str, np.ndarray], list[str]]:
+    """Metrics, validation, thresholds and decisions; the points of curves; notes on metrics that can't be computed.
 
     Args:
         scoring: the `scoring` group of the configuration. outputs: as `Evaluation.gather` returns them.
     """
     test, chosen = outputs[TEST], thresholds(normal_columns(outputs), scoring["quantile"])
+    chosen |= drawn_from(chosen, data, outputs)
     at = scoring["fpr_limits"], chosen["per_category"]
-    per_category, reasons = category_metrics(test, data.has_masks, *at)
-    per_defect = defect_metrics(test, data.has_masks, *at)
+    per_category, per_defect, curves, reasons = measure_categories(test, data.has_masks, *at)
     reasons += add_spro(per_category, per_defect, data, test, scoring["fpr_limits"])
     mean, partial_means = mean_metrics(per_category)
     groups: dict[str, Metrics] = {
@@ -112,7 +107,7 @@ def measure(
     validation = None
     if data.val_samples:
         all_have_masks = dict.fromkeys(data.categories, True)
-        validation = mean_metrics(category_metrics(outputs[HELD_OUT], all_have_masks, *at)[0])[0]
+        validation = mean_metrics(measure_categories(outputs[HELD_OUT], all_have_masks, *at).per_category)[0]
     content = {
         "metrics": mean,
         "per_category": per_category,
@@ -122,15 +117,35 @@ def measure(
         "thresholds": chosen,
         "decisions": {"per_category": decisions(test, chosen["per_category"])},
     }
-    return content, [*reasons, *partial_means, *few_images(chosen)]
+    return content, curves, [*reasons, *partial_means, *threshold_notes(chosen)]
 
 
-def few_images(chosen: dict[str, Any]) -> list[str]:
-    """A note on the categories whose thresholds come from fewer than FEW images: a high quantile needs many."""
+def threshold_notes(chosen: dict[str, Any]) -> list[str]:
+    """Notes on categories whose thresholds come from a part of the images, or from fewer than FEW: too few for a high
+    quantile.
+    """
+    drawn = [
+        f"{name} ({chosen['per_category'][name]['images']} of {n})" for name, n in chosen.get("drawn_from", {}).items()
+    ]
+    text = "scoring.threshold_images: the thresholds come from normal training images drawn by the seed: {}"
+    notes = [text.format(", ".join(drawn))] if drawn else []
     few = {name: x["images"] for name, x in chosen["per_category"].items() if x["images"] < FEW}
     listed = ", ".join(f"{name} ({count})" for name, count in few.items())
     text = "the thresholds come from fewer than {} normal training images, so good images may often be flagged: {}"
-    return [text.format(FEW, listed)] if few else []
+    return [*notes, text.format(FEW, listed)] if few else notes
+
+
+def drawn_from(
+    chosen: dict[str, Any], data: AnomalyDataModule, outputs: dict[int, dict[str, Any]]
+) -> dict[str, dict[str, int]]:
+    """`drawn_from`: of categories whose thresholds come from a part of the normal training images, the number of all;
+    empty where there is no such category, and where the thresholds are those of a stored run.
+    """
+    if "paths" not in outputs[NORMAL]:
+        return {}
+    all_normal = Counter(sample.category for sample in data.train_samples if not sample.label)
+    part = {name: all_normal[name] for name, x in chosen["per_category"].items() if x["images"] < all_normal[name]}
+    return {"drawn_from": part} if part else {}
 
 
 def normal_columns(outputs: dict[int, dict[str, Any]]) -> dict[str, np.ndarray]:

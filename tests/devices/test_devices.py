@@ -116,7 +116,7 @@ def test_three_ranks_measure_what_one_does(launched, tmp_path, batch):
     assert_same_outcome(tmp_path / "three", tmp_path / "one")
 
 
-@pytest.mark.parametrize("method", ["norm_occ", "norm_occ_closed_form"])
+@pytest.mark.parametrize("method", ["norm_occ", "norm_occ_closed_form", "patchcore"])
 def test_fewer_test_images_than_ranks(root, tmp_path, method):
     run = tmp_path / "run"
     options = [*arguments(root, run, method, 3, "few"), "trainer.max_steps=2", "data.batch_size=3"]

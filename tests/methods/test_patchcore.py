@@ -13,8 +13,9 @@ from torch import Tensor
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.readers import read_folder
 from anomalib_lite.data.transforms import Turn
-from anomalib_lite.methods.coreset import greedy_coreset
-from anomalib_lite.methods.patchcore import PatchCore, neighbours
+from anomalib_lite.methods.coreset import greedy_coreset, sparse_projection
+from anomalib_lite.methods.nearest import Bank
+from anomalib_lite.methods.patchcore import PatchCore
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.run_programs import folder_data, predict, result_of, train
 
@@ -60,12 +61,24 @@ def test_coreset_of_few(count):
     )
 
 
-def test_neighbours_are_the_nearest():
-    bank, x = clouds("lumps", 500), clouds("lumps", 1500) + 0.01
-    distance, index = neighbours(x, bank)
-    every = torch.cdist(x.double(), bank.double())
-    torch.testing.assert_close(distance.double(), every.min(1).values, rtol=1e-5, atol=0)
-    assert torch.equal(index, every.argmin(1))
+@pytest.mark.parametrize("owned", [False, True])
+@pytest.mark.parametrize("kind", ["directions", "lumps", "copies"])
+def test_neighbours_are_the_nearest(kind, owned):
+    """In several parts of the patches and of the bank, without the patches' own images."""
+    rows, x, owners = clouds(kind, 5000), clouds("lumps", 600).view(2, 300, 24) + 0.01, torch.arange(5000) % 7
+    distance, index = Bank(rows, owners).nearest(x, torch.tensor([3, 5]) if owned else None)
+    for i, own in enumerate((3, 5)):
+        every = torch.cdist(x[i].double(), rows.double())
+        if owned:
+            every[:, own::7] = torch.inf
+        torch.testing.assert_close(distance[i].double(), every.min(1).values, rtol=1e-5, atol=0)
+        if kind != "copies":
+            assert torch.equal(index[i], every.argmin(1))
+
+
+def test_the_only_image_is_not_left_out():
+    bank = Bank(torch.randn(50, 8), torch.full((50,), 3))
+    assert bank.nearest(bank.rows[None], torch.tensor([3]))[0].max() == 0
 
 
 class Given(torch.nn.Module):
@@ -146,6 +159,62 @@ def test_rotations_of_few_shots(method, preset, copies, tmp_path):
         assert state["owners"].tolist() == [0, 1] * copies
 
 
+def test_patches_are_drawn_from_every_category():
+    backbone: Any = Given()
+    model = PatchCore(max_patches=30, backbone=backbone)
+    categories = ["b", "a", "b", "b", "a", "c"]
+    torch.manual_seed(1)
+    places = model.drawn(categories, 16)
+    assert places is not None
+    assert places.tolist() == sorted(set(places.tolist()))
+    counts = [sum(categories[place // 16] == name for place in places.tolist()) for name in "abc"]
+    assert counts == [30, 30, 16]
+    torch.manual_seed(1)
+    assert torch.equal(places, model.drawn(categories, 16))  # type: ignore[arg-type]
+    assert not torch.equal(places, model.drawn(categories, 16))  # type: ignore[arg-type]
+    assert PatchCore(backbone=backbone).drawn(categories, 16) is None
+
+
+def test_the_drawn_patches_are_those_of_their_images(tmp_path):
+    make_mvtec(tmp_path, "bottle", train=5)
+    data = AnomalyDataModule(read_folder, tmp_path, "bottle", image_size=32, normalize="none", eval_batch_size=2)
+    data.setup()
+    found = {}
+    for most in (None, 100):
+        model: Any = PatchCore(coreset=1, max_patches=most, backbone=Plain(), image_size=(32, 32))
+        model.trainer = SimpleNamespace(datamodule=data)
+        model.transfer_batch_to_device = lambda batch, device, index: batch
+        torch.manual_seed(0)
+        model.on_fit_start()
+        found[most] = model.bank, model.owners
+    (every, owners), (some, of_some) = found.values()
+    assert len(some) == 100
+    at = (some[:, None] == every).all(2).int().argmax(1)
+    assert torch.equal(every[at], some)
+    assert torch.equal(owners[at], of_some)
+    assert len(of_some.unique()) == 5
+
+
+def test_a_sparse_projection_keeps_distances_on_average():
+    torch.manual_seed(0)
+    points = torch.randn(40, 400)
+    projected = sparse_projection(points, 2000)
+    ratio = torch.pdist(projected) / torch.pdist(points)
+    assert ratio.mean() == pytest.approx(1, abs=0.02)
+    assert ratio.std() < 0.1
+    unit = sparse_projection(torch.eye(400), 100)
+    assert (unit != 0).float().mean() == pytest.approx(1 / 20, rel=0.1)
+    assert unit.unique().tolist() == pytest.approx([-math.sqrt(0.2), 0, math.sqrt(0.2)])
+
+
+def test_the_coreset_of_drawn_and_projected_patches(tmp_path):
+    make_mvtec(tmp_path / "data", "bottle")
+    options = (*folder_data(tmp_path / "data"), "method=patchcore", "method.max_patches=60", "method.project=8")
+    result_of(*options, run_dir=tmp_path / "run")
+    bank = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]["bank"]
+    assert bank.shape == (6, 384)
+
+
 def test_a_run(tmp_path):
     root = tmp_path / "data"
     make_mvtec(root, "bottle")
@@ -167,11 +236,13 @@ def test_a_run(tmp_path):
     assert column("out") == pytest.approx(column("run"), rel=1e-4)
 
 
-@pytest.mark.parametrize("argument", ["method.coreset=0", "method.coreset=1.5", "method.neighbours=0"])
+@pytest.mark.parametrize(
+    "argument", ["method.coreset=0", "method.coreset=1.5", "method.neighbours=0", "method.max_patches=0"]
+)
 def test_values_that_mean_nothing(argument):
     outcome = train("method=patchcore", argument)
     assert outcome.code == 2
-    assert outcome.err.startswith("error: method.coreset=")
+    assert outcome.err.startswith(f"error: method.{'max_patches' if 'max' in argument else 'coreset'}=")
 
 
 def test_no_score_of_its_own():

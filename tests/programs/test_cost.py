@@ -16,7 +16,7 @@ from anomalib_lite.data.readers import read_folder
 from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.metrics.functional import image_metrics, pixel_metrics
-from anomalib_lite.metrics.per_category import defect_metrics
+from anomalib_lite.metrics.per_category import measure_categories
 from anomalib_lite.runs.efficiency import measure_cost, no_speed, sizes
 from anomalib_lite.runs.folder import read_run
 from tests.helpers.image_trees import make_mvtec
@@ -163,7 +163,7 @@ def test_a_kind_is_compared_with_good_images_of_its_category_alone():
         "categories": np.array(["a", "a", "a", "b", "b"]), "defects": np.array(["good", "hole", "cut", "good", "hole"]),
         "scores": np.array([0.5, 0.7, 0.1, 0.9, 1.0]), "labels": np.array([0, 1, 1, 0, 1]),
     }  # fmt: skip
-    found = defect_metrics(columns, {"a": False, "b": False}, [0.3, 0.05], {})
+    found = measure_categories(columns, {"a": False, "b": False}, [0.3, 0.05], {}).per_defect
     aurocs = {(c, kind): metrics["image_auroc"] for c in found for kind, metrics in found[c].items()}
     assert aurocs == {("a", "hole"): 1.0, ("a", "cut"): 0.0, ("b", "hole"): 1.0}
 

@@ -126,6 +126,25 @@ def test_limits_of_aupro(trained, tmp_path):
     assert "@0.05" not in outcome.out
 
 
+def test_thresholds_from_some_of_the_images(trained, tmp_path):
+    """Drawn by the seed and recorded; with as many as there are, nothing changes."""
+    first, all_scores = (
+        json.loads((trained / "result.json").read_text()),
+        np.load(trained / "maps.npz")["normal/scores"],
+    )
+    assert "drawn_from" not in first["thresholds"]
+    assert evaluated(trained, tmp_path / "all", "scoring.threshold_images=6")["thresholds"] == first["thresholds"]
+    some = evaluated(trained, tmp_path / "some", "scoring.threshold_images=3")
+    scores = np.load(tmp_path / "some" / "maps.npz")["normal/scores"]
+    assert len(scores) == 3
+    assert all(np.isclose(all_scores, score, rtol=1e-5).any() for score in scores)
+    assert some["thresholds"]["drawn_from"] == {"bottle": 6}
+    assert some["thresholds"]["per_category"]["bottle"]["images"] == 3
+    assert some["thresholds"]["per_category"]["bottle"]["image"] == pytest.approx(np.quantile(scores, 0.99))
+    assert any(note.endswith("drawn by the seed: bottle (3 of 6)") for note in some["notes"])
+    assert some["protocol"] == first["protocol"]
+
+
 def test_image_score(trained, tmp_path):
     first = json.loads((trained / "result.json").read_text())
     for how in ("mean", 0.05):

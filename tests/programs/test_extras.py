@@ -1,4 +1,4 @@
-"""What follows the results of a run: cost, curves, figures. None of it may cost a result."""
+"""What follows the results of a run: cost and figures. None of it may cost a result."""
 
 import json
 import os

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from anomalib_lite.metrics.aupimo import BOUNDS, aupimo, enough_pixels
-from anomalib_lite.metrics.functional import pixel_metrics
+from anomalib_lite.metrics.functional import image_curves, image_metrics, pixel_curves, pixel_metrics
 from anomalib_lite.metrics.names import name_of, overlap_key
 from anomalib_lite.metrics.overlap import overlap_metrics
-from anomalib_lite.metrics.per_category import category_metrics, mean_metrics, thresholds
+from anomalib_lite.metrics.per_category import mean_metrics, measure_categories, thresholds
 from tests.unit.test_metrics import KINDS, blobs, cut, draw
 
 WIDE = (0.01, 0.3)  # bounds that images of a few pixels can reach
@@ -184,7 +184,7 @@ def test_tables_of_categories_and_notes():
     }  # fmt: skip
     normal = {"categories": np.array(["a", "b"]), "scores": np.ones(2), "map_max": np.ones(2), "map_median": np.ones(2)}
     limits = thresholds(normal, 0.99)["per_category"]
-    found, notes = category_metrics(outputs, {"a": True, "b": True}, [0.3], limits)
+    found, _, _, notes = measure_categories(outputs, {"a": True, "b": True}, [0.3], limits)
     expected = aupimo(maps[:4], masks[:4], np.array([0, 0, 0, 1]))
     assert expected is not None
     assert expected > 0.5
@@ -198,3 +198,38 @@ def test_tables_of_categories_and_notes():
     mean, partial = mean_metrics(found)
     assert mean["aupimo"] == found["a"]["aupimo"]
     assert partial == ["the mean aupimo is over the 1 of 2 categories that have it"]
+
+
+def test_one_pass_measures_what_separate_calls_do():
+    """Categories and kinds of defects, to the last bit; a kind without a defective pixel, and one kind alone."""
+    rng = np.random.default_rng(8)
+    masks = list(blobs(rng, 30, 40, 50, 0.1)) + list(blobs(rng, 5, 31, 20, 0.3))
+    maps = [draw(("half tied", "random", "tied")[i % 3], rng, mask) for i, mask in enumerate(masks)]
+    defects = np.array([("bent", "cut", "hole")[i % 4 % 3] if mask.any() else "good" for i, mask in enumerate(masks)])
+    masks[4] = masks[4] * 0  # of a defective image
+    defects[4] = "faint"
+    defects[30:] = np.where(defects[30:] == "good", "good", "hole")
+    labels = (defects != "good").astype(np.int64)
+    scores = np.array([float(amap.max()) for amap in maps])
+    outputs: dict[str, Any] = {
+        "categories": np.array(["b"] * 30 + ["a"] * 5), "defects": defects, "labels": labels, "scores": scores,
+        "paths": np.array([str(i) for i in range(35)]), "maps": maps, "masks": masks,
+    }  # fmt: skip
+    limits: Any = {"a": {"pixel": 1.0}, "b": {"pixel": 0.5}}
+    found = measure_categories(outputs, {"a": True, "b": True}, [0.3, 0.05], limits)
+    assert list(found.per_defect["b"]) == list(dict.fromkeys(defects[:30][labels[:30] == 1].tolist()))
+    for category, kinds in found.per_defect.items():
+        for kind, metrics in [("", found.per_category[category]), *kinds.items()]:
+            rows = [
+                i
+                for i in range(35)
+                if outputs["categories"][i] == category and (not kind or defects[i] in ("good", kind))
+            ]
+            pixels = [maps[i] for i in rows], [masks[i] for i in rows]
+            expected = image_metrics(scores[rows], labels[rows]) | pixel_metrics(*pixels)
+            expected |= {"aupimo": aupimo(*pixels, labels[rows])}
+            expected |= overlap_metrics(*pixels, limits[category]["pixel"])
+            assert metrics == ({"images": int((defects[rows] == kind).sum())} if kind else {}) | expected
+            if not kind:
+                for name, points in (image_curves(scores[rows], labels[rows]) | pixel_curves(*pixels)).items():
+                    np.testing.assert_array_equal(found.curves[f"{category}/{name}"], points)
