@@ -1,11 +1,12 @@
 """The base class of all methods: what a method must define, and what every method inherits."""
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anomalib_lite.data.tiling import Tiling
 from anomalib_lite.errors import UserError
@@ -39,6 +40,7 @@ class AnomalyModule(L.LightningModule):
     - `uses_images = False` with frozen_features: neither training nor test uses `image`, and training no `mask`. Images
       whose features are stored are not decoded, and their batches come without these keys;
     - `clip`, set in the constructor: the largest norm of a step's gradient;
+    - `networks()`: what method.compile=true compiles, each called with inputs of one shape in all batches;
     - `unused_parameters = True`: a training step may leave some weights unused, which several devices must know;
     - `own_image_score = True`: `anomaly_map` returns (maps, image scores [B]) for scoring.image_score=own.
 
@@ -59,6 +61,7 @@ class AnomalyModule(L.LightningModule):
         categories: names of the classes; more than one name is the unified setting.
         precision: hardware.precision, for `autocast`.
         steps: the budget of each training phase, in batches.
+        compile: whether `networks()` run through torch.compile while training, on a GPU as CUDA graphs.
     """
 
     uses_backbone = True
@@ -84,6 +87,7 @@ class AnomalyModule(L.LightningModule):
         precision: str | int = "auto",
         steps: int = 0,
         tiling: Tiling | None = None,
+        compile: bool = False,
     ):
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # test may have fewer batches than devices
@@ -98,7 +102,7 @@ class AnomalyModule(L.LightningModule):
         self.image_size, self.categories = tuple(image_size), list(categories)
         self.test_size = test_size if isinstance(test_size, str) else tuple(test_size or image_size)
         self.tiling, self.precision = tiling, str(precision)
-        self.steps = steps
+        self.steps, self.compiles = steps, compile
         self.autocasted = False  # whether the method's own networks have run under `self.autocast()`
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -120,6 +124,24 @@ class AnomalyModule(L.LightningModule):
     def notes(self) -> list[str]:
         """Notes on the fitted method for result.json."""
         return []
+
+    def networks(self) -> list[nn.Module]:
+        return []
+
+    def on_fit_start(self) -> None:
+        """With method.compile=true compile the networks; a subclass with its own on_fit_start calls this one first.
+
+        On a GPU each becomes a CUDA graph, which is launched at once instead of kernel by kernel. torch.compile draws
+        other random numbers for dropout than PyTorch does.
+        """
+        if self.compiles and self.device.type == "cpu" and shutil.which("g++") is None:
+            raise UserError("method.compile=true: torch.compile needs the compiler g++; install it, or give false")
+        for part in self.networks() if self.compiles else []:
+            part.compile(mode="reduce-overhead" if self.device.type == "cuda" else None)
+
+    def on_fit_end(self) -> None:
+        for part in self.networks() if self.compiles else []:
+            part._compiled_call_impl = None  # test has batches of other sizes, and its scores are PyTorch's
 
     @property
     def total_steps(self) -> int:
@@ -243,8 +265,8 @@ class AnomalyModule(L.LightningModule):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """The masks of tested images stay on the host, where the metrics are computed."""
-        tested = self._trainer is not None and self._trainer.testing
-        masks = {key: batch[key] for key in ("mask", "gt_mask") if tested and key in batch}
+        kept = ("mask", "gt_mask") if self._trainer is not None and self._trainer.testing else ()
+        masks = {key: batch[key] for key in kept if key in batch}
         rest = type(batch)({key: value for key, value in batch.items() if key not in masks})
         return super().transfer_batch_to_device(rest, device, dataloader_idx) | masks
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
-from anomalib_lite.methods.transformer import Dropout
+from anomalib_lite.methods.attention import Dropout
 from anomalib_lite.methods.vit_decoder import GroupedReconstruction, by_heads, linear, mlp, norm
 
 

@@ -105,6 +105,9 @@ class LTAD(UniAD):
         self.register_buffer("error_mean", torch.zeros(count))
         self.register_buffer("error_std", torch.ones(count))
 
+    def networks(self) -> list[nn.Module]:
+        return [*super().networks(), self.vae, self.project]
+
     # --- training images of chosen classes ---
 
     def on_train_start(self) -> None:
@@ -115,6 +118,7 @@ class LTAD(UniAD):
         goal = int(FILL[self.fill](counts)) if self.fill else 0
         self.lacking = torch.tensor([max(0, goal - number) for number in counts], dtype=torch.float32)
         self.share = float(self.lacking.sum()) / sum(counts)  # synthetic images per real image
+        self.first_phase_ended = not bool(self.conditions[0, 0].isnan())  # read once: steps don't wait for the device
 
     def drawn(self, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B, L, C] and embedding [B, e] of a random training image of each of these classes [B]."""
@@ -128,7 +132,7 @@ class LTAD(UniAD):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self.phases == 2 and self.global_step < self.total_steps // 2:
             return self.first_phase(len(batch["path"]))
-        if self.conditions[0, 0].isnan():
+        if not self.first_phase_ended:
             self.end_first_phase()
         return self.second_phase(batch)
 
@@ -154,6 +158,7 @@ class LTAD(UniAD):
 
     @torch.no_grad()
     def end_first_phase(self) -> None:
+        self.first_phase_ended = True
         self.conditions.copy_(F.normalize(self.language.classes(self.names), dim=-1))
         if not self.language.learns_states:
             self.fixed_states.copy_(self.language.states(self.names))

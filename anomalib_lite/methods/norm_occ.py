@@ -118,7 +118,7 @@ class NormOCC(AnomalyModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
         if self.residual is not None:
-            self.watch(loss.detach())
+            self.watch(loss.detach(), self.residual)
         return loss
 
     def loss(self, batch: Batch) -> Tensor:
@@ -129,13 +129,13 @@ class NormOCC(AnomalyModule):
             offset = self.offset(batch)
         return torch.linalg.vector_norm(offset, dtype=torch.float32) ** 2 / offset[:, 0].numel()  # one pass
 
-    def watch(self, loss: Tensor) -> None:
+    def watch(self, loss: Tensor, residual: float) -> None:
         """Add a batch's loss; after an epoch's last batch, decide whether training ends."""
         batches = self.trainer.datamodule.batches_per_epoch  # type: ignore[attr-defined]
         self.loss_sum += loss
         if (self.global_step + 1) % batches == 0:
             mean = self.trainer.strategy.reduce(self.loss_sum / batches, reduce_op="mean")
-            self.ended = mean <= self.residual * self.loss_before
+            self.ended = mean <= residual * self.loss_before
             self.stopped_early = bool(self.ended)
             self.loss_sum.zero_()
 

@@ -40,7 +40,6 @@ class ReContrast(AnomalyModule):
             The stable variant always uses the batch's.
         encoder_lr: E_t's learning rate; the optimizer's is that of bottleneck, decoder and heads.
         mining: [first, last] α of hard mining; None mines nothing.
-        compile: run the networks through torch.compile (minutes at the start).
     """
 
     frozen_features = True  # E_f's
@@ -52,7 +51,6 @@ class ReContrast(AnomalyModule):
         encoder_bn: str = "eval",
         encoder_lr: float = 1e-5,
         mining: list[float] | None = (-3.0, 1.0),  # type: ignore[assignment]
-        compile: bool = False,
         **context: Any,
     ):
         if variant not in ("auto", *variants):
@@ -65,7 +63,7 @@ class ReContrast(AnomalyModule):
         if encoder_bn not in ("eval", "train"):
             raise UserError(f"method.encoder_bn={encoder_bn}: choose eval or train")
         self.automatic, self.variant, self.own = variant == "auto", chosen, own
-        self.encoder_lr, self.mining, self.compiled = encoder_lr, mining, compile
+        self.encoder_lr, self.mining = encoder_lr, mining
         self.encoder_trains = encoder_bn == "train" or own["stable"] is not None
 
         frozen = check_levels(self.backbone, self.image_size)  # E_f
@@ -147,12 +145,13 @@ class ReContrast(AnomalyModule):
         drop = self.own["lr_drop"]
         return optimizer if optimizer is None or drop is None else with_drop(optimizer, drop, lambda: self.total_steps)
 
+    def networks(self) -> list[nn.Module]:
+        return [self.backbone, self.encoder, self.bottleneck, self.decoder]  # type: ignore[list-item]
+
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         if self.automatic:
             log.info("method.variant=auto: %s, for %d categories", self.variant, len(self.categories))
-        if self.compiled:
-            for part in (self.backbone, self.encoder, self.bottleneck, self.decoder):
-                part.compile()  # type: ignore[union-attr]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stable variant: clear the decoder's Adam state every `reset_every` batches, then pause E_t."""

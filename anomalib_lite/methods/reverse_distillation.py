@@ -19,6 +19,11 @@ def double(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.ConvTranspose2d(inputs, outputs, 2, 2, bias=False), nn.BatchNorm2d(outputs))
 
 
+def in_place(activation: type) -> nn.Module:
+    """An activation that overwrites its input where the backward pass allows it, that is ReLU."""
+    return activation(inplace=True) if activation is nn.ReLU else activation()
+
+
 class Residual(nn.Module):
     """A ResNet block: a bottleneck block (1×1, 3×3, 1×1) of inner `width`, or with None a basic block (3×3, 3×3).
 
@@ -33,16 +38,16 @@ class Residual(nn.Module):
             return double(a, b) if change == "up" else conv(a, b, 3, 2 if change == "down" else 1)
 
         if width is None:
-            self.body = nn.Sequential(middle(inputs, outputs), activation(), conv(outputs, outputs, 3))
+            self.body = nn.Sequential(middle(inputs, outputs), in_place(activation), conv(outputs, outputs, 3))
         else:
             inner = middle(width, width)
             self.body = nn.Sequential(
-                conv(inputs, width, 1), activation(), inner, activation(), conv(width, outputs, 1)
+                conv(inputs, width, 1), in_place(activation), inner, in_place(activation), conv(width, outputs, 1)
             )
         self.shortcut: nn.Module = nn.Identity()
         if change:
             self.shortcut = double(inputs, outputs) if change == "up" else conv(inputs, outputs, 1, 2)
-        self.activation = activation()
+        self.activation = in_place(activation)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activation(self.body(x) + self.shortcut(x))

@@ -14,19 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
+from anomalib_lite.methods.attention import Attention, Grid, LocalWindow, project
 from anomalib_lite.methods.base import AnomalyModule, Batch
 from anomalib_lite.methods.resizing import resize
-from anomalib_lite.methods.transformer import (
-    Attention,
-    Grid,
-    LocalWindow,
-    feed_forward,
-    jitter,
-    largest_window,
-    near,
-    sine_positions,
-    token_grids,
-)
+from anomalib_lite.methods.transformer import feed_forward, jitter, largest_window, near, sine_positions, token_grids
 
 WINDOWS = {(16, 16): 5, (32, 32): 7, (64, 64): 11}  # published
 
@@ -62,12 +53,23 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, r: Tensor, window: LocalWindow | None, outside: Tensor | None) -> Tensor:
         """x [B, L, d], r [1, L, d] -> [B, L, d]."""
-        a, b = self.mix
-        y = torch.zeros((), dtype=x.dtype, device=x.device)
+        pairs: list[tuple[nn.Linear, Tensor]] = []
+        reads: list[tuple[float, Attention, LocalWindow | Tensor | None]] = []
         if self.local is not None:
-            y = y + a * self.local(x, r, r, window).to(x.dtype)
+            pairs += [(self.local.query, x), (self.local.key, r), (self.local.value, r)]
+            reads += [(self.mix[0], self.local, window)]
         if self.masked is not None:
-            y = y + b * self.masked(x, r if self.learnable_key else x, x, outside).to(x.dtype)
+            key = r if self.learnable_key else x
+            pairs += [(self.masked.query, x), (self.masked.key, key), (self.masked.value, x)]
+            reads += [(self.mix[1], self.masked, outside)]
+        projected = iter(project(*pairs))
+        found = [
+            block.out(block.read(next(projected), next(projected), next(projected), where)).to(x.dtype)
+            for _, block, where in reads
+        ]
+        y = found[0] * reads[0][0]
+        if len(found) == 2:
+            y = torch.add(y, found[1], alpha=reads[1][0])
         y = self.norm1(y)
         return self.norm2(y + self.ffn(y))
 
@@ -164,6 +166,9 @@ class RLR(AnomalyModule):
                 self.backbone.channels, grids, chosen_windows(windows, grids, masked), dims, strict=True
             )
         )
+
+    def networks(self) -> list[nn.Module]:
+        return list(self.levels)
 
     def errors(self, batch: Batch, noise: float) -> Iterator[Tensor]:
         """For each level the reconstruction's error at every position, [B, H, W]."""

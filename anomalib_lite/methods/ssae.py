@@ -143,7 +143,6 @@ class SSAE(AnomalyModule):
         corrupted_weight: λ, the share of the corrupted part in the loss.
         patience: training ends early when the loss over held-out training images (data.val_fraction, half of them
             corrupted) has no new minimum in this many evaluations, one every `eval_every` batches. None: never.
-        compile: train the network with torch.compile.
     """
 
     uses_backbone = False
@@ -157,7 +156,6 @@ class SSAE(AnomalyModule):
         corrupted_weight: float = 0.9,
         patience: int | None = None,
         eval_every: int = 200,
-        compile: bool = False,
         **context: Any,
     ):
         super().__init__(**context)
@@ -172,7 +170,7 @@ class SSAE(AnomalyModule):
         ):
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"method.{name}={value}: give a whole number from 1")
-        self.weight, self.patience, self.eval_every, self.compiles = corrupted_weight, patience, eval_every, compile
+        self.weight, self.patience, self.eval_every = corrupted_weight, patience, eval_every
         self.net = Autoencoder(width, skip, min(self.image_size)).to(memory_format=torch.channels_last)
         self.register_buffer("best", torch.tensor(torch.inf, dtype=torch.float64))  # held-out loss
         self.register_buffer("waited", torch.tensor(0))  # evaluations since then
@@ -181,7 +179,11 @@ class SSAE(AnomalyModule):
         with self.autocast():
             return self.net(images).float()
 
+    def networks(self) -> list[nn.Module]:
+        return [self.net]
+
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if data.corrupt is None:
             raise UserError("data.corrupt=null: this method learns from corrupted images; see conf/method/ssae.yaml")
@@ -190,8 +192,6 @@ class SSAE(AnomalyModule):
                 "method.patience: needs held-out images; give data.val_fraction=0.1, or method.patience=null"
             )
         self.held_out = data.val_dataloader() if self.patience else []
-        if self.compiles:
-            self.net.compile()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self.patience and self.global_step and self.global_step % self.eval_every == 0:

@@ -1,16 +1,13 @@
-"""Building blocks of token transformers: position encodings, neighbour masks, attention, UniAD's transformer."""
+"""Building blocks of token transformers: position encodings, neighbour masks, UniAD's transformer."""
 
-import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
+from anomalib_lite.methods.attention import Attention, Dropout, Grid, ReLUDropout, project
 from anomalib_lite.methods.base import AnomalyModule
-
-Grid = tuple[int, int]  # (H, W); the tokens are its cells, row by row, L = H·W
 
 
 def token_grids(method: AnomalyModule) -> list[Grid]:
@@ -73,113 +70,6 @@ def largest_window(grid: Grid) -> int:
     return 2 * (max(grid) // 2) - 1
 
 
-class LocalWindow(nn.Module):
-    """Exact attention of every query to the window × window keys around it; all images share keys and values.
-
-    The grid is cut into tiles. One dense attention computes a tile: its queries are those of all images, its keys
-    those of the tile and its border. tests/benchmarks/bench_rlr.py compares this with masked attention over all L keys
-    and with gathered keys.
-    """
-
-    allowed: Tensor
-
-    def __init__(self, grid: Grid, window: int, tile: int = 4):
-        super().__init__()
-        self.grid, self.tile, self.reach = grid, tile, window // 2
-        self.tiles = (-(-grid[0] // tile), -(-grid[1] // tile))
-        rows, columns = (self._axis(size, count) for size, count in zip(grid, self.tiles, strict=True))
-        allowed = rows[:, None, :, None, :, None] & columns[None, :, None, :, None, :]  # [a, b, t, t, n, n]
-        self.register_buffer("allowed", allowed.flatten(4).flatten(2, 3).flatten(0, 1)[:, None], persistent=False)
-
-    def _axis(self, size: int, count: int) -> Tensor:
-        """Bool [tiles, t, n]: which of a tile's n = t + 2·reach keys each query sees along one axis.
-
-        Queries beyond the grid, which pad the last tile, see every key: a softmax over no keys is NaN.
-        """
-        start = self.tile * torch.arange(count)[:, None]
-        query, key = start + torch.arange(self.tile), start + torch.arange(-self.reach, self.tile + self.reach)
-        near = (query[:, :, None] - key[:, None]).abs() <= self.reach
-        return near & ((key >= 0) & (key < size))[:, None] | (query >= size)[:, :, None]
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [B, heads, L, e], key and value [1, heads, L, e] -> [B, heads, L, e]."""
-        batch, heads, length, e = query.shape
-        (h, w), (a, b), t, n = self.grid, self.tiles, self.tile, self.tile + 2 * self.reach
-        down, right = a * t - h, b * t - w  # cells that pad the last tiles
-
-        def bordered(x: Tensor) -> Tensor:  # -> [tiles, heads, n·n, e]
-            x = F.pad(x.view(heads, h, w, e), (0, 0, self.reach, self.reach + right, self.reach, self.reach + down))
-            return x.unfold(1, n, t).unfold(2, n, t).permute(1, 2, 0, 4, 5, 3).reshape(a * b, heads, n * n, e)
-
-        cells = F.pad(query.reshape(batch, heads, h, w, e), (0, 0, 0, right, 0, down))
-        cells = cells.view(batch, heads, a, t, b, t, e).permute(2, 4, 1, 0, 3, 5, 6)
-        cells = cells.reshape(a * b, heads, batch * t * t, e)
-        parts, allowed = [cells, bordered(key), bordered(value)], self.allowed.repeat(1, 1, batch, 1)
-        if query.device.type == "cpu":  # on CPUs, bf16 is slower for small tiles
-            parts = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in parts]
-        with torch.autocast(query.device.type, enabled=False):
-            out = F.scaled_dot_product_attention(parts[0], parts[1], parts[2], allowed).to(query.dtype)
-        out = out.view(a, b, heads, batch, t, t, e).permute(3, 2, 0, 4, 1, 5, 6)
-        return out.reshape(batch, heads, a * t, b * t, e)[:, :, :h, :w].reshape(batch, heads, length, e)
-
-
-def drop(x: Tensor, p: float) -> Tensor:
-    """Dropout. On CPUs it draws 16 random bits per element, so p is rounded to a multiple of 1/65536. torch draws
-    32 bits, which takes a third of UniAD's training time."""
-    if x.device.type != "cpu":
-        return F.dropout(x, p)
-    dropped = round(65536 * p)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    keep = bits[: x.numel()].view(x.shape) >= dropped - 32768
-    return x * keep * (65536 / (65536 - dropped))
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout, computed by `drop`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return drop(x, self.p) if self.training and self.p else x
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, dropout: float) -> Tensor:
-    """Scaled dot product attention of [B, heads, L, e]; `seen` is a bool mask [L, L'] (True: seen) or None."""
-    if not dropout or q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, seen, dropout)
-    with torch.autocast("cpu", enabled=False):  # PyTorch has no fused CPU kernel for dropout
-        bias = q.new_zeros(()) if seen is None else torch.where(seen, 0, -torch.inf).to(q.dtype)
-        scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.shape[-1] ** -0.5)
-        return (drop(scores.softmax(-1), dropout) @ v.flatten(0, 1)).unflatten(0, q.shape[:2])
-
-
-class Attention(nn.Module):
-    """Multi-head attention equal to nn.MultiheadAttention, batch first.
-
-    Keys and values may have batch size 1; then all images share them, and they are projected once.
-    """
-
-    def __init__(self, dim: int, heads: int, dropout: float = 0.0):
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
-        for part in (self.query, self.key, self.value, self.out):
-            # nn.MultiheadAttention draws query, key and value as one matrix with three times the outputs
-            nn.init.xavier_uniform_(part.weight, 1 if part is self.out else math.sqrt(0.5))
-            nn.init.zeros_(part.bias)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, where: Tensor | LocalWindow | None = None) -> Tensor:
-        """query [B, L, d], key and value [B or 1, L', d] -> [B, L, d]; `where` is a bool mask [L, L'] (True: seen)."""
-        q, k, v = (
-            part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for part, x in ((self.query, query), (self.key, key), (self.value, value))
-        )
-        if isinstance(where, LocalWindow):
-            out = where(q, k, v)
-        else:
-            k, v = (x.expand(q.shape[0], -1, -1, -1) for x in (k, v))
-            out = attend(q, k, v, where, self.dropout if self.training else 0.0)
-        return self.out(out.transpose(1, 2).flatten(2))
-
-
 def linear(inputs: int, outputs: int) -> nn.Linear:
     """A linear layer with Xavier uniform weights and zero bias."""
     layer = nn.Linear(inputs, outputs)
@@ -189,9 +79,9 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def feed_forward(
-    dim: int, hidden: int, activation: nn.Module, dropout: float = 0.0, layer: Callable[[int, int], nn.Module] = linear
+    dim: int, hidden: int, activation: nn.Module, layer: Callable[[int, int], nn.Module] = linear
 ) -> nn.Sequential:
-    return nn.Sequential(layer(dim, hidden), activation, Dropout(dropout), layer(hidden, dim))
+    return nn.Sequential(layer(dim, hidden), activation, nn.Identity(), layer(hidden, dim))  # stored runs have ffn.3
 
 
 class EncoderLayer(nn.Module):
@@ -200,7 +90,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, dim: int, heads: int, hidden: int, dropout: float):
         super().__init__()
         self.attention = Attention(dim, heads, dropout)
-        self.ffn = feed_forward(dim, hidden, nn.ReLU(), dropout)
+        self.ffn = feed_forward(dim, hidden, ReLUDropout(dropout))
         self.norm1, self.norm2, self.drop = nn.LayerNorm(dim), nn.LayerNorm(dim), Dropout(dropout)
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
@@ -217,13 +107,15 @@ class QueryDecoderLayer(nn.Module):
         super().__init__()
         self.query = nn.Parameter(torch.randn(length, dim))
         self.to_memory, self.to_previous = Attention(dim, heads, dropout), Attention(dim, heads, dropout)
-        self.ffn = feed_forward(dim, hidden, nn.ReLU(), dropout)
+        self.ffn = feed_forward(dim, hidden, ReLUDropout(dropout))
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
         self.drop = Dropout(dropout)
 
-    def forward(self, previous: Tensor, memory: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        x = self.query.expand(memory.shape[0], -1, -1)
-        x = self.norm1(x + self.drop(self.to_memory(x + positions, memory + positions, memory, mask)))
+    def forward(self, previous: Tensor, key: Tensor, value: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        """`key` and `value` [B, L, d] are the encoder's output with positions and without, projected by `to_memory`."""
+        query = self.to_memory.query(self.query + positions)[None]  # the same for all images
+        x = self.query + self.drop(self.to_memory.out(self.to_memory.read(query, key, value, mask)))
+        x = self.norm1(x)
         x = self.norm2(x + self.drop(self.to_previous(x + positions, previous + positions, previous, mask)))
         return self.norm3(x + self.drop(self.ffn(x)))
 
@@ -264,8 +156,11 @@ class ReconstructionTransformer(nn.Module):
         memory = self.inputs(tokens).to(tokens.dtype)  # the residual sums of all layers stay in float32
         for layer in self.encoder:
             memory = layer(memory, positions, self.mask)
+        placed, blocks = memory + positions, [layer.to_memory for layer in self.decoder]
+        keys = project(*((block.key, placed) for block in blocks))  # type: ignore[arg-type, union-attr]
+        values = project(*((block.value, memory) for block in blocks))  # type: ignore[arg-type, union-attr]
         x = memory
-        for layer in self.decoder:
-            x = layer(x, memory, positions, self.mask)
+        for layer, key, value in zip(self.decoder, keys, values, strict=True):
+            x = layer(x, key, value, positions, self.mask)
         with torch.autocast(x.device.type, enabled=False):  # the map is a difference of nearly equal numbers
             return self.outputs(self.norm(x))

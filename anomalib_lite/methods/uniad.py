@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
@@ -60,6 +60,9 @@ class UniAD(AnomalyModule):
         self.jitter, self.clip, self.drop = jitter, clip, drop
         channels = sum(self.backbone.channels)
         self.net = ReconstructionTransformer(channels, self.grid, dim, layers, heads, hidden, dropout, neighbours)
+
+    def networks(self) -> list[nn.Module]:
+        return [self.net]
 
     def kept(self, levels: list[Tensor]) -> list[Tensor]:
         """All levels, resized to the last one's grid and concatenated, [B, ΣC, H, W]; then further outputs as they are.

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from anomalib_lite.features.backbones import Backbone
+from anomalib_lite.methods.attention import Dropout
 from anomalib_lite.methods.dinomaly import Dinomaly
 from anomalib_lite.methods.stable_adamw import StableAdamW
-from anomalib_lite.methods.transformer import Dropout
 from tests.benchmarks.bench_training import seconds
 from tests.methods.test_dinomaly import variants
 

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from anomalib_lite.features.backbones import Backbone
+from anomalib_lite.methods.attention import LocalWindow
 from anomalib_lite.methods.rlr import RLR
-from anomalib_lite.methods.transformer import LocalWindow, near, sine_positions
+from anomalib_lite.methods.transformer import near, sine_positions
 
 BATCH, ROUNDS = 4, 3
 

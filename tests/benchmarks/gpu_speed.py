@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from anomalib_lite.methods.coreset import greedy_coreset
-from anomalib_lite.methods.patchcore import neighbours
+from anomalib_lite.methods.nearest import Bank
 from anomalib_lite.metrics.functional import pixel_metrics
 from anomalib_lite.runs import build
 from anomalib_lite.runs.artifacts import read_result
@@ -196,8 +196,9 @@ class Timings:
             greedy_coreset(x, len(x) // 20)
             return {"seconds": f"{now(self.device) - start:.2f}"}
         if name == self.PARTS[1]:
-            bank, x = points(20_000 // scale), points(1_024)
-            return {"seconds": f"{median_seconds(lambda: neighbours(x, bank), self.device):.4f}"}
+            x, owners = points(1_024), torch.zeros(20_000 // scale, dtype=torch.long, device=self.device)
+            bank = Bank(points(len(owners)), owners)
+            return {"seconds": f"{median_seconds(lambda: bank.nearest(x[None]), self.device):.4f}"}
         rng = np.random.default_rng(0)
         maps = rng.standard_normal((1280 // scale, 256, 256), dtype=np.float32)
         masks = np.zeros(maps.shape, bool)

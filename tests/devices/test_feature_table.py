@@ -184,7 +184,7 @@ def test_a_second_batch_starts_no_process_and_looks_nothing_up(root, monkeypatch
         held = data.with_features(stored_of(data, [(2, 2, 3)], torch.float32) if stored else None, False)
         looked: list[Any] = []
         rows_of = StoredFeatures.rows_of
-        monkeypatch.setattr(StoredFeatures, "rows_of", lambda self, d: looked.append(1) or rows_of(self, d))  # noqa: B023
+        monkeypatch.setattr(StoredFeatures, "rows_of", lambda self, d: looked.append(1) or rows_of(self, d))  # type: ignore[func-returns-value]  # noqa: B023
         monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter", None)
         batches = [held.training_batch([3, 1], epoch) for epoch in range(4)]
         assert all(batch["index"].tolist() == [3, 1] and ("features" in batch) == stored for batch in batches)

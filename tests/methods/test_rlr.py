@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from anomalib_lite.errors import UserError
+from anomalib_lite.methods import attention
+from anomalib_lite.methods.attention import Attention, LocalWindow
 from anomalib_lite.methods.rlr import RLR, Layer, Level, error
-from anomalib_lite.methods.transformer import Attention, LocalWindow, jitter, largest_window, near, sine_positions
+from anomalib_lite.methods.transformer import jitter, largest_window, near, sine_positions
 from tests.helpers import run_programs as runs
 from tests.helpers.feature_levels import Levels, batch
 from tests.helpers.image_trees import make_mvtec
@@ -322,13 +324,24 @@ def test_levels_are_independent_models():
     assert all(p.grad is None for p in rlr.levels[0].parameters())
 
 
-def test_the_reference_is_projected_once_a_batch():
+def test_the_reference_is_projected_once_a_batch(monkeypatch):
+    """In test layer by layer; in training as one matrix product, as what is projected of the images is."""
     rlr = model()
     layer, rows = rlr.levels[0].layers[1], []
     for part in (layer.local.key, layer.local.value, layer.masked.key, layer.masked.value, layer.local.query):
         part.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
-    rlr.anomaly_map(batch(3))
+    with torch.no_grad():
+        rlr.anomaly_map(batch(3))
     assert sorted(rows) == [1, 1, 1, 3, 3]
+    plain, shapes = attention.F.linear, list[tuple[int, ...]]()
+
+    def noted(x, weight, bias):
+        shapes.append((*x.shape[:2], *weight.shape))
+        return plain(x, weight, bias)
+
+    monkeypatch.setattr(attention.F, "linear", noted)
+    layer(torch.randn(3, 64, 16), torch.randn(1, 64, 16), None, None)
+    assert sorted(shape for shape in shapes if shape[2:] == (48, 16)) == [(1, 64, 48, 16), (3, 64, 48, 16)]
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 2), (3, 3), (4, 4), (4, 7), (9, 5), (16, 16)])

@@ -12,9 +12,10 @@ from torch import nn
 from anomalib_lite.cli.schema import Scoring, check_group
 from anomalib_lite.errors import UserError
 from anomalib_lite.features.backbones import Backbone
-from anomalib_lite.methods import transformer
+from anomalib_lite.methods import attention as attending
+from anomalib_lite.methods.attention import Dropout, ReLUDropout, attend, drop
 from anomalib_lite.methods.scoring import image_scores, smooth
-from anomalib_lite.methods.transformer import Dropout, LearnedPositions, ReconstructionTransformer, drop, jitter, near
+from anomalib_lite.methods.transformer import LearnedPositions, ReconstructionTransformer, jitter, near
 from anomalib_lite.methods.uniad import UniAD
 from tests.helpers import run_programs as runs
 from tests.helpers.feature_levels import Levels, batch
@@ -118,14 +119,46 @@ def test_dropout_by_its_definition(p):
     assert torch.equal(Dropout(p).eval()(x), x)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("masked", [True, False])
-def test_attention_with_dropout_is_pytorchs(masked, monkeypatch):
-    monkeypatch.setattr(transformer, "drop", lambda x, p: x * (1 - p))
-    q, k, v = torch.randn(3, 2, 4, 9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+@pytest.mark.parametrize("cached", [1, 170, 2**19])  # weights: one head at a time, two, and all
+def test_attention_of_cpus_by_its_formula(masked, dropout, cached, monkeypatch):
+    """Outputs and gradients in float64, with the random numbers that were drawn; keys are shared by all images."""
+    noise: list[torch.Tensor] = []
+    draw = attending.random_noise
+    monkeypatch.setattr(attending, "CACHED", cached)
+    monkeypatch.setattr(attending, "random_noise", lambda x: noise.append(draw(x)) or noise[-1])  # type: ignore[func-returns-value]
+    made = torch.Generator().manual_seed(0)
+    q, v, weights = (torch.randn(3, 4, 9, 6, generator=made, dtype=torch.float64) for _ in range(3))
+    k = torch.randn(1, 4, 9, 6, generator=made, dtype=torch.float64)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
     seen = ~near((3, 3), 1) if masked else None
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen)
-    torch.testing.assert_close(transformer.attend(q, k, v, seen, 0.25), 0.75 * expected)
-    torch.testing.assert_close(transformer.attend(q, k, v, seen, 0.0), expected)
+    found = attend(q, k.expand(3, -1, -1, -1), v, seen, dropout)
+    scores = q @ k.mT / 6**0.5
+    share = (scores if seen is None else scores.masked_fill(~seen, -torch.inf)).softmax(-1)
+    if dropout:
+        drawn = torch.cat([part.flatten() for part in noise]).view(share.shape)
+        share = torch.where(drawn + 2**15 < 0.25 * 2**16, 0.0, share / 0.75)
+    torch.testing.assert_close(found, share @ v)
+    expected = torch.autograd.grad((share @ v * weights).sum(), inputs)
+    for one, other in zip(torch.autograd.grad((found * weights).sum(), inputs), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_gradient_of_dropout():
+    """It is the factor by which each element was multiplied."""
+    x = torch.rand(50, 7) + 0.5
+    out = drop(x.requires_grad_(), 0.25)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    torch.testing.assert_close(gradient, out / x)
+    assert gradient.unique().tolist() == pytest.approx([0, 4 / 3])
+    x = torch.randn(50, 7, requires_grad=True)
+    out = ReLUDropout(0.25)(x)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    torch.testing.assert_close(out, x * gradient)
+    assert gradient.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert 0.3 < float((gradient > 0).double().mean()) < 0.45  # ¾ of a half
+    assert torch.equal(ReLUDropout(0.25).eval()(x), x.relu())
 
 
 def test_positions_are_a_columns_and_a_rows_vector():
