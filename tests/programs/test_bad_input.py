@@ -143,7 +143,7 @@ OPTIONS = {
     "method.squared=maybe": 'method.squared="maybe": give true or false',
     "method.dim=1.5": "method.dim=1.5: give a whole number, or null",
     "method.optimizer.lr=-1": "method.optimizer: .*learning rate",
-    "method.optimizer.lr=abc": r"method.optimizer: .*check its values \(lr=abc, ",
+    "method.optimizer.lr=abc": r"method.optimizer: .*check its values \(lr=abc\)",
     "resume=maybe": "resume=maybe: give true or false",
     "seed=${foo}": "seed: .*'foo' not found",
     "data.category=[a": r"no category '\[a'",
