@@ -11,12 +11,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from anomalib_lite.console import ProgressBar
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.stored_features import StoredFeatures
 from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.features.cache import CHUNK_BYTES, CHUNK_IMAGES, GPU_BATCH, TYPES, FeatureFiles, image_key, key
 from anomalib_lite.paths import cache_folder
-from anomalib_lite.progress import ProgressBar
 
 log = logging.getLogger(__name__)
 

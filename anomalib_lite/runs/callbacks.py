@@ -12,9 +12,9 @@ import torch
 
 from anomalib_lite import __version__
 from anomalib_lite.cli import signals
+from anomalib_lite.console import ProgressBar
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.methods.held_out import mean_loss
-from anomalib_lite.progress import ProgressBar
 from anomalib_lite.runs.checkpoints import CheckpointWriter, on_any_rank
 from anomalib_lite.runs.devices import allow_tf32
 from anomalib_lite.runs.run_logger import RunLogger

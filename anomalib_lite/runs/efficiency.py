@@ -12,9 +12,9 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch.utils.flop_counter import FlopCounterMode
 
+from anomalib_lite.console import ProgressBar
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.methods.base import AnomalyModule
-from anomalib_lite.progress import ProgressBar
 from anomalib_lite.runs.devices import device_name
 
 LATENCY_RUNS, BATCH_RUNS = 9, 3  # beside one for the warm-up

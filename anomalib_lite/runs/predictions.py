@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
+from anomalib_lite.console import ProgressBar
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.samples import load_rgb
 from anomalib_lite.data.value_range import other_depths, outside
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.paths import file_name, readable
-from anomalib_lite.progress import ProgressBar
 from anomalib_lite.runs.folder import HEATMAPS, OVERLAYS
 from anomalib_lite.runs.heat_maps import colours, overlay
 from anomalib_lite.runs.prediction_report import Report

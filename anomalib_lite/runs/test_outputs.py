@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anomalib_lite.console import ProgressBar
 from anomalib_lite.data.dataset import THRESHOLDS
 from anomalib_lite.data.samples import Sample
 from anomalib_lite.metrics.gather import GatheredSamples
 from anomalib_lite.paths import relative_path
-from anomalib_lite.progress import ProgressBar
 
 TEST, NORMAL, HELD_OUT = 0, 1, 2  # the loaders of a test run, in this order
 

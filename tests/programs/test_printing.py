@@ -17,8 +17,7 @@ import pytest
 from rich.progress import Progress
 
 from anomalib_lite import compare, evaluate, predict, splits, train
-from anomalib_lite.console import is_interactive
-from anomalib_lite.progress import ProgressBar
+from anomalib_lite.console import ProgressBar, is_interactive
 from anomalib_lite.sweeps.job import Job
 from anomalib_lite.sweeps.view import View, print_end
 from tests.helpers import run_programs as runs
