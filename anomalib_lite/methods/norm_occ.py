@@ -82,10 +82,18 @@ class NormOCC(AnomalyModule):
             self.stopped_early = bool(self.ended)
             return
         patches = lambda batch: patch_features(self.features(batch)).movedim(1, -1)  # noqa: E731
-        moment, _ = next(moments(self, patches))
+        moment, mean = next(moments(self, patches))
         self.scale.fill_(torch.linalg.eigvalsh(moment)[-1].clamp_min(1e-30) ** -0.5)
         self.radius.fill_(self.norm * self.mean(self.norms))
-        self.loss_before.fill_(self.mean(self.distance))
+        if self.residual is not None:
+            quadratic = self.target != "shell" and self.squared
+            self.loss_before.fill_(self.quadratic_loss(moment, mean) if quadratic else self.mean(self.distance))
+
+    def quadratic_loss(self, moment: Tensor, mean: Tensor) -> Tensor:
+        """E‖Pφ − c‖² = tr(P S Pᵀ) − 2 cᵀPμ + ‖c‖² from S [C, C] and μ [C] of the features before scaling, float64."""
+        weight = (self.project.weight.flatten(1) * self.scale).double()
+        centre = self.radius.double() * self.direction.double() * (self.target == "point")
+        return ((weight @ moment) * weight).sum() - 2 * centre @ (weight @ mean) + centre.square().sum()
 
     def mean(self, values: Callable[[Batch], Tensor]) -> Tensor:
         """The mean of a batch's values [B, h, w] over all training patches, float64."""

@@ -111,7 +111,8 @@ def test_patch_features_literally():
 )
 def test_distance_literally(target, p, squared):
     images = make_images()
-    model = fitted(NormOCC, images, target=target, p=p, squared=squared, norm=0.3, dim=7, precision="32")
+    options: dict[str, Any] = {"target": target, "p": p, "squared": squared, "norm": 0.3, "dim": 7}
+    model = fitted(NormOCC, images, **options, residual=0.5, precision="32")
     phi = patches(images)
     phi = phi / np.sqrt(np.linalg.eigvalsh(moments(phi)[0])[-1])
     w0 = model.project.weight.detach().double().numpy()[:, :, 0, 0]
@@ -135,13 +136,13 @@ def test_distance_literally(target, p, squared):
     found = maps_of(model, images)
     np.testing.assert_allclose(found.reshape(-1), expected, rtol=1e-4, atol=1e-5)
     assert found.shape == (IMAGES, SIDE, SIDE)
-    loss = model.training_step(next(batches(images, IMAGES)), 0)
+    loss = model.loss(next(batches(images, IMAGES)))
     assert loss.item() == pytest.approx(np.mean(expected), rel=1e-5)
     loss.backward()
     gradient = model.project.weight.grad.clone()
     model.project.weight.grad = None
     model.precision = "bf16"
-    low = model.training_step(next(batches(images, IMAGES)), 0)
+    low = model.loss(next(batches(images, IMAGES)))
     low.backward()
     assert low.item() == pytest.approx(loss.item(), rel=0.01)
     assert (model.project.weight.grad - gradient).norm() < 0.01 * gradient.norm()
