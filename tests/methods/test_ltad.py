@@ -165,7 +165,7 @@ def model(**options: Any) -> Any:
     }
     ltad = LTAD(backbone=Levels(), image_size=(32, 32), precision=32, **small | options)
     ltad.images = [[0, 1], [2], [3]]
-    ltad.trainer = SimpleNamespace(datamodule=SimpleNamespace(training_batch=stored_batch), global_step=0)  # type: ignore
+    ltad.trainer = SimpleNamespace(datamodule=SimpleNamespace(training_batch=stored_batch), global_step=0, testing=False)  # type: ignore
     return ltad
 
 
@@ -298,7 +298,7 @@ def test_tail_classes_are_filled_up(fill, lacking):
     counts = zip(NAMES, (8, 5, 2), strict=True)
     samples = [SimpleNamespace(path="a", category=name, label=0) for name, number in counts for _ in range(number)]
     ltad._trainer = SimpleNamespace(
-        datamodule=SimpleNamespace(train_samples=samples, training_batch=stored_batch), global_step=0
+        datamodule=SimpleNamespace(train_samples=samples, training_batch=stored_batch), global_step=0, testing=False
     )
     type(ltad).on_train_start(ltad)
     assert ltad.lacking.tolist() == lacking
