@@ -165,7 +165,9 @@ def model(**options: Any) -> Any:
     }
     ltad = LTAD(backbone=Levels(), image_size=(32, 32), precision=32, **small | options)
     ltad.images = [[0, 1], [2], [3]]
-    ltad.trainer = SimpleNamespace(datamodule=SimpleNamespace(training_batch=stored_batch), global_step=0, testing=False)  # type: ignore
+    ltad.trainer = SimpleNamespace(
+        datamodule=SimpleNamespace(training_batch=stored_batch), global_step=0, testing=False
+    )  # type: ignore
     return ltad
 
 
