@@ -159,7 +159,7 @@ def test_the_key_of_features_on_a_gpu(monkeypatch):
     pipeline: Any = SimpleNamespace(description=lambda: "as in test")
     on_gpu, on_cpu = (key(backbone, pipeline, torch.device(name), "auto") for name in ("cuda", "cpu"))
     assert on_gpu["float32"] == "ieee"
-    assert set(on_gpu) - set(on_cpu) == {"float32"}
+    assert set(on_gpu) - set(on_cpu) == {"float32", "batch"}
 
 
 # --- threads ---
@@ -198,8 +198,8 @@ def test_cost_and_figures_are_made_on_the_runs_device(root, tmp_path, monkeypatc
     original: Any = run_module.write_with_extras
 
     def elsewhere(*given: Any) -> None:
-        asked.append(given[5])
-        original(*given[:5], torch.device("cpu", 0), *given[6:])
+        asked.append(given[6])
+        original(*given[:6], torch.device("cpu", 0), *given[7:])
 
     def note(name: str, at: int) -> Any:
         return lambda *given: seen.update({name: str(given[at].device)})
