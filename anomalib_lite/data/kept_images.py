@@ -62,5 +62,8 @@ def shared_bytes(size: int, on_disk: bool) -> mmap.mmap:
         return mmap.mmap(-1, max(size, 1))
     cache_folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=cache_folder()) as file:
-        os.posix_fallocate(file.fileno(), 0, size)  # now, because a write into the map could only crash
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(file.fileno(), 0, size)  # now, because a write into the map could only crash
+        else:
+            os.ftruncate(file.fileno(), size)
         return mmap.mmap(file.fileno(), size)
