@@ -1,8 +1,9 @@
 """Self-supervised autoencoder (Bauer, Nakajima, Müller, arXiv 2206.11723; Mathematics 12(24), 3988).
 
 An autoencoder is trained to restore the clean image from a partly corrupted one, so that it acts as a projection onto
-the normal manifold. The score is the squared error of one forward pass. `data.corrupt` corrupts the images. Details
-follow re-implementations, since the paper's own were not available; our own choices are marked.
+the normal manifold. The score is the squared error of one forward pass. `data.corrupt` corrupts the images. Gaussian
+noise on top, which the target keeps, is of the authors' follow-up, whose σ we don't know. Details follow
+re-implementations, since the paper's own were not available; our own choices are marked.
 """
 
 from typing import Any
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
 from anomalib_lite.methods.held_out import mean_loss
+from anomalib_lite.methods.resizing import resize
+from anomalib_lite.methods.scoring import smooth
 
 DILATIONS = (1, 2, 4, 8, 16, 32)
 MARGIN = 8  # pixels
 SKIPS = ("none", "concat", "ccm")
+FLOOR = 0.2  # of the mean normal error; it bounds how much a place with hardly any error counts
 CHANGED = 1.5 / 255  # |x̂ − x| > 1/255, between two 8-bit levels: 1/255 itself rounds either way in float32
 
 
@@ -90,12 +94,16 @@ class Autoencoder(nn.Module):
     The image gets a mirrored margin (ours): next to zero padding reconstructions are bad, and the largest errors of
     normal images were in their corners.
 
+    With `input_skip` (ours) the output is β ⊙ x + (1 − β) ⊙ y of the image x and the decoder's image y, β in (0, 1) for
+    every pixel: the same convex combination as in the skip connections, so that unchanged parts are simply copied.
+
     Three stages halve the resolution to 1/2, 1/4 and 1/8, with `width`, 2 · `width` and 4 · `width` channels. `side` is
     the side of the training images, in pixels.
     """
 
-    def __init__(self, width: int = 64, skip: str = "ccm", side: int = 256):
+    def __init__(self, width: int = 64, skip: str = "ccm", side: int = 256, input_skip: bool = False):
         super().__init__()
+        self.input_skip = input_skip
         w1, w2, w3 = width, 2 * width, 4 * width
         self.down1 = nn.Sequential(conv(3, w1, stride=2), conv(w1, w1))
         self.down2 = nn.Sequential(conv(w1, w2, stride=2), conv(w2, w2))
@@ -103,7 +111,7 @@ class Autoencoder(nn.Module):
         self.bottleneck = DilatedStack(w3, (side + 2 * MARGIN) // 8)
         self.up2, self.join2 = conv(w3, w2), Joint(skip, w2)
         self.up1, self.join1 = conv(w2, w1), Joint(skip, w1)
-        self.out = nn.Sequential(nn.Conv2d(w1, 12, 3, 1, 1), nn.PixelShuffle(2))
+        self.out = nn.Sequential(nn.Conv2d(w1, 16 if input_skip else 12, 3, 1, 1), nn.PixelShuffle(2))
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
@@ -116,7 +124,11 @@ class Autoencoder(nn.Module):
         y = self.join2(x2, self.up2(F.interpolate(y, scale_factor=2)))
         y = self.join1(x1, self.up1(F.interpolate(y, scale_factor=2)))
         with torch.autocast(y.device.type, enabled=False):  # bf16 would round the output to steps of up to 1/256
-            return self.out(y.float())[..., MARGIN : MARGIN + height, MARGIN : MARGIN + width]
+            y = self.out(y.float())
+            if self.input_skip:
+                y, beta = y[:, :3], torch.sigmoid(y[:, 3:])
+                y = y + beta * (x.float() - y)
+            return y[..., MARGIN : MARGIN + height, MARGIN : MARGIN + width]
 
 
 def losses(output: Tensor, clean: Tensor, image: Tensor, weight: float) -> Tensor:
@@ -140,7 +152,12 @@ class SSAE(AnomalyModule):
     Args:
         width: channels of the first stage; 64 in the full size.
         skip: how the decoder uses the encoder at 1/2 and 1/4: "ccm" (convex combination), "concat" or "none".
+        input_skip: whether the output is a convex combination of the image and the decoder's image (ours).
         corrupted_weight: λ, the share of the corrupted part in the loss.
+        noise: σ of the Gaussian noise that is added to a training image and to its target, in units of [0, 1]. It pulls
+            the reconstruction's Jacobian in clean parts towards the identity: the loss gains σ²‖J − I‖².
+        calibrate: errors are divided by the mean error of the normal training images at the same place (ours), of the
+            same class if there are several. The mean is smoothed like maps; it counts by its own mean's FLOOR at least.
         patience: training ends early when the loss over held-out training images (data.val_fraction, half of them
             corrupted) has no new minimum in this many evaluations, one every `eval_every` batches. None: never.
     """
@@ -148,12 +165,16 @@ class SSAE(AnomalyModule):
     uses_backbone = False
     best: Tensor
     waited: Tensor
+    normal_error: Tensor
 
     def __init__(
         self,
         width: int = 64,
         skip: str = "ccm",
+        input_skip: bool = False,
         corrupted_weight: float = 0.9,
+        noise: float = 0.0,
+        calibrate: bool = False,
         patience: int | None = None,
         eval_every: int = 200,
         **context: Any,
@@ -163,6 +184,8 @@ class SSAE(AnomalyModule):
             raise UserError(f"method.skip={skip}: choose {', '.join(SKIPS)}")
         if not 0 <= corrupted_weight <= 1:
             raise UserError(f"method.corrupted_weight={corrupted_weight}: give a share from 0 to 1")
+        if noise < 0:
+            raise UserError(f"method.noise={noise}: give a standard deviation from 0, in units of [0, 1]")
         for name, value in (
             ("width", width),
             ("eval_every", eval_every),
@@ -171,9 +194,13 @@ class SSAE(AnomalyModule):
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"method.{name}={value}: give a whole number from 1")
         self.weight, self.patience, self.eval_every = corrupted_weight, patience, eval_every
-        self.net = Autoencoder(width, skip, min(self.image_size)).to(memory_format=torch.channels_last)
+        self.noise, self.calibrate = noise, calibrate
+        side = min(self.image_size)
+        self.net = Autoencoder(width, skip, side, input_skip).to(memory_format=torch.channels_last)
         self.register_buffer("best", torch.tensor(torch.inf, dtype=torch.float64))  # held-out loss
         self.register_buffer("waited", torch.tensor(0))  # evaluations since then
+        if calibrate:
+            self.register_buffer("normal_error", torch.ones(len(self.categories), *self.image_size))
 
     def reconstruct(self, images: Tensor) -> Tensor:
         with self.autocast():
@@ -196,11 +223,17 @@ class SSAE(AnomalyModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self.patience and self.global_step and self.global_step % self.eval_every == 0:
             self.look()
+        if self.noise:
+            noise = self.noise * torch.randn_like(batch["clean"])
+            batch = batch | {"image": batch["image"] + noise, "clean": batch["clean"] + noise}
         return self.losses(batch).mean()
 
     def losses(self, batch: Batch) -> Tensor:
         """The loss of each image, [B]."""
         return losses(self.reconstruct(batch["image"]), batch["clean"], batch["image"], self.weight)
+
+    def held_out_loss(self, batch: Batch) -> Tensor:
+        return self.losses(batch)
 
     def look(self) -> None:
         """Compare the loss of held-out images, corrupted and clean ones, with the best one so far."""
@@ -213,9 +246,31 @@ class SSAE(AnomalyModule):
         """Whether the current batch is the last one, because the held-out loss no longer falls."""
         return self.patience is not None and int(self.waited) >= self.patience
 
-    def anomaly_map(self, batch: Batch) -> Tensor:
+    @torch.no_grad()
+    def on_train_end(self) -> None:
+        """With `calibrate`, the mean error of the training images, uncorrupted, at each place and of each class."""
+        if not self.calibrate:
+            return
+        sums = torch.zeros_like(self.normal_error, dtype=torch.float64)
+        counts = torch.zeros(len(self.categories), 1, 1, dtype=torch.float64, device=self.device)
+        self.eval()
+        for batch in self.train_eval_batches():
+            errors = resize(self.errors(batch)[:, None], self.image_size)[:, 0].double()
+            sums.index_add_(0, batch["category"], errors)
+            counts.index_add_(0, batch["category"], torch.ones_like(errors[:, :1, :1]))
+        self.train()
+        mean = smooth((sums / counts).float(), self.scoring["pixel_smooth"])
+        self.normal_error.copy_(mean + (FLOOR * mean.mean((1, 2), keepdim=True)).clamp_min(1e-12))
+
+    def errors(self, batch: Batch) -> Tensor:
         """Squared error, mean over channels, [B, H, W]."""
         return (self.reconstruct(batch["image"]) - batch["image"]).square().mean(1)
+
+    def anomaly_map(self, batch: Batch) -> Tensor:
+        errors = self.errors(batch)
+        if not self.calibrate:
+            return errors
+        return errors / resize(self.normal_error[batch["category"], None], errors.shape[-2:])[:, 0]
 
     def visualize(self, batch: Batch) -> dict[str, Tensor]:
         return {"reconstruction": self.reconstruct(batch["image"]).clamp(0, 1)}

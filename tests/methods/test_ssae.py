@@ -207,6 +207,55 @@ def test_score_is_the_formula():
         np.testing.assert_allclose(found["score"][i], uniform_filter(error[i], 21, mode="reflect").max(), rtol=1e-4)
 
 
+def test_output_combines_the_image_and_the_decoders():
+    """The same weights without the skip give the decoder's image y and, as a fourth channel, the logit of β."""
+    torch.manual_seed(0)
+    net = Autoencoder(4, side=32, input_skip=True).eval()
+    x = images(2, 3, 24, 32)
+    with torch.no_grad():
+        found = net(x).double().numpy()
+        net.input_skip = False
+        y, logit = np.split(net(x).double().numpy(), [3], axis=1)
+    beta = 1 / (1 + np.exp(-logit))
+    np.testing.assert_allclose(found, beta * x.double().numpy() + (1 - beta) * y, rtol=1e-5, atol=1e-6)
+
+
+def test_noise_is_kept_in_the_target(monkeypatch):
+    """Input x̂ + n, target x + n with one n ~ N(0, σ²); where x̂ = x, the mask stays empty."""
+    seen = []
+    model = SSAE(width=4, noise=0.05, image_size=(32, 32), precision="32")
+    monkeypatch.setattr(model, "losses", lambda batch: seen.append(batch) or model.net(batch["image"]).mean())
+    clean = images(64, 3, 32, 32)
+    image = clean.clone()
+    image[:, :, 4:9] += 0.3
+    model.training_step({"image": image, "clean": clean}, 0)
+    noise = (seen[0]["clean"] - clean).double()
+    torch.testing.assert_close(seen[0]["image"] - image, noise.float(), rtol=0, atol=1e-6)
+    assert noise.std().item() == pytest.approx(0.05, rel=0.02)
+    assert abs(noise.mean().item()) < 1e-3
+    inside = ((seen[0]["image"] - seen[0]["clean"]).abs() > ssae.CHANGED).any(1)
+    assert inside[:, 4:9].all()
+    assert inside.sum() == 64 * 5 * 32
+
+
+def test_errors_are_divided_by_the_normal_error_of_their_place_and_class(monkeypatch):
+    scoring = {"pixel_smooth": {"box": 5}, "image_smooth": "same", "image_score": "max"}
+    torch.manual_seed(0)
+    model = SSAE(width=4, calibrate=True, image_size=(24, 32), categories=("a", "b"), scoring=scoring, precision="32")
+    x, classes = images(6, 3, 24, 32), torch.tensor([0, 1, 1, 0, 1, 0])
+    batches = [{"image": x[part], "category": classes[part]} for part in (slice(4), slice(4, 6))]
+    monkeypatch.setattr(model, "train_eval_batches", lambda: iter(batches))
+    model.on_train_end()
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        error = ((model.net(x) - x).double() ** 2).mean(1).numpy()
+        found = model.anomaly_map({"image": x, "category": classes}).numpy()
+    for i, name in enumerate(classes.tolist()):
+        mean = uniform_filter(error[classes.numpy() == name].mean(0), 5, mode="reflect")
+        np.testing.assert_allclose(found[i], error[i] / (mean + 0.2 * mean.mean()), rtol=1e-4)
+
+
 def test_low_precision_keeps_the_output_fine():
     """bf16 has steps of 1/256 below 1: the output must not be rounded to them."""
     torch.manual_seed(0)
