@@ -3,7 +3,9 @@
 import contextlib
 import os
 import re
+import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,21 @@ def replacing(file: Path) -> Iterator[Path]:
         part.replace(file)
     finally:  # also of a program that was interrupted
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which becomes `folder` when the block ends without an exception.
+
+    Raises OSError where `folder` holds files by then, as when another process was faster; an empty one is replaced.
+    """
+    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def write_text(file: Path, text: str) -> None:

@@ -62,13 +62,18 @@ def titles(found: Sequence[Place]) -> dict[Place, str]:
 def root_of(run: Run) -> Path | None:
     """The folder that the run's images are in, or were in."""
     data = dict_at(run.config, "data")
+    reader = dict_at(data, "reader")
+    if data.get("root") and str(reader.get("_target_", "")).endswith(".read_cifar10"):
+        from anomalib_lite.data.cifar10 import BATCHES, unpacked_root
+
+        if Path(str(data["root"])).expanduser().joinpath(BATCHES).is_dir():
+            return unpacked_root()
     if data.get("root"):
         return Path(str(data["root"])).expanduser().absolute()
     if data.get("normal"):
         return common_root(*(data.get(key) for key in ("normal", "normal_test", "abnormal", "masks")))
     if data.get("table"):
         return Path(data["table"]).parent
-    reader = dict_at(data, "reader")
     if str(reader.get("_target_", "")).endswith(".read_synthetic"):
         from anomalib_lite.data.synthetic import cached_root
 

@@ -3,10 +3,9 @@
 It has two textures (`fabric`, single-channel like MVTec's grid, and `wood`) and two objects (`gear`, `board`).
 """
 
+import functools
 import json
 import logging
-import shutil
-import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ from anomalib_lite.data.readers import read_folder
 from anomalib_lite.data.samples import DataSet
 from anomalib_lite.data.synthetic_drawings import CATEGORIES, picture
 from anomalib_lite.errors import UserError
-from anomalib_lite.paths import cache_folder
+from anomalib_lite.paths import cache_folder, whole_folder
 
 VERSION = 1  # raise this number whenever a pixel changes: it is part of the cache folder's name
 STAMP = "synthetic.json"
@@ -53,7 +52,6 @@ def generate(
     if _holds(root, stamp):
         return root
     log.info("drawing the synthetic data set into %s", root)
-    draft = root.with_name(f".{root.name}.{uuid.uuid4().hex}")
     jobs: list[tuple[str, str, str | None, int, int]] = []
     for name in names:
         jobs += [(name, "train/good", None, 0, i) for i in range(train)]
@@ -65,7 +63,7 @@ def generate(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(cv2.imencode(".png", image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes())
 
-    def make(job: tuple[str, str, str | None, int, int]) -> None:
+    def make(draft: Path, job: tuple[str, str, str | None, int, int]) -> None:
         name, folder, kind, split, index = job
         image, mask = picture(name, kind, seed, size, split, index)
         write(draft / name / folder / f"{index:03d}.png", image)
@@ -73,16 +71,14 @@ def generate(
             write(draft / name / f"ground_truth/{kind}/{index:03d}_mask.png", mask[..., None].astype(np.uint8) * 255)
 
     try:
-        with ThreadPoolExecutor(threads()) as pool:  # threads suffice: NumPy and OpenCV release the GIL
-            list(pool.map(make, jobs))
-        (draft / STAMP).write_text(json.dumps(stamp))
-        draft.rename(root)  # replaces an empty folder and fails if the folder holds files
+        # threads suffice: NumPy and OpenCV release the GIL
+        with whole_folder(root) as draft, ThreadPoolExecutor(threads()) as pool:
+            list(pool.map(functools.partial(make, draft), jobs))
+            (draft / STAMP).write_text(json.dumps(stamp))
     except OSError as error:
         if not _holds(root, stamp):
             hint = "choose another data.root or, for the cache, ANOMALIB_LITE_CACHE"
             raise UserError(f"{root}: can't write the synthetic data set ({error.strerror}); {hint}") from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return root
 
 

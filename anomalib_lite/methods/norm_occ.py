@@ -1,7 +1,8 @@
 """Norm-based one-class classification (Gao, Luo, Shen, Zhang, arXiv 2308.11898), our reading of its abstract.
 
 A frozen backbone's patch features φ are projected by one 1×1 convolution P. A target that is fixed independently of
-the data replaces the centre of the hypersphere; the distance to it is minimised and is the score.
+the data replaces the centre of the hypersphere; the distance to it is minimised and is the score. With a global feature
+the same is image-level one-class classification, as on CIFAR-10.
 """
 
 import math
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
@@ -17,7 +19,36 @@ from anomalib_lite.methods.moments import check_folds, moments
 from anomalib_lite.methods.patches import patch_features, projection
 
 
-class NormOCC(AnomalyModule):
+class NormFeatures(AnomalyModule):
+    """The features φ of both forms: of every position, or one of the image.
+
+    Args:
+        global_feature: φ is the mean of each level over all positions, so that an image has one score and its map is
+            constant. This is our reading of the paper's image-level protocol, of which we know that it exists.
+    """
+
+    frozen_features = True
+    uses_images = False
+
+    def __init__(self, global_feature: bool = False, **context: Any):
+        super().__init__(**context)
+        self.keeps = "means over positions" if global_feature else ""
+
+    def kept(self, levels: list[Tensor]) -> list[Tensor]:
+        """With a global feature the means of the levels, [B, C_i, 1, 1]."""
+        return [level.mean((2, 3), keepdim=True) for level in levels] if self.keeps else levels
+
+    def phi(self, batch: Batch) -> Tensor:
+        """φ, [B, h, w, C], with h = w = 1 for a global feature."""
+        levels = self.features(batch)
+        return (torch.cat(levels, 1) if self.keeps else patch_features(levels)).movedim(1, -1)
+
+    def notes(self) -> list[str]:
+        one = "method.global_feature=true: an image has one score; its map is constant and shows no place of a defect"
+        return [one] if self.keeps else []
+
+
+class NormOCC(NormFeatures):
     """The trained projector.
 
     Features are divided by √λ, with λ the largest eigenvalue of E[φφᵀ], so that one learning rate suits all backbones.
@@ -35,8 +66,6 @@ class NormOCC(AnomalyModule):
             and it sees training images alone.
     """
 
-    frozen_features = True
-    uses_images = False
     direction: Tensor
     radius: Tensor
     scale: Tensor
@@ -81,8 +110,7 @@ class NormOCC(AnomalyModule):
         if not self.radius.isnan():
             self.stopped_early = bool(self.ended)
             return
-        patches = lambda batch: patch_features(self.features(batch)).movedim(1, -1)  # noqa: E731
-        moment, mean = next(moments(self, patches))
+        moment, mean = next(moments(self, self.phi))
         self.scale.fill_(torch.linalg.eigvalsh(moment)[-1].clamp_min(1e-30) ** -0.5)
         self.radius.fill_(self.norm * self.mean(self.norms))
         if self.residual is not None:
@@ -107,14 +135,16 @@ class NormOCC(AnomalyModule):
         """‖Pφ‖ in the target's norm, [B, h, w]."""
         return torch.linalg.vector_norm(self.projected(batch), self.p if self.target == "shell" else 2, dim=1)
 
-    def projected(self, batch: Batch) -> Tensor:
-        """Pφ, [B, dim, h, w]."""
-        return projection(self.project.weight * self.scale, self.features(batch))
+    def projected(self, batch: Batch, centre: Tensor | None = None) -> Tensor:
+        """Pφ − c, [B, dim, h, w]; without a centre c = 0."""
+        weight = self.project.weight * self.scale
+        if self.keeps:
+            return F.conv2d(torch.cat(self.features(batch), 1), weight, None if centre is None else -centre)
+        return projection(weight, self.features(batch), centre)
 
     def offset(self, batch: Batch) -> Tensor:
         """Pφ − c, [B, dim, h, w]; only the point target has c ≠ 0."""
-        centre = self.radius * self.direction if self.target == "point" else None
-        return projection(self.project.weight * self.scale, self.features(batch), centre)
+        return self.projected(batch, self.radius * self.direction if self.target == "point" else None)
 
     def distance(self, batch: Batch) -> Tensor:
         """Distance of every patch to the target, [B, h, w]."""
@@ -149,8 +179,9 @@ class NormOCC(AnomalyModule):
 
     def notes(self) -> list[str]:
         if self.residual is None or not self.steps or self.stopped_early:
-            return []
-        return [f"the budget ended before the loss fell to method.residual={self.residual} of that before training"]
+            return super().notes()
+        ended = f"the budget ended before the loss fell to method.residual={self.residual} of that before training"
+        return [*super().notes(), ended]
 
     def anomaly_map(self, batch: Batch) -> Tensor:
         return self.distance(batch)
@@ -167,7 +198,7 @@ def complete(module: NormOCC, state: dict[str, Tensor], prefix: str, *_: Any) ->
         state.setdefault(f"{prefix}{name}", getattr(module, name).detach().clone())
 
 
-class NormOCCClosedForm(AnomalyModule):
+class NormOCCClosedForm(NormFeatures):
     """The point target's score after gradient descent, computed without training.
 
     With S = E[φφᵀ], μ = E[φ] and W* = cμᵀS⁻¹, descent of E‖Wφ − c‖² gives W_t = W* + (W₀ − W*)A, A = (I − 2ηS)^t.
@@ -181,8 +212,6 @@ class NormOCCClosedForm(AnomalyModule):
             model of the others. So thresholds do not come from images that the model was fitted to.
     """
 
-    frozen_features = True
-    uses_images = False
     decay: Tensor
     solution: Tensor
     radius2: Tensor
@@ -206,8 +235,7 @@ class NormOCCClosedForm(AnomalyModule):
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
-        fits = moments(self, lambda batch: patch_features(self.features(batch)).movedim(1, -1), self.folds)
-        models = [self.solved(*fit) for fit in fits]
+        models = [self.solved(*fit) for fit in moments(self, self.phi, self.folds)]
         self.decay, self.solution, self.radius2 = models[0]
         for part, model in enumerate(models[1:]):
             for buffer, value in zip((self.fold_decay, self.fold_solution, self.fold_radius2), model, strict=True):
@@ -227,7 +255,7 @@ class NormOCCClosedForm(AnomalyModule):
         )
 
     def anomaly_map(self, batch: Batch) -> Tensor:
-        phi = patch_features(self.features(batch)).movedim(1, -1)  # [B, h, w, C]
+        phi = self.phi(batch)
         if not (self.folds and batch.get("is_train_image")):
             return self.scored(phi, self.decay, self.solution, self.radius2)
         models = [

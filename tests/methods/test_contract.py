@@ -40,7 +40,9 @@ RESET = ("method.variant=stable", "method.variants.stable.stable.reset_every=2",
 CASES = {
     "norm_occ": Case("norm_occ"),
     "norm_occ shell": Case("norm_occ", (2,), ("method.target=shell",)),
+    "norm_occ global": Case("norm_occ", (2,), ("method.global_feature=true",)),
     "norm_occ_closed_form": Case("norm_occ_closed_form", (0,)),
+    "norm_occ_closed_form global": Case("norm_occ_closed_form", (0,), ("method.global_feature=true",)),
     "subspace_ad": Case("subspace_ad", (0,)),
     "padim": Case("padim", (0,), ("method.dim=16",)),
     "patchcore": Case("patchcore", (0,)),
@@ -64,8 +66,9 @@ CASES = {
 }  # fmt: skip
 #: options that must change the scores of the case before them
 SWITCHES = {
-    "norm_occ": ["method.target=shell", "method.target=zero", "method.squared=false", "method.norm=2", "method.dim=8"],
-    "norm_occ_closed_form": ["method.norm=2", "method.residual=0.5"],
+    "norm_occ": ["method.target=shell", "method.target=zero", "method.squared=false", "method.norm=2", "method.dim=8",
+                 "method.global_feature=true"],
+    "norm_occ_closed_form": ["method.norm=2", "method.residual=0.5", "method.global_feature=true"],
     "subspace_ad": ["method.variance=0.5"],
     "padim": ["method.dim=8", "method.regularisation=1.0"],
     "rad": ["method.k=1", "method.r=0"],

@@ -148,6 +148,31 @@ def test_distance_literally(target, p, squared):
     assert (model.project.weight.grad - gradient).norm() < 0.01 * gradient.norm()
 
 
+@pytest.mark.parametrize("method", [NormOCC, NormOCCClosedForm])
+def test_a_global_feature_is_the_mean_of_each_level(method):
+    """One score per image: the literal formula on the means over all positions, in float64."""
+    images, other = make_images(), make_images(1)
+    model = fitted(method, images, norm=0.3, global_feature=True, precision="32")
+
+    def phi(images):
+        return np.concatenate([level.double().numpy().mean((2, 3)) for level in Levels()(images)], 1)
+
+    s, mu = moments(phi(images))
+    values, axes = np.linalg.eigh(s)
+    if method is NormOCC:
+        w = model.project.weight.detach().double().numpy()[:, :, 0, 0] / np.sqrt(values[-1])
+        c = 0.3 * np.mean(np.linalg.norm(phi(images) @ w.T, axis=1)) * model.direction.double().numpy()
+        expected = np.sum((phi(other) @ w.T - c) ** 2, 1)
+    else:
+        decay = axes @ np.diag(np.exp(-descent_time(torch.from_numpy(values), 0.01) * values)) @ axes.T
+        solved = np.linalg.solve(s, mu - decay @ mu)
+        expected = np.sum((phi(other) @ decay) ** 2, 1) + 0.09 * np.trace(s) * (1 - phi(other) @ solved) ** 2
+    found = maps_of(model, other)
+    assert found.shape == (IMAGES, 1, 1)
+    np.testing.assert_allclose(found[:, 0, 0], expected, rtol=1e-4)
+    assert any("its map is constant" in note for note in model.notes())
+
+
 def test_projection_of_each_level_on_its_own_grid():
     rng = torch.Generator().manual_seed(0)
     shapes = ((2, 3, 8, 6), (2, 5, 4, 3), (2, 2, 3, 5))

@@ -262,7 +262,7 @@ def test_unknown_category(category, data, tmp_path):
 
 
 def test_data_set_that_is_not_there(tmp_path):
-    assert_refused("data=foo: no such choice; choose from btad, folder, kolektor_sdd", "data=foo", run_dir=tmp_path)
+    assert_refused("data=foo: no such choice; choose from btad, cifar10, folder", "data=foo", run_dir=tmp_path)
 
 
 def test_category_of_the_synthetic_set(tmp_path):

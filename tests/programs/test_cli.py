@@ -90,7 +90,7 @@ def test_help_lists_what_a_user_may_choose(tmp_path):
     outcome = train("--help", small=False)
     groups = dict(line.split(": ", 1) for line in outcome.out.splitlines() if re.match(r"\w+: \w+, ", line))
     assert groups["data"] == (
-        "btad, folder, kolektor_sdd, kolektor_sdd2, mpdd, mvtec, mvtec_ad_2, mvtec_loco, real_iad, "
+        "btad, cifar10, folder, kolektor_sdd, kolektor_sdd2, mpdd, mvtec, mvtec_ad_2, mvtec_loco, real_iad, "
         "synthetic, table, visa"
     )
     assert "ltad_small" in groups["experiments"].split(", ")
