@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import shutil
+import time
 import uuid
 import zlib
 from collections.abc import Iterator, Sequence
@@ -109,19 +110,26 @@ class FeatureFiles:
             (self.folder / "key.txt").write_text(text)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, seconds: float = 0.0) -> Iterator[None]:
         """A lock: one run writes at a time. The system releases the lock of a killed process.
 
         Processes forked from this one, such as those that load data, do not inherit it.
 
         The incomplete files of killed writers are removed first.
+
+        Raises:
+            BlockingIOError: another run holds the lock for longer than `seconds`.
         """
+        end = time.monotonic() + seconds
         with (self.folder / "lock").open("w") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info("waiting for another run that computes features with the same backbone")
-                fcntl.lockf(file, fcntl.LOCK_EX)
+            while True:
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= end:
+                        raise
+                    time.sleep(0.2)
             for part in self.folder.glob(f"*.part{FILES[1:]}"):
                 part.unlink()
             yield

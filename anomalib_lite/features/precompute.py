@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 Levels = list[Tensor]  # [B, C_i, H_i, W_i]
 # Images of every forward pass on a CPU. With another number, a network's output may differ in its last bit.
 BATCH = 16
+LOCK_SECONDS = 60.0  # the ranks meet this often while they wait for a lock: NCCL ends a wait of half an hour
 
 
 def precompute(
@@ -116,9 +117,7 @@ class Extraction:
         complete = self.agreed() and self.trainer.strategy.reduce_boolean_decision(stored.holds(paths))
         if self.agreed() and not complete:
             with contextlib.ExitStack() as lock:
-                with self.noting_problems():
-                    if self.trainer.is_global_zero:
-                        lock.enter_context(self.files.locked())
+                self.enter(lock)
                 if self.agreed():  # rank 0 has the lock; now all ranks read files written meanwhile
                     with self.noting_problems():
                         self.files.load(self.keys, stored)
@@ -127,12 +126,30 @@ class Extraction:
                     if self.agreed() and missing:
                         self.files.load({path: self.keys[path] for path in missing}, stored)  # of all ranks
         if self.agreed() and not stored.holds(paths):
-            self.problem = "another program has removed its files"
+            self.problem = (
+                "its files are gone: another program has removed them, or cache.folder is not shared by all nodes"
+            )
         if not self.agreed():
             if self.trainer.is_global_zero:
                 log.warning("the feature cache is not used: %s", self.problem or "another rank could not write")
             return StoredFeatures(self.data.eval_pipeline), {"used": False, "why": self.problem}
         return stored, self.report(stored, paths, len(missing))
+
+    def enter(self, held: contextlib.ExitStack) -> None:
+        """Rank 0 waits for the files' lock, which `held` releases; the other ranks wait with it."""
+        waits, seconds = self.trainer.is_global_zero, 0.0
+        while self.trainer.strategy.reduce_boolean_decision(waits, all=False):
+            if not waits:
+                continue
+            with self.noting_problems():
+                try:
+                    held.enter_context(self.files.locked(seconds))
+                except BlockingIOError:
+                    if not seconds:
+                        log.info("waiting for another run that computes features with the same backbone")
+                    seconds = LOCK_SECONDS
+                    continue
+            waits = False
 
     def fill(self, missing: list[str]) -> None:
         """Compute this rank's share of the missing features, in whole batches, and write them into new files.

@@ -29,8 +29,10 @@ class Training(L.Callback):
     """Counts batches against the budget, seeds every batch, logs scalars, and writes checkpoints.
 
     Every random number of a batch follows from (seed, batch, rank): a run resumed at any batch continues exactly as if
-    it had not been interrupted. A loss that is not finite or has exploded ends the run. The loss is checked when it is
-    logged and before every checkpoint, which is written only if weights and optimizer states are finite.
+    it had not been interrupted. A closed form starts from the random state that building the method has left, because
+    Lightning seeds again where it joins ranks. A loss that is not finite or has exploded ends the run. The loss is
+    checked when it is logged and before every checkpoint, which is written only if weights and optimizer states are
+    finite.
     After every epoch the loss of held-out images (data.val_fraction) is logged for methods that define one.
 
     Args:
@@ -42,7 +44,7 @@ class Training(L.Callback):
     def __init__(self, cfg: dict[str, Any], checkpoint: Path, total_steps: int):
         self.cfg, self.seed, self.log_every = cfg, cfg["seed"], cfg["trainer"]["log_every"]
         self.checkpoints = CheckpointWriter(checkpoint, cfg["trainer"]["checkpoint_minutes"])
-        self.total_steps = total_steps
+        self.total_steps, self.random_state = total_steps, torch.get_rng_state()
         self.steps, self.fit_s, self.start = 0, 0.0, time.perf_counter()
         self.first_loss: float | None = None
         self.started = False
@@ -73,6 +75,7 @@ class Training(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.start = time.perf_counter()
+        torch.set_rng_state(self.random_state)
         if self.steps:
             log.info("resuming after batch %d", self.steps)
             for logger in trainer.loggers:

@@ -144,6 +144,18 @@ def test_training_on_two_ranks_is_training_on_one(root, tmp_path, method):
     np.testing.assert_allclose(found[0], found[1], rtol=1e-2)
 
 
+def test_two_ranks_pick_the_bank_of_one(root, tmp_path):
+    """The coreset's first pick and the drawn patches are random."""
+    more = ["hardware.threads=1", "method.max_patches=200", "method.project=32"]
+    options = {n: [*arguments(root, tmp_path / str(n), "patchcore", n, "bottle"), *more] for n in (1, 2)}
+    assert runs.train(*options[1], small=False).code == 0
+    on_ranks("train", options[2], 2)
+    one, two = (weights_of(tmp_path / n) for n in "12")
+    assert len(one["bank"]) == 20
+    assert torch.equal(one["bank"], two["bank"])
+    assert torch.equal(one["owners"], two["owners"])
+
+
 def test_ranks_that_are_killed_and_started_again(root, tmp_path):
     budget = ("trainer.max_steps=40", "trainer.log_every=1")
     plain, killed = ([*arguments(root, tmp_path / name, "norm_occ", 2, "bottle"), *budget] for name in "pk")
