@@ -1,5 +1,6 @@
 """Keys such as `data.batch_size` in a nested configuration, and the names that keys and classes had before."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -105,3 +106,15 @@ def _old_keys(config: dict[str, Any]) -> Iterator[str]:
     for key in RENAMED:
         if lookup(config, key, ...) is not ... and not (own_method and key.startswith("method.")):
             yield key
+
+
+def method_defaults(target: Any) -> dict[str, Any]:
+    """{"method.OPTION": default} of a method's constructor and those of its base classes; none of an unknown class."""
+    from hydra.utils import get_class
+
+    try:
+        classes = inspect.getmro(get_class(str(target)))
+    except Exception:  # what `build` says with its own words
+        return {}
+    options = [x for each in reversed(classes) for x in inspect.signature(each.__init__).parameters.values()]
+    return {f"method.{x.name}": x.default for x in options if x.default is not inspect.Parameter.empty}

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from anomalib_lite.cli.keys import assign, flat, lookup, translate
+from anomalib_lite.cli.keys import assign, flat, lookup, method_defaults, translate
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import write_text
 from anomalib_lite.runs import inputs
@@ -178,6 +178,8 @@ def differences(before: dict[str, Any], after: dict[str, Any], *where: str) -> I
     from anomalib_lite.cli.schema import defaults, is_free
 
     one, two = (defaults() | flat(config) for config in (before, after))
+    if any(key.startswith("method.") for key in one.keys() ^ two.keys()):  # options that the method got since then
+        one, two = (method_defaults(each.get("method._target_")) | each for each in (one, two))
     for key in sorted(key for key in one.keys() | two.keys() if not key.startswith("data.split.")):  # as `split`
         if one.get(key) != two.get(key) and not any(is_free(key, place) for place in where):
             yield key, one.get(key), two.get(key)

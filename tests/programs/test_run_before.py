@@ -78,6 +78,7 @@ def test_resume_an_interrupted_run(run, whole, tmp_path):
         "data=folder", "data.category=bottle", "hardware=cpu", "logger=csv", "data.batch_size=4", "method=ssae",
         "method.width=4", "method.eval_every=2", "method.patience=9", "data.val_fraction=0.25", "data.image_size=32",
         "trainer.max_steps=7", "trainer.log_every=1", "trainer.checkpoint_minutes=0",
+        "method.noise=0.0", "method.input_skip=false", "method.calibrate=false",  # defaults have changed since then
     ]  # fmt: skip
     outcome = train(*(line if whole else []), ROOT, "resume=true", f"hydra.run.dir={run}", small=False)
     assert (outcome.code, outcome.err) == (0, "")
