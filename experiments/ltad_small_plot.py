@@ -3,7 +3,7 @@
 The runs are those below the folders. The tables go to the standard output, the plot to experiments/ltad_small.png.
 Means are over cells, a profile and an order of the categories each; intervals are of 95 % over seeds within cells
 (Student's t, the cells' pooled variance). With --base the last columns are the differences to this row, for head, tail
-and all, and there is no plot.
+and all, and there is no plot. With one seed the intervals of differences are over the cells.
 """
 
 import argparse
@@ -42,13 +42,14 @@ def main() -> None:
                 for metric in METRICS:
                     values[named(result["method"], config), group, metric][cell][result["seed"]] = found[metric]
     rows = sorted({row for row, _, _ in values})
+    profiles = sorted({cell[0] for cells in values.values() for cell in cells})
+    parts = [(profile, group) for profile in profiles for group in ("head", "tail")]
     for metric, title in METRICS.items():
         less = " | ".join(f"{group}, less {whose}" for group in compared)
-        print(f"\n| {title} | runs | exp, head | exp, tail | step, head | step, tail | all | {less} |")
-        print("|---" * (7 + len(compared)) + "|")
+        print(f"\n| {title} | runs | {' | '.join(', '.join(part) for part in parts)} | all | {less} |")
+        print("|---" * (3 + len(parts) + len(compared)) + "|")
         for row in rows:
-            parts = [(group, p) for p in ("exp", "step") for group in ("head", "tail")]
-            cells = [show(of(values[row, group, metric], profile)) for group, profile in parts]
+            cells = [show(of(values[row, group, metric], profile)) for profile, group in parts]
             whole = values[row, "all", metric]
             each = [paired(values[row, group, metric], values[given.base, group, metric]) for group in compared]
             less = " | ".join(show(cells, "+") if row != given.base else "" for cells in each)
@@ -92,11 +93,14 @@ def of(cells: Cells, profile: str) -> Cells:
 
 
 def paired(cells: Cells, base: Cells) -> Cells:
-    """Differences of runs with the same split and seed."""
-    return {
+    """Differences of runs with the same split and seed; as one cell where no cell has two seeds."""
+    found = {
         cell: {s: v - base[cell][s] for s, v in seeds.items() if s in base.get(cell, {})}
         for cell, seeds in cells.items()
     }
+    if any(len(seeds) > 1 for seeds in found.values()):
+        return found
+    return {("all",): dict(enumerate(value for seeds in found.values() for value in seeds.values()))}
 
 
 def mean_and_half_width(cells: Cells) -> tuple[float, float]:
@@ -115,7 +119,7 @@ def show(cells: Cells, sign: str = "") -> str:
     if not any(cells.values()):
         return ""
     mean, half = mean_and_half_width(cells)
-    return f"{100 * mean:{sign}.1f} ± {100 * half:.1f}"
+    return f"{100 * mean:{sign}.1f}" + f" ± {100 * half:.1f}" * (not math.isnan(half))
 
 
 if __name__ == "__main__":
