@@ -26,6 +26,7 @@ from anomalib_lite.methods.transformer import jitter
 from anomalib_lite.methods.uniad import UniAD, tokens_of
 
 FILL: dict[str, Callable[[list[int]], float]] = {"median": statistics.median, "largest": max}
+SYNTHESES = ("decoded", "between")
 
 
 class ConditionalVAE(nn.Module):
@@ -38,10 +39,25 @@ class ConditionalVAE(nn.Module):
 
     def forward(self, features: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(decoded [B, L, d], mean, log variance [B, L, latent])."""
+        mean, log_variance = self.encoded(features, text)
+        return self.decoded(mean + (log_variance / 2).exp() * torch.randn_like(mean), text), mean, log_variance
+
+    def encoded(self, features: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         text = text[:, None].expand(-1, features.shape[1], -1)
         mean, log_variance = self.encode(torch.cat((features, text), -1)).to(features.dtype).chunk(2, -1)
-        code = mean + (log_variance / 2).exp() * torch.randn_like(mean)
-        return self.decode(torch.cat((code, text), -1)).to(features.dtype), mean, log_variance
+        return mean, log_variance
+
+    def decoded(self, codes: Tensor, text: Tensor) -> Tensor:
+        text = text[:, None].expand(-1, codes.shape[1], -1)
+        return self.decode(torch.cat((codes, text), -1)).to(codes.dtype)
+
+    def between(self, features: Tensor, others: Tensor, text: Tensor, way: Tensor) -> Tensor:
+        """f + D(μ + w · (μ' − μ)) − D(μ), [B, L, d]: features f, moved the way w [B] from their codes μ to others' μ'.
+
+        D is the decoder. What the VAE does not encode of f stays.
+        """
+        (mean, _), (goal, _) = self.encoded(features, text), self.encoded(others, text)
+        return features + self.decoded(torch.lerp(mean, goal, way[:, None, None]), text) - self.decoded(mean, text)
 
 
 class LTAD(UniAD):
@@ -52,6 +68,8 @@ class LTAD(UniAD):
         class_names: "learned" in phase 1; or "fixed": the categories' own names, without text their random start.
         fill: the count to which tail classes are filled up with synthetic images: the classes' "median" or "largest";
             None is no synthesis.
+        synthesis: a synthetic image is made of a training image, either "decoded": its patches are encoded and decoded
+            by the VAE; or "between": they are moved a random part of the way to those of another image of the class.
         temperature: τ of all cosines. beta: weight of the VAE's Kullback–Leibler divergence.
         strong: jitter of the classifier's abnormal patches; half of the images have patches of another class instead.
         prompts: texts for `class`, `normal` and `abnormal`, in which {} stands for the class.
@@ -70,6 +88,7 @@ class LTAD(UniAD):
         classifier_weight: float = 1.0,
         class_names: str = "learned",
         fill: str | None = "median",
+        synthesis: str = "decoded",
         temperature: float = 0.07,
         beta: float = 1e-3,
         strong: float = 40.0,
@@ -82,12 +101,14 @@ class LTAD(UniAD):
             raise UserError(f"method.class_names={class_names}: choose learned or fixed")
         if fill is not None and fill not in FILL:
             raise UserError(f"method.fill={fill}: choose {', '.join(FILL)} or null")
+        if synthesis not in SYNTHESES:
+            raise UserError(f"method.synthesis={synthesis}: choose {' or '.join(SYNTHESES)}")
         if classifier_weight < 0:
             raise UserError(f"method.classifier_weight={classifier_weight}: give a weight from 0")
         if temperature <= 0:
             raise UserError(f"method.temperature={temperature}: give a number above 0")
         self.classifier_weight, self.fill, self.temperature = classifier_weight, fill, temperature
-        self.beta, self.strong = beta, strong
+        self.beta, self.strong, self.synthesis = beta, strong, synthesis
         count, channels = len(self.categories), sum(self.backbone.channels)
         self.language: Any
         if isinstance(self.backbone, VisionLanguage):
@@ -118,6 +139,8 @@ class LTAD(UniAD):
         goal = int(FILL[self.fill](counts)) if self.fill else 0
         self.lacking = torch.tensor([max(0, goal - number) for number in counts], dtype=torch.float32)
         self.share = float(self.lacking.sum()) / sum(counts)  # synthetic images per real image
+        replaced = self.lacking / (self.lacking + torch.tensor(counts))  # of each class when it is filled up
+        self.replaced = replaced.to(self.device) if self.fill and data.balanced else None
         self.first_phase_ended = not bool(self.conditions[0, 0].isnan())  # read once: steps don't wait for the device
 
     def drawn(self, classes: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,15 +199,31 @@ class LTAD(UniAD):
     def filled_up(self, tokens: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         """The batch and, on average, its share of the synthetic images that classes lack.
 
-        A synthetic image is a training image of its class, each patch of which is encoded and decoded by the VAE: Π
-        needs patches that belong together.
+        With data.balanced nothing is added. Instead, an image becomes synthetic with the share that synthetic images
+        have in its class when the class is filled up.
         """
+        if self.replaced is not None:
+            chosen = torch.rand(len(tokens), device=self.device) < self.replaced[classes]
+            return torch.where(chosen[:, None, None], self.synthetic(tokens, classes, len(tokens)), tokens), classes
         count = int(len(tokens) * self.share + float(torch.rand(())))
         if not count:
             return tokens, classes
         drawn = torch.multinomial(self.lacking, count, replacement=True)
-        real, more = self.drawn(drawn)[0], drawn.to(self.device)
-        return torch.cat((tokens, self.coded(real, self.conditions[more])[0])), torch.cat((classes, more))
+        real, more = torch.cat((tokens, self.drawn(drawn)[0])), torch.cat((classes, drawn.to(self.device)))
+        return torch.cat((tokens, self.synthetic(real, more, count))), more
+
+    def synthetic(self, tokens: Tensor, classes: Tensor, count: int) -> Tensor:
+        """Synthetic images [count, L, C] made of a batch's last ones. Π needs patches that belong together.
+
+        The other image of "between" is from the batch. An image that is alone with its class stays as it is.
+        """
+        own, text = tokens[-count:], self.conditions[classes[-count:]]
+        if self.synthesis == "decoded":
+            return self.coded(own, text)[0]
+        different = classes[:, None] != classes
+        order = torch.rand(different.shape, device=self.device).fill_diagonal_(-1).masked_fill_(different, -2)
+        with self.autocast():
+            return self.vae.between(own, tokens[order.argmax(1)[-count:]], text, torch.rand(count, device=self.device))
 
     def spoiled(self, tokens: Tensor, classes: Tensor) -> Tensor:
         """Abnormal tokens [B, L, C]: an image's, strongly jittered, or those of an image of another class."""

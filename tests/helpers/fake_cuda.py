@@ -98,6 +98,7 @@ class FakeTrainer(SimpleNamespace):
         samples = [SimpleNamespace(path=str(i), category=categories[i % len(categories)], label=0) for i in range(7)]
         data = SimpleNamespace(
             train_samples=samples, fit_keys=lambda: samples, val_samples=[], corrupt=True, batches_per_epoch=100,
+            balanced=False,
             training_batch=lambda indices, epoch: fake_batch(len(indices), side),
         )  # fmt: skip
         strategy = SimpleNamespace(reduce=lambda x, reduce_op: x)

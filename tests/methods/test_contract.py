@@ -61,6 +61,7 @@ CASES = {
     "inp_former": Case("inp_former", (1, 3), ("data.image_size=[48,32]", "data.batch_size=4"), BOTH),
     "ssae": Case("ssae"),
     "ltad": Case("ltad", (1, 3), ("method.fill=largest",), BOTH),
+    "ltad between": Case("ltad", (3,), ("method.fill=largest", "method.synthesis=between", "data.balanced=true"), BOTH),
     "ltad align": Case("ltad", (3,), ("method.fill=largest", "backbone.layers=[1,2]"), BOTH, "align"),
     "ltad clip": Case("ltad", (2,), ("method.fill=largest", "backbone.layers=[0,2]"), BOTH, "clip"),
 }  # fmt: skip
@@ -84,7 +85,8 @@ SWITCHES = {
     "inp_former": ["method.prototypes=2", "method.coherence=0", "method.power=0", "method.dropout=0.5",
                    "method.groups=4", "method.final=1"],
     "ssae": ["method.skip=concat", "method.skip=none", "method.corrupted_weight=0.1"],
-    "ltad": ["method.class_names=fixed", "method.fill=null", "method.classifier_weight=0", "method.strong=1"],
+    "ltad": ["method.class_names=fixed", "method.fill=null", "method.classifier_weight=0", "method.strong=1",
+             "method.synthesis=between"],
     "ltad clip": ["method.class_names=fixed", "method.fill=null"],
 }  # fmt: skip
 

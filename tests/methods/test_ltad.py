@@ -245,7 +245,7 @@ def literal_logits(ltad: Any, tokens: torch.Tensor, classes: torch.Tensor) -> to
 @pytest.mark.parametrize("weight", [1.0, 0.0])
 def test_second_phase_literally(weight):
     ltad, given = model(fill=None, jitter=0.0, strong=5.0, classifier_weight=weight), batch()
-    ltad.share = 0.0
+    ltad.share, ltad.replaced = 0.0, None
     tokens = ltad.joined_tokens(given).double()
     rebuilt = copy.deepcopy(ltad.net).double()(tokens)
     expected = ((rebuilt - tokens) ** 2).mean()
@@ -292,20 +292,28 @@ def test_abnormal_patches_are_anothers_or_jittered():
     assert not any(torch.equal(only[i], tokens[j]) for i in range(6) for j in range(6))
 
 
-@pytest.mark.parametrize(("fill", "lacking"), [("median", [0, 0, 3]), ("largest", [0, 3, 6]), (None, [0, 0, 0])])
-def test_tail_classes_are_filled_up(fill, lacking):
-    """Counts 8, 5, 2: as many synthetic images of each class as it lacks, on average."""
-    ltad = model(fill=fill, categories=NAMES)
-
+def started(fill: str | None, lacking: list[int], balanced: bool = False, **options: Any) -> Any:
+    """A model at the beginning of its second phase, with 8, 5 and 2 training images."""
+    ltad = model(fill=fill, categories=NAMES, **options)
     counts = zip(NAMES, (8, 5, 2), strict=True)
     samples = [SimpleNamespace(path="a", category=name, label=0) for name, number in counts for _ in range(number)]
     ltad._trainer = SimpleNamespace(
-        datamodule=SimpleNamespace(train_samples=samples, training_batch=stored_batch), global_step=0, testing=False
+        datamodule=SimpleNamespace(train_samples=samples, training_batch=stored_batch, balanced=balanced),
+        global_step=0,
+        testing=False,
     )
     type(ltad).on_train_start(ltad)
     assert ltad.lacking.tolist() == lacking
     ltad.end_first_phase()
     torch.manual_seed(0)
+    return ltad
+
+
+@pytest.mark.parametrize("synthesis", ["decoded", "between"])
+@pytest.mark.parametrize(("fill", "lacking"), [("median", [0, 0, 3]), ("largest", [0, 3, 6]), (None, [0, 0, 0])])
+def test_tail_classes_are_filled_up(fill, lacking, synthesis):
+    """Counts 8, 5, 2: as many synthetic images of each class as it lacks, on average."""
+    ltad = started(fill, lacking, synthesis=synthesis)
     seen = torch.zeros(3)
     tokens, classes = torch.randn(5, 16, 12), torch.zeros(5, dtype=torch.long)
     for _ in range(300):  # 1500 real images, a hundred epochs
@@ -314,6 +322,52 @@ def test_tail_classes_are_filled_up(fill, lacking):
         assert not both.requires_grad
         seen += torch.bincount(more[5:], minlength=3)
     assert (seen / 100).tolist() == pytest.approx(lacking, rel=0.15, abs=0)
+
+
+@pytest.mark.parametrize("synthesis", ["decoded", "between"])
+def test_a_balanced_batch_has_the_filled_up_classes_shares(synthesis):
+    """Counts 8, 5, 2 filled up to 8: of the classes' images 0, 3/8 and 6/8 are synthetic, and none is added."""
+    ltad = started("largest", [0, 3, 6], balanced=True, synthesis=synthesis)
+    tokens, classes = torch.randn(300, 16, 12), torch.arange(300) % 3
+    found, same = ltad.filled_up(tokens, classes)
+    assert torch.equal(same, classes)
+    changed = (found != tokens).any(2).any(1)
+    shares = [changed[classes == c].double().mean().item() for c in range(3)]
+    assert shares == pytest.approx([0, 3 / 8, 6 / 8], abs=0.14)  # three standard deviations
+    assert started(None, [0, 0, 0], balanced=True).filled_up(tokens, classes)[0] is tokens
+
+
+def test_between_literally():
+    """Each patch is f + D(μ + w (μ' − μ)) − D(μ): one w per image, another image of the class for μ'."""
+    ltad = started("largest", [0, 3, 6], synthesis="between")
+    tokens, classes = torch.randn(7, 16, 12), torch.tensor([0, 0, 1, 2, 1, 1, 2])
+    torch.manual_seed(0)
+    found = ltad.synthetic(tokens, classes, 4)
+    parts: dict[str, Any] = {}
+    ltad.vae.between = lambda *given: parts.update(zip(("own", "others", "text", "way"), given, strict=True))
+    torch.manual_seed(0)
+    ltad.synthetic(tokens, classes, 4)
+    assert torch.equal(parts["own"], tokens[3:])
+    assert len(set(parts["way"].tolist())) == 4
+    assert 0 <= parts["way"].min() <= parts["way"].max() < 1
+    for i, (c, way) in enumerate(zip(classes[3:].tolist(), parts["way"].double(), strict=True)):
+        [other] = [j for j in range(7) if torch.equal(parts["others"][i], tokens[j])]
+        assert classes[other] == c
+        assert other != 3 + i
+        t = unit(ltad.names[c].detach().double())
+        for place in range(16):
+            f = tokens[3 + i, place].double()
+            own, goal = (
+                mlp(ltad.vae.encode, torch.cat([x, t]), F.relu)[:64] for x in (f, tokens[other, place].double())
+            )
+            there, here = (mlp(ltad.vae.decode, torch.cat([z, t]), F.relu) for z in (own + way * (goal - own), own))
+            torch.testing.assert_close(found[i, place].double(), f + there - here, rtol=1e-5, atol=1e-5)
+
+
+def test_an_image_that_is_alone_stays():
+    ltad = started("largest", [0, 3, 6], synthesis="between")
+    tokens = torch.randn(3, 16, 12)
+    torch.testing.assert_close(ltad.synthetic(tokens, torch.tensor([0, 0, 1]), 3)[2], tokens[2])
 
 
 def test_score_literally():
@@ -349,6 +403,7 @@ def test_the_score_is_standardised_on_training_patches():
     [
         ({"class_names": "none"}, "class_names=none: choose learned or fixed"),
         ({"fill": "all"}, "fill=all: choose median, largest or null"),
+        ({"synthesis": "prior"}, "synthesis=prior: choose decoded or between"),
         ({"classifier_weight": -1}, "classifier_weight=-1"),
         ({"temperature": 0}, "temperature=0"),
     ],
