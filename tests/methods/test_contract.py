@@ -84,7 +84,7 @@ SWITCHES = {
     "dinomaly v2": ["method.variants.v2.first_lr=null", "method.variants.v2.final=0"],
     "inp_former": ["method.prototypes=2", "method.coherence=0", "method.power=0", "method.dropout=0.5",
                    "method.groups=4", "method.final=1"],
-    "ssae": ["method.skip=concat", "method.skip=none", "method.corrupted_weight=0.1"],
+    "ssae": ["method.skip=concat", "method.skip=none", "method.input_skip=true", "method.corrupted_weight=0.1"],
     "ltad": ["method.class_names=fixed", "method.fill=null", "method.classifier_weight=0", "method.strong=1",
              "method.synthesis=between"],
     "ltad clip": ["method.class_names=fixed", "method.fill=null"],
