@@ -116,5 +116,6 @@ def method_defaults(target: Any) -> dict[str, Any]:
         classes = inspect.getmro(get_class(str(target)))
     except Exception:  # what `build` says with its own words
         return {}
-    options = [x for each in reversed(classes) for x in inspect.signature(each.__init__).parameters.values()]
+    constructors = [vars(each)["__init__"] for each in reversed(classes) if "__init__" in vars(each)]
+    options = [x for each in constructors for x in inspect.signature(each).parameters.values()]
     return {f"method.{x.name}": x.default for x in options if x.default is not inspect.Parameter.empty}
