@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -38,6 +39,21 @@ VERSION = 4  # Raise this number when the files' layout or the computation of fe
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CHUNK_IMAGES, CHUNK_BYTES = 1000, 2**28  # Limits of a file's size: a killed extraction loses at most one file.
 FILES = "*.safetensors"
+IN_USE = 48 * 3600  # seconds after its last use in which a file on a network file system is not deleted
+NETWORK = {
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "afs",
+    "9p",
+    "fuse.sshfs",
+    "fuse.glusterfs",
+}
 GPU_BATCH = 64  # images of every forward pass on a GPU
 
 
@@ -86,6 +102,17 @@ def image_key(path: str | Path) -> str:
 
 def checksum(row: Tensor) -> int:
     return zlib.crc32(_bytes(row))
+
+
+def on_network(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
+    """Whether a network file system holds the folder. False where the system does not say so, as on macOS."""
+    try:
+        lines = mounts.read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    kinds = {place.replace("\\040", " "): kind for _, place, kind, *_ in map(str.split, lines)}
+    folder = folder.absolute()
+    return next((kinds[str(at)] for at in (folder, *folder.parents) if str(at) in kinds), "") in NETWORK
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -166,7 +193,8 @@ class FeatureFiles:
         """Delete the least recently used files until `size` more bytes fit into `limit`.
 
         Raises:
-            OSError: `size` exceeds `limit` or the free disk space. It is raised before any feature is computed.
+            OSError: `size` exceeds `limit` or the free disk space. Or on a network file system the files were used
+                lately, so that runs of other nodes would crash. The error comes before any feature is computed.
         """
         if size > limit:
             raise OSError(f"{size / 2**30:.2f} GB are needed, but cache.limit_gb allows {limit / 2**30:.2f}")
@@ -175,10 +203,16 @@ class FeatureFiles:
             with contextlib.suppress(OSError):
                 files.append((file.stat().st_mtime, file.stat().st_size, file))
         total = sum(bytes_ for _, bytes_, _ in files)
-        for _, bytes_, file in sorted(files):
+        kept_since = time.time() - IN_USE if on_network(self.root) else math.inf
+        for used, bytes_, file in sorted(files):
             if total + size <= limit:
                 break
-            with contextlib.suppress(OSError):  # a run that has mapped the file can still read it
+            if used > kept_since:
+                raise OSError(
+                    f"{size / 2**30:.2f} GB more exceed cache.limit_gb, and all files in {self.root} were used within "
+                    f"{IN_USE // 3600} hours: on a network file system a run of another node may still read them"
+                )
+            with contextlib.suppress(OSError):  # on a local disk, a run that has mapped the file can still read it
                 file.unlink()
             total -= bytes_
         if size > (free := shutil.disk_usage(self.folder).free):

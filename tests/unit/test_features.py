@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +22,10 @@ from safetensors.torch import load_file, save_file
 
 from anomalib_lite.data.stored_features import StoredFeatures
 from anomalib_lite.data.transforms import Pipeline, Resize
+from anomalib_lite.features import cache as cache_module
 from anomalib_lite.features import precompute
 from anomalib_lite.features.backbones import Backbone
-from anomalib_lite.features.cache import FeatureFiles, image_key, key
+from anomalib_lite.features.cache import FeatureFiles, image_key, key, on_network
 from anomalib_lite.features.precompute import as_rows, shapes_of, smallest_type
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.run_programs import ROOT, SMALL, folder_data, method, result_of, train
@@ -391,6 +393,26 @@ def test_what_was_used_longest_ago_goes_first(root, cache, tmp_path):
     assert not small["cache"]["used"]
     assert "cache.limit_gb" in small["cache"]["why"]
     assert set(left) == set(cache.glob("*/*.safetensors"))
+
+
+@pytest.mark.parametrize(("kind", "stays"), [("nfs4", True), ("ext4", False)])
+def test_files_that_another_node_may_read_stay(kind, stays, tmp_path, monkeypatch):
+    """On a network file system a page of a deleted file can't be read any more, so that its reader would crash."""
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"disk / ext4 rw 0 0\nhost:/data {str(tmp_path).replace(' ', chr(92) + '040')} {kind} rw 0 0\n")
+    monkeypatch.setattr(cache_module, "on_network", partial(on_network, mounts=mounts))
+    old, used = (tmp_path / "key" / f"{name}.safetensors" for name in ("old", "used"))
+    old.parent.mkdir()
+    for file, hours in ((old, 72), (used, 24)):
+        file.write_bytes(bytes(1000))
+        os.utime(file, (time.time() - 3600 * hours,) * 2)
+    files = FeatureFiles.__new__(FeatureFiles)
+    files.root = files.folder = tmp_path
+    files.make_room(500, 1600)
+    assert (old.exists(), used.exists()) == (False, True)
+    with pytest.raises(OSError, match=r"cache.limit_gb.*network") if stays else contextlib.nullcontext():
+        files.make_room(1000, 1600)
+    assert used.exists() == stays
 
 
 @pytest.mark.parametrize(
