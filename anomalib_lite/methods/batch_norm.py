@@ -43,8 +43,21 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     return centred, mean, var, ranks * x.numel() // x.shape[1]
 
 
+class Norm(nn.BatchNorm2d):
+    """nn.BatchNorm2d that does not count its batches: on a GPU the count takes a kernel in every step, and nothing
+    reads it. The state dict has the count as always."""
+
+    counts = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, self.momentum or 0.0, self.eps)
+
+
 class CPUSyncBatchNorm(nn.BatchNorm2d):
     """nn.SyncBatchNorm for CPU ranks; the original needs GPUs. All ranks have the same batch size B of [B, C, …]."""
+
+    counts = True
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -54,7 +67,8 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
         if self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 assert self.num_batches_tracked is not None
-                self.num_batches_tracked.add_(1)
+                if self.counts:
+                    self.num_batches_tracked.add_(1)
                 share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
                 self.running_mean.lerp_(mean, share)
                 self.running_var.lerp_(var * count / max(count - 1, 1), share)
@@ -121,6 +135,7 @@ def synchronise(model: nn.Module, device: torch.device) -> nn.Module:
     for module in model.modules():
         if type(module) is BatchNormAct2d:
             module.__class__ = CPUSyncBatchNormAct  # type: ignore[assignment]
-        elif type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        elif type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, Norm):
+            module.counts = getattr(module, "counts", True)  # type: ignore[assignment]
             module.__class__ = CPUSyncBatchNorm
     return model

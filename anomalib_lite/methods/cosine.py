@@ -5,10 +5,10 @@ from torch import Tensor
 
 
 def products(target: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """⟨t, r⟩, ‖t‖² and ‖r‖² over channels, [B, H, W] each, at least in float32."""
+    """⟨t, r⟩, ‖t‖² and ‖r‖² over the channels of maps [..., C, H, W], [..., H, W] each, at least in float32."""
     kind = torch.promote_types(target.dtype, torch.float32)
     t, r = target.to(kind), reconstruction.to(kind)
-    return (t * r).sum(1), (t * t).sum(1), (r * r).sum(1)
+    return (t * r).sum(-3), (t * t).sum(-3), (r * r).sum(-3)
 
 
 def cosine(dot: Tensor, target2: Tensor, reconstruction2: Tensor) -> Tensor:

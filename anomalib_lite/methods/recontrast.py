@@ -115,7 +115,9 @@ class ReContrast(AnomalyModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """½ of the sum over pairs 1–3 and ½ of that over pairs 4–6."""
         alpha = self.alpha(self.trainer.global_step)
-        return sum(cosine_loss(*pair, alpha) for pair in self.pairs(batch)) / 2  # type: ignore[return-value]
+        pairs = self.pairs(batch)
+        levels = [map(torch.stack, zip(*both, strict=True)) for both in zip(pairs[:3], pairs[3:], strict=True)]
+        return torch.stack([cosine_loss(*level, alpha) for level in levels]).sum() / 2
 
     def alpha(self, step: int) -> float | None:
         """α before batch `step`, counted from 0: linear over the warm-up, then constant."""
@@ -179,11 +181,11 @@ def freeze_unused(encoder: Backbone, image_size: Sequence[int]) -> None:
 
 
 def cosine_loss(target: Tensor, reconstruction: Tensor, alpha: float | None) -> Tensor:
-    """Mean over images of 1 − cos(vec target, vec reconstruction).
+    """Mean over images of 1 − cos(vec target, vec reconstruction): maps [P, B, C, H, W] of P pairs -> [P].
 
     Hard mining: no gradient reaches the reconstruction where its distance m over channels is below μ + α·σ, with μ and
-    σ over the batch and space. Both cosines consist of the same three sums over channels, so detaching these sums at a
-    position detaches the reconstruction there.
+    σ over a pair's batch and space. Both cosines consist of the same three sums over channels, so detaching these sums
+    at a position detaches the reconstruction there.
     """
     dot, target2, reconstruction2 = products(target, reconstruction)
     if alpha is not None:
@@ -193,11 +195,11 @@ def cosine_loss(target: Tensor, reconstruction: Tensor, alpha: float | None) -> 
             hard = hardness >= mean + alpha * deviation
         dot = torch.where(hard, dot, dot.detach())
         reconstruction2 = torch.where(hard, reconstruction2, reconstruction2.detach())
-    return (1 - cosine(*(x.sum((1, 2)) for x in (dot, target2, reconstruction2)))).mean()
+    return (1 - cosine(*(x.sum((-2, -1)) for x in (dot, target2, reconstruction2)))).mean(-1)
 
 
 def mean_and_deviation(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased deviation of the values of all ranks, each of which has the same number of values."""
-    count = x.numel() * world_size()
-    mean = sum_over_ranks(x.sum()) / count
-    return mean, (sum_over_ranks((x - mean).square().sum()) / (count - 1)).sqrt()
+    """Mean and unbiased deviation of [P, B, H, W] over B, H and W of all ranks, each of which has as many values."""
+    axes, count = (-3, -2, -1), x.shape[-3:].numel() * world_size()
+    mean = sum_over_ranks(x.sum(axes, keepdim=True)) / count
+    return mean, (sum_over_ranks((x - mean).square().sum(axes, keepdim=True)) / (count - 1)).sqrt()

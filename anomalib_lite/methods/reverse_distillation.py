@@ -7,16 +7,17 @@ from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.features.backbones import Backbone
+from anomalib_lite.methods.batch_norm import Norm
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
     """Convolution that keeps or halves the size, then batch norm."""
-    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs))
+    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), Norm(outputs))
 
 
 def double(inputs: int, outputs: int) -> nn.Sequential:
     """Transposed convolution that doubles the size, then batch norm."""
-    return nn.Sequential(nn.ConvTranspose2d(inputs, outputs, 2, 2, bias=False), nn.BatchNorm2d(outputs))
+    return nn.Sequential(nn.ConvTranspose2d(inputs, outputs, 2, 2, bias=False), Norm(outputs))
 
 
 def in_place(activation: type) -> nn.Module:
