@@ -116,8 +116,11 @@ class ReContrast(AnomalyModule):
         """½ of the sum over pairs 1–3 and ½ of that over pairs 4–6."""
         alpha = self.alpha(self.trainer.global_step)
         pairs = self.pairs(batch)
-        levels = [map(torch.stack, zip(*both, strict=True)) for both in zip(pairs[:3], pairs[3:], strict=True)]
-        return torch.stack([cosine_loss(*level, alpha) for level in levels]).sum() / 2
+        stacked = [
+            [torch.stack(maps) for maps in zip(*both, strict=True)] for both in zip(pairs[:3], pairs[3:], strict=True)
+        ]
+        found = [cosine_loss(targets, reconstructions, alpha) for targets, reconstructions in stacked]
+        return torch.stack(found).sum() / 2
 
     def alpha(self, step: int) -> float | None:
         """α before batch `step`, counted from 0: linear over the warm-up, then constant."""
