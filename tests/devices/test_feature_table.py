@@ -212,7 +212,9 @@ def test_the_cache_makes_no_step_slower(gigabytes, fit, used, root, monkeypatch)
     monkeypatch.setattr(StoredFeatures, "to_device", lambda self, paths, device, limit: device == gpu and limit > 0)
     model: Any = SimpleNamespace(uses_images=True, frozen_features=True, stored_levels=None, keeps="",
                                  backbone=SimpleNamespace(to=lambda device: None))  # fmt: skip
-    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=gpu, reduce_boolean_decision=bool))
+    trainer: Any = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=gpu, reduce_boolean_decision=lambda decision, all=True: decision)
+    )
     cfg = {"hardware": {"feature_memory_gb": 1, "feature_gpu_gb": gigabytes}, "cache": {"enabled": True}}
     found, report = held_features.with_features(cfg, trainer, data, model, fit)
     assert (report["used"], found.stored is not None) == (used, used)

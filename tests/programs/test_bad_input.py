@@ -511,7 +511,7 @@ def test_no_weights_without_a_network(data, tmp_path):
     """In a process of its own: the hub's client reads its settings when it is imported."""
     arguments = ["backbone=resnet18", "hardware=cpu", "logger=csv", *folder_data(data), f"hydra.run.dir={tmp_path}"]
     outcome = python(
-        "-m", "anomalib_lite.train", *arguments, HF_HOME=str(tmp_path / "empty"), HF_HUB_OFFLINE="1", timeout=60
+        "-m", "anomalib_lite.train", *arguments, HF_HOME=str(tmp_path / "empty"), HF_HUB_OFFLINE="1", timeout=180
     )
     assert_one_line(outcome, "backbone.weights=auto: the weights of resnet18.tv_in1k were not found.*local file")
 
