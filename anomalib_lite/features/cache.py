@@ -9,9 +9,9 @@ import fcntl
 import hashlib
 import json
 import logging
-import math
 import os
 import platform
+import re
 import shutil
 import time
 import uuid
@@ -40,20 +40,7 @@ TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.
 CHUNK_IMAGES, CHUNK_BYTES = 1000, 2**28  # Limits of a file's size: a killed extraction loses at most one file.
 FILES = "*.safetensors"
 IN_USE = 48 * 3600  # seconds after its last use in which a file on a network file system is not deleted
-NETWORK = {
-    "nfs",
-    "nfs4",
-    "cifs",
-    "smb3",
-    "lustre",
-    "gpfs",
-    "beegfs",
-    "ceph",
-    "afs",
-    "9p",
-    "fuse.sshfs",
-    "fuse.glusterfs",
-}
+NETWORK = re.compile(r"nfs4?|cifs|smb3|lustre|gpfs|beegfs|ceph|afs|9p|fuse\.(sshfs|glusterfs)")
 GPU_BATCH = 64  # images of every forward pass on a GPU
 
 
@@ -111,8 +98,11 @@ def on_network(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
     except OSError:
         return False
     kinds = {place.replace("\\040", " "): kind for _, place, kind, *_ in map(str.split, lines)}
-    folder = folder.absolute()
-    return next((kinds[str(at)] for at in (folder, *folder.parents) if str(at) in kinds), "") in NETWORK
+    folder = folder.resolve()
+    return (
+        NETWORK.fullmatch(next((kinds[str(at)] for at in (folder, *folder.parents) if str(at) in kinds), ""))
+        is not None
+    )
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -138,7 +128,7 @@ class FeatureFiles:
 
     @contextlib.contextmanager
     def locked(self, seconds: float = 0.0) -> Iterator[None]:
-        """A lock: one run writes at a time. The system releases the lock of a killed process.
+        """A lock, for which it waits `seconds` at most: one run writes at a time. It ends with a killed process.
 
         Processes forked from this one, such as those that load data, do not inherit it.
 
@@ -193,7 +183,7 @@ class FeatureFiles:
         """Delete the least recently used files until `size` more bytes fit into `limit`.
 
         Raises:
-            OSError: `size` exceeds `limit` or the free disk space. Or on a network file system the files were used
+            OSError: `size` exceeds `limit` or the free disk space; or on a network file system too many files were used
                 lately, so that runs of other nodes would crash. The error comes before any feature is computed.
         """
         if size > limit:
@@ -202,19 +192,20 @@ class FeatureFiles:
         for file in [*self.root.glob(f"*/{FILES}"), *self.root.glob("*/*.features")]:  # the latter of old versions
             with contextlib.suppress(OSError):
                 files.append((file.stat().st_mtime, file.stat().st_size, file))
-        total = sum(bytes_ for _, bytes_, _ in files)
-        kept_since = time.time() - IN_USE if on_network(self.root) else math.inf
-        for used, bytes_, file in sorted(files):
-            if total + size <= limit:
-                break
-            if used > kept_since:
+        too_much = sum(bytes_ for _, bytes_, _ in files) + size - limit
+        if on_network(self.root):
+            files = [found for found in files if found[0] < time.time() - IN_USE]
+            if sum(bytes_ for _, bytes_, _ in files) < too_much:
                 raise OSError(
-                    f"{size / 2**30:.2f} GB more exceed cache.limit_gb, and all files in {self.root} were used within "
-                    f"{IN_USE // 3600} hours: on a network file system a run of another node may still read them"
+                    f"{size / 2**30:.2f} GB more exceed cache.limit_gb, and the files that were used within "
+                    f"{IN_USE // 3600} hours stay: on a network file system a run of another node may still read them"
                 )
+        for _, bytes_, file in sorted(files):
+            if too_much <= 0:
+                break
             with contextlib.suppress(OSError):  # on a local disk, a run that has mapped the file can still read it
                 file.unlink()
-            total -= bytes_
+            too_much -= bytes_
         if size > (free := shutil.disk_usage(self.folder).free):
             raise OSError(f"{size / 2**30:.2f} GB are needed, but only {free / 2**30:.2f} are free in {self.root}")
 
