@@ -1,6 +1,6 @@
 """Is a GPU's result the CPU's, and how fast is it? `make gpu-check` prints a page in Markdown, in at most 8 minutes.
 
-    python -m tests.benchmarks.gpu_check [--methods norm_occ,uniad] [--seconds 480] [--output FILE.md]
+    python -m tests.benchmarks.gpu_check [--methods norm_occ,uniad] [--parts right] [--seconds 480] [--output FILE]
 
 Without a GPU it says so and exits with 0. `--device cpu --small` tries the script itself on a CPU.
 All images are drawn and all weights are random, so that it needs no network and no data.
@@ -22,6 +22,7 @@ from tests.benchmarks import gpu_correct, gpu_speed
 from tests.helpers.run_programs import ROOT
 
 METHODS = sorted(file.stem for file in (ROOT / "conf" / "method").glob("*.yaml"))
+PARTS = ("right", "devices", "speed", "features", "patches", "compiled")
 Rows = list[dict[str, str]]
 
 
@@ -65,13 +66,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="gpu", choices=("gpu", "cpu"))
     parser.add_argument("--methods", default=",".join(METHODS), help="names of methods, separated by commas")
+    parser.add_argument(
+        "--parts", default=",".join(PARTS), help=f"parts of the page, separated by commas: {', '.join(PARTS)}"
+    )
     parser.add_argument("--seconds", type=float, default=480, help="no row begins after so many seconds")
     parser.add_argument("--output", type=Path, help="a file for the page")
     parser.add_argument("--small", action="store_true", help="tiny networks and few steps, to try the script itself")
     options = parser.parse_args(arguments)
-    methods = options.methods.split(",")
-    if unknown := set(methods) - set(METHODS):
-        parser.error(f"--methods: there is no {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
+    methods, parts = options.methods.split(","), options.parts.split(",")
+    for name, given, known in (("methods", methods, METHODS), ("parts", parts, PARTS)):
+        if unknown := set(given) - set(known):
+            parser.error(f"--{name}: there is no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     if options.device == "gpu" and not torch.cuda.is_available():
         print("gpu-check: no GPU is visible here, so there is nothing to check; --device cpu --small tries the script")
         return 0
@@ -80,14 +85,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     page.add(*heading(options.device))
     with tempfile.TemporaryDirectory() as folder:
         correct = gpu_correct.Checks(Path(folder), options.device)
-        page.table(f"Is it right? (drawn images of {gpu_correct.SIDE}², few steps)", methods, correct.row)
-        page.table("Several devices", [name for name in ("norm_occ", "uniad") if name in methods], correct.ranks)
         speed = gpu_speed.Timings(Path(folder), options.device, options.small)
-        page.add("", speed.limits())
-        page.table("Speed at the published settings (random weights)", methods, speed.row)
-        places = [name for name in speed.FEATURES if name in methods]
-        page.table("Where frozen features come from: ms a step", places, speed.features)
-        page.table("PatchCore's bank and the metrics", speed.PARTS, speed.part)
+        tables: dict[str, tuple[str, Sequence[str], Callable[[str], dict[str, str]]]] = {
+            "right": (f"Is it right? (drawn images of {gpu_correct.SIDE}², few steps)", methods, correct.row),
+            "devices": ("Several devices", [name for name in ("norm_occ", "uniad") if name in methods], correct.ranks),
+            "speed": ("Speed at the published settings (random weights)", methods, speed.row),
+            "features": (
+                "Where frozen features come from: ms a step",
+                [name for name in speed.FEATURES if name in methods],
+                speed.features,
+            ),
+            "patches": ("PatchCore's bank and the metrics", speed.PARTS, speed.part),
+            "compiled": ("method.compile=true", [name for name in speed.COMPILED if name in methods], speed.compiled),
+        }
+        for part in parts:
+            if part == "speed":
+                page.add("", speed.limits())
+            page.table(*tables[part])
     page.add("", f"{page.failed} rows failed." if page.failed else "Every row passed.")
     if options.output:
         options.output.write_text("\n".join(page.lines) + "\n")

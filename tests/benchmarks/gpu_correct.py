@@ -15,7 +15,7 @@ from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.interrupt import assert_same_run, interrupted_after
 
-SIDE = 48
+SIDE = 64
 TOLERANCE = 1e-3  # of the range of the CPU's map: float32 sums in another order, through a few layers
 CLOSED = ("norm_occ_closed_form", "patchcore", "padim", "rad", "subspace_ad")  # methods without training steps
 VIT = ("dinomaly", "inp_former")

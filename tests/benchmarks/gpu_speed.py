@@ -25,11 +25,11 @@ WARM_UP, TIMED, PROFILED = 30, 100, 10  # steps
 
 
 class Count(TorchDispatchMode):
-    """FLOPs, bytes read and written, and operations that write new memory."""
+    """FLOPs, and bytes read and written."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops, self.bytes, self.operations = 0, 0, 0
+        self.flops, self.bytes = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -38,7 +38,6 @@ class Count(TorchDispatchMode):
         if not func.is_view:
             tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
             self.bytes += sum(x.numel() * x.element_size() for x in tensors)
-            self.operations += 1
         return out
 
 
@@ -48,7 +47,7 @@ class Clock(L.Callback):
     def __init__(self, small: bool):
         self.first = 2 if small else WARM_UP
         self.last = self.first + (2 if small else TIMED)
-        self.steps, self.seconds, self.images, self.busy = 0, 0.0, 0, 0.0
+        self.steps, self.seconds, self.images, self.busy, self.kernels = 0, 0.0, 0, 0.0, 0.0
         self.started: Any = None
         self.profile: Any = None
         self.count = Count()
@@ -75,8 +74,9 @@ class Clock(L.Callback):
             taken = now(module.device) - self.started
             if self.profile:
                 self.profile.__exit__(None, None, None)
-                kernels = sum(event.self_device_time_total for event in self.profile.key_averages())  # microseconds
-                self.busy = kernels / 1e6 / taken
+                events = self.profile.key_averages()
+                self.busy = sum(event.self_device_time_total for event in events) / 1e6 / taken  # from microseconds
+                self.kernels = sum(event.count for event in events if event.self_device_time_total) / PROFILED
         elif self.steps == self.needed:
             self.count.__exit__(None, None, None)
 
@@ -102,6 +102,7 @@ class Timings:
     """Rows of speed, each from one run with the published settings on drawn images of wood."""
 
     FEATURES = ("norm_occ", "uniad", "recontrast")
+    COMPILED = ("uniad", "rlr", "ssae", "recontrast", "ltad")
     PARTS = ("coreset of 5 % of 50,000 × 1,024", "search of 1,024 patches in 20,000 × 1,024", "metrics of 83 Mpx")
 
     def __init__(self, folder: Path, device: str, small: bool):
@@ -160,7 +161,7 @@ class Timings:
             "step, ms": f"{1000 * clock.seconds:.2f}" if trained else "no steps",
             "limit by counting, ms": f"{1000 * limit:.2f}" if trained else "",
             "GPU busy": f"{100 * clock.busy:.0f} %" if clock.busy else "",
-            "operations a step": f"{count.operations:,}" if trained else "",
+            "kernels a step": f"{clock.kernels:.0f}" if clock.kernels else "",
             "GFLOP a step": f"{count.flops / 1e9:.1f}" if trained else "",
             "training, images/s": f"{clock.images / clock.seconds:.0f}" if trained else "",
             "test, images/s": f"{timing['images_per_s'] or 0:.0f}",
@@ -180,6 +181,16 @@ class Timings:
             clock = self.run(method, f"features{number}", "hardware.measure_cost=false", *options)[1]
             found[place] = f"{1000 * clock.seconds:.2f}"
         return found
+
+    def compiled(self, method: str) -> dict[str, str]:
+        """A step with CUDA graphs, and how long the run took that made them."""
+        started = time.perf_counter()
+        clock = self.run(method, "compiled", "method.compile=true", "hardware.measure_cost=false")[1]
+        return {
+            "step, ms": f"{1000 * clock.seconds:.2f}",
+            "GPU busy": f"{100 * clock.busy:.0f} %" if clock.busy else "",
+            "the whole run, s": f"{time.perf_counter() - started:.0f}",
+        }
 
     def part(self, name: str) -> dict[str, str]:
         scale = 100 if self.small else 1

@@ -36,8 +36,9 @@ def test_a_row_that_fails_is_counted(tmp_path, capsys, monkeypatch):
     assert late.lines[-1] == "No time was left for: a."
 
 
-def test_unknown_methods_are_refused(capsys):
+@pytest.mark.parametrize(("option", "name"), [("--methods", "norm_oc"), ("--parts", "fast")])
+def test_unknown_names_are_refused(capsys, option, name):
     with pytest.raises(SystemExit) as end:
-        gpu_check.main(["--methods", "norm_oc"])
+        gpu_check.main([option, name])
     assert end.value.code == 2
-    assert "there is no norm_oc" in capsys.readouterr().err
+    assert f"{option}: there is no {name}; there are" in capsys.readouterr().err
