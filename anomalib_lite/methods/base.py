@@ -1,6 +1,5 @@
 """The base class of all methods: what a method must define, and what every method inherits."""
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from anomalib_lite.data.tiling import Tiling
 from anomalib_lite.errors import UserError
 from anomalib_lite.features.backbones import Backbone, has_bf16
+from anomalib_lite.methods import graphs
 from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.scoring import image_scores, smooth
 from anomalib_lite.methods.tiles import tiled_map, tiles_of
@@ -61,7 +61,7 @@ class AnomalyModule(L.LightningModule):
         categories: names of the classes; more than one name is the unified setting.
         precision: hardware.precision, for `autocast`.
         steps: the budget of each training phase, in batches.
-        compile: whether `networks()` run through torch.compile while training, on a GPU as CUDA graphs.
+        compile: whether `networks()` run as CUDA graphs while training, on a CPU through torch.compile.
     """
 
     uses_backbone = True
@@ -129,19 +129,13 @@ class AnomalyModule(L.LightningModule):
         return []
 
     def on_fit_start(self) -> None:
-        """With method.compile=true compile the networks; a subclass with its own on_fit_start calls this one first.
-
-        On a GPU each becomes a CUDA graph, which is launched at once instead of kernel by kernel. torch.compile draws
-        other random numbers for dropout than PyTorch does.
-        """
-        if self.compiles and self.device.type == "cpu" and shutil.which("g++") is None:
-            raise UserError("method.compile=true: torch.compile needs the compiler g++; install it, or give false")
-        for part in self.networks() if self.compiles else []:
-            part.compile(mode="reduce-overhead" if self.device.type == "cuda" else None)
+        """With method.compile=true compile the networks; a subclass with its own on_fit_start calls this one first."""
+        if self.compiles:
+            graphs.start(self)
 
     def on_fit_end(self) -> None:
-        for part in self.networks() if self.compiles else []:
-            part._compiled_call_impl = None  # test has batches of other sizes, and its scores are PyTorch's
+        if self.compiles:
+            graphs.stop(self)
 
     @property
     def total_steps(self) -> int:

@@ -151,7 +151,7 @@ class ReContrast(AnomalyModule):
         return optimizer if optimizer is None or drop is None else with_drop(optimizer, drop, lambda: self.total_steps)
 
     def networks(self) -> list[nn.Module]:
-        return [self.backbone, self.encoder, self.bottleneck, self.decoder]  # type: ignore[list-item]
+        return [self.encoder.net, self.bottleneck, self.decoder]
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

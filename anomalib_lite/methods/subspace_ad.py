@@ -77,5 +77,6 @@ def minor_axes(covariance: Tensor, variance: float) -> Tensor:
     """
     energy, axes = torch.linalg.eigh(covariance)
     energy = energy.clamp_min(0).flip(0)
-    before = energy.cumsum(0) - energy  # the variance that larger components explain
+    # the variance that larger components explain; a GPU has no deterministic cumulative sum
+    before = energy.cpu().cumsum(0).to(energy) - energy
     return axes * (before.flip(0) >= variance * energy.sum())

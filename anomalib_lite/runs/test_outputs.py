@@ -52,7 +52,7 @@ class Evaluation(L.Callback):
         numbers["finite"] = per_image(lambda x: torch.isfinite(x).all(1), maps)
         if dataloader_idx == NORMAL:
             numbers["map_max"] = per_image(lambda x: x.amax(1), maps)
-            numbers["map_median"] = per_image(lambda x: x.median(1).values, maps)
+            numbers["map_median"] = per_image(median, maps)
         # one copy from the device for all numbers; float64 holds them exactly
         fields: dict[str, Any] = dict(
             zip(numbers, torch.stack([x.double() for x in numbers.values()]).cpu(), strict=True)
@@ -107,6 +107,11 @@ def per_image(statistic: Callable[[Tensor], Tensor], maps: Tensor | list[Tensor]
     return (
         statistic(maps.flatten(1)) if isinstance(maps, Tensor) else torch.cat([statistic(x.view(1, -1)) for x in maps])
     )
+
+
+def median(maps: Tensor) -> Tensor:
+    """The lower median of each row of [n, H·W], [n]. PyTorch's own has no deterministic form on a GPU."""
+    return maps.sort(1).values[:, (maps.shape[1] - 1) // 2] if maps.is_cuda else maps.median(1).values
 
 
 def columns(samples: Sequence[Sample], root: Path) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from anomalib_lite.errors import UserError
+from anomalib_lite.methods import graphs
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.methods.ssae import SSAE
 from tests.helpers.feature_levels import batch
@@ -30,17 +31,17 @@ def loss_and_gradients(model: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_compiled_networks_train_as_others(name, monkeypatch):
-    """The graphs are PyTorch's without a compiler (aot_eager); on a GPU they become CUDA graphs."""
-    given, compile_part = [], nn.Module.compile
+    """The graphs are PyTorch's without a compiler (aot_eager)."""
+    parts, compile_part = [], nn.Module.compile
     plain, compiled = MODELS[name](), MODELS[name](compile=True)
 
-    def compile_plainly(part, mode):
-        given.append(mode)
+    def compile_plainly(part):
+        parts.append(part)
         compile_part(part, backend="aot_eager")
 
     monkeypatch.setattr(nn.Module, "compile", compile_plainly)
     AnomalyModule.on_fit_start(compiled)
-    assert given == [None] * len(compiled.networks())
+    assert parts == compiled.networks()
     expected, found = loss_and_gradients(plain), loss_and_gradients(compiled)
     torch.testing.assert_close(found[0], expected[0])
     for one, other in zip(found[1], expected[1], strict=True):
@@ -53,3 +54,48 @@ def test_without_a_compiler_it_is_refused(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UserError, match=r"^method.compile=true: torch.compile needs the compiler g\+\+; install it"):
         test_rlr.model(compile=True).on_fit_start()
+
+
+class Doubled(nn.Module):
+    """Its batch norm has buffers, and its outputs are a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, levels):
+        return [2 * self.norm(x) for x in levels]
+
+
+def test_a_recorded_network_replays_the_first_call_alone(monkeypatch):
+    """Recording itself needs a GPU (`make gpu-check`); here it calls the network three times, as the warm-up does."""
+    replayed = []
+
+    def record(network, samples):
+        plain = network.forward
+        for _ in range(3):
+            plain(*samples)
+        torch.rand(5)
+        network.forward = lambda *inputs: replayed.append(inputs) or plain(*inputs)
+
+    monkeypatch.setattr("torch.cuda.make_graphed_callables", record)
+    monkeypatch.setattr("torch.cuda.get_rng_state", lambda device: torch.get_rng_state())
+    monkeypatch.setattr("torch.cuda.set_rng_state", lambda state, device: torch.set_rng_state(state))
+    network, plain = Doubled(), Doubled()
+    now = [0]
+    recorded = graphs.Recorded(network, lambda: now[0])
+    x = torch.randn(4, 3)
+    for now[0], shape in ((0, 4), (1, 4), (1, 4), (2, 3), (3, 4)):
+        torch.manual_seed(now[0])
+        found = network([x[:shape]])
+        drawn = torch.rand(2)
+        torch.manual_seed(now[0])
+        torch.testing.assert_close(found, plain([x[:shape]]), rtol=0, atol=0)
+        torch.testing.assert_close(drawn, torch.rand(2), rtol=0, atol=0)
+    with torch.no_grad():
+        now[0] = 4
+        network([x])
+    assert len(replayed) == 3  # not: the second call of step 1, the small batch, the call without gradients
+    torch.testing.assert_close(network.norm.running_mean, plain.norm.running_mean * 0.9 + 0.1 * x.mean(0))
+    recorded.release()
+    assert "forward" not in network.__dict__
