@@ -59,6 +59,20 @@ def test_a_full_disk(tmp_path, monkeypatch):
         store.add(np.zeros((1, 4, 4), np.float32))
 
 
+@pytest.mark.parametrize("limit", [0, 2**30])
+def test_gaps_are_given_back_while_images_are_added(limit, tmp_path, monkeypatch):
+    """Of 40 batches of 800 bytes, after each 3,000 bytes."""
+    trimmed: list[int] = []
+    store = ImageStore(np.float32, tmp_path, limit)
+    monkeypatch.setattr(image_store, "_TRIMMED", 3000)
+    monkeypatch.setattr(image_store, "trim", lambda: trimmed.append(store.used))
+    for _ in range(40):
+        store.add(np.zeros((2, 10, 10), np.float32))
+    assert [used // 3000 for used in trimmed] == list(range(1, 11))
+    monkeypatch.undo()
+    image_store.trim()
+
+
 def test_metrics_of_maps_in_a_file(tmp_path, monkeypatch):
     """And of many chunks: the same bits."""
     rng = np.random.default_rng(1)
