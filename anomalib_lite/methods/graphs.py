@@ -30,7 +30,7 @@ class Recorded:
         self.replay: Callable[..., Any] | None = None
         self.kind: Any = None
         self.last = -1
-        network.forward = self  # type: ignore[method-assign]
+        network.forward = self
 
     def __call__(self, *inputs: Any) -> Any:
         if not torch.is_grad_enabled() or self.step() == self.last:
@@ -52,7 +52,7 @@ class Recorded:
         with torch.autocast(device.type, dtype, enabled=enabled, cache_enabled=False), beside_other_threads():
             torch.cuda.make_graphed_callables(self.network, samples)
         replay = self.network.forward
-        self.network.forward = self  # type: ignore[method-assign]
+        self.network.forward = self
         torch.cuda.set_rng_state(random, device)
         with torch.no_grad():
             for buffer, value in buffers:
