@@ -96,7 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 speed.features,
             ),
             "patches": ("PatchCore's bank and the metrics", speed.PARTS, speed.part),
-            "compiled": ("method.compile=true", [name for name in speed.COMPILED if name in methods], speed.compiled),
+            "compiled": (
+                "method.compile=true",
+                [name for name in gpu_correct.COMPILED if name in methods],
+                speed.compiled,
+            ),
         }
         for part in parts:
             if part == "speed":

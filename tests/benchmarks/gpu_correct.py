@@ -19,6 +19,8 @@ SIDE = 64
 TOLERANCE = 1e-3  # of the range of the CPU's map: float32 sums in another order, through a few layers
 CLOSED = ("norm_occ_closed_form", "patchcore", "padim", "rad", "subspace_ad")  # methods without training steps
 VIT = ("dinomaly", "inp_former")
+#: methods with method.compile, and what makes their random numbers independent of a recording
+COMPILED = {"uniad": ["method.dropout=0"], "rlr": [], "ssae": [], "recontrast": [], "ltad": ["method.dropout=0"]}
 
 
 class Checks:
@@ -52,6 +54,8 @@ class Checks:
         first = self.train(method, "first", exact)
         cells["two runs"] = verdict(lambda: assert_same_run(self.train(method, "second", exact), first))
         cells["resumed"] = "" if method in CLOSED else verdict(lambda: self.resumed(method, first, exact))
+        compiled = method in COMPILED and self.device == "gpu"  # on a CPU it would call a compiler for minutes
+        cells["CUDA graphs"] = verdict(lambda: self.compiled(method, exact)) if compiled else ""
         result = read_result(self.train(method, "bf16", "hardware.precision=bf16"))
         cells["bf16, image AUROC"] = f"{result['metrics']['image_auroc']:.3f}"
         return cells
@@ -72,6 +76,11 @@ class Checks:
         with interrupted_after(2):
             self.train(method, "cut", *options)
         assert_same_run(self.train(method, "cut", *options, "resume=true"), expected)
+
+    def compiled(self, method: str, *options: str) -> None:
+        """Graphs replay the same kernels on the same random numbers, but for those of dropout."""
+        plain = self.train(method, "no_graph", *COMPILED[method], *options)
+        assert_close(self.train(method, "graph", "method.compile=true", *COMPILED[method], *options), plain)
 
     def ranks(self, method: str) -> dict[str, str]:
         """One rank that synchronises with itself by NCCL (gloo on a CPU), and all cards of the machine."""

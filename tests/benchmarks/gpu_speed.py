@@ -102,7 +102,6 @@ class Timings:
     """Rows of speed, each from one run with the published settings on drawn images of wood."""
 
     FEATURES = ("norm_occ", "uniad", "recontrast")
-    COMPILED = ("uniad", "rlr", "ssae", "recontrast", "ltad")
     PARTS = ("coreset of 5 % of 50,000 × 1,024", "search of 1,024 patches in 20,000 × 1,024", "metrics of 83 Mpx")
 
     def __init__(self, folder: Path, device: str, small: bool):
