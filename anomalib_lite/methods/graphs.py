@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from anomalib_lite.errors import UserError
@@ -16,9 +16,9 @@ from anomalib_lite.errors import UserError
 class Recorded:
     """Takes the place of a network's `forward` until `release`: in training it replays what its first call recorded.
 
-    The kernels are PyTorch's own, so the numbers are those of the network without a graph. A call runs kernel by kernel
-    if it needs no gradient, if its inputs have other shapes than the first ones, or if it is a step's second call:
-    each replay overwrites the outputs of the one before.
+    The kernels are PyTorch's own. A call runs kernel by kernel if it needs no gradient, if its inputs have other shapes
+    than the first ones or are no tensors, or if it is a step's second call: each replay overwrites the outputs of the
+    one before.
 
     Args:
         network: its inputs and outputs are tensors, or lists of tensors; it has no hooks.
@@ -32,11 +32,13 @@ class Recorded:
         self.last = -1
         network.forward = self
 
-    def __call__(self, *inputs: Any) -> Any:
-        if not torch.is_grad_enabled() or self.step() == self.last:
-            return self.plain(*inputs)
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        given = pytree.tree_leaves((inputs, list(options.items())))
+        tensors = all(isinstance(x, Tensor) for x in given)
+        if not tensors or not torch.is_grad_enabled() or self.step() == self.last:
+            return self.plain(*inputs, **options)
         self.last = self.step()
-        kind = (self.network.training, [(x.shape, x.dtype, x.requires_grad) for x in pytree.tree_leaves(inputs)])
+        kind = (self.network.training, [(x.shape, x.dtype, x.requires_grad) for x in given])
         if self.replay is None:
             self.kind, self.replay = kind, self.record(inputs)
         return (self.replay if kind == self.kind else self.plain)(*inputs)
