@@ -43,7 +43,7 @@ lint: setup ## ruff (format and lint) and mypy
 bench: setup ## timings, each beside a well-known implementation, in one run
 	$(BIN)/python -m pytest -m bench -s
 
-gpu-check: setup ## is a GPU's result the CPU's, and how fast is it? 8 minutes on one card; without a card it says so (ARGS="--output FILE.md")
+gpu-check: setup ## is a GPU's result the CPU's, and how fast is it? as much as 8 minutes allow; without a card it says so (ARGS="--output FILE.md")
 	$(BIN)/python -m tests.benchmarks.gpu_check $(ARGS)
 
 reproduce: setup ## run every published setting on the data in DATA=DIR and compare; it can be stopped and started again (ARGS=--dry-run: the time)

@@ -40,7 +40,7 @@ class AnomalyModule(L.LightningModule):
     - `uses_images = False` with frozen_features: neither training nor test uses `image`, and training no `mask`. Images
       whose features are stored are not decoded, and their batches come without these keys;
     - `clip`, set in the constructor: the largest norm of a step's gradient;
-    - `networks()`: what method.compile=true compiles, each called with inputs of one shape in all batches;
+    - `networks()`: what method.compile=true compiles, each called with tensors of one shape in all batches;
     - `unused_parameters = True`: a training step may leave some weights unused, which several devices must know;
     - `own_image_score = True`: `anomaly_map` returns (maps, image scores [B]) for scoring.image_score=own.
 

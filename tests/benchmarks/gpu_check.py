@@ -23,7 +23,6 @@ from tests.helpers.run_programs import ROOT
 
 METHODS = sorted(file.stem for file in (ROOT / "conf" / "method").glob("*.yaml"))
 PARTS = ("right", "devices", "speed", "features", "patches", "compiled")
-Rows = list[dict[str, str]]
 
 
 class Page:
