@@ -1,5 +1,6 @@
 """method.compile=true: the networks run through torch.compile while training, with the same losses and gradients."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,3 +108,9 @@ def test_a_recorded_network_replays_the_first_call_alone(monkeypatch):
     torch.testing.assert_close(network.norm.running_mean, mean * 0.81 + 0.19 * x.mean(0))
     recorded.release()
     assert "forward" not in network.__dict__
+
+
+def test_several_gpus_are_refused():
+    method = SimpleNamespace(device=torch.device("cuda"), trainer=SimpleNamespace(world_size=2))
+    with pytest.raises(UserError, match=r"^method.compile=true: CUDA graphs need hardware.devices=1"):
+        graphs.start(method)
