@@ -67,7 +67,9 @@ def evaluate(options: dict[str, Any]) -> None:
 
         print(f"evaluating {run}; importing the libraries, which can take half a minute", flush=True)
         from anomalib_lite.runs import terminal
+        from anomalib_lite.runs.artifacts import read_result
         from anomalib_lite.runs.run import execute
+        from anomalib_lite.runs.summary import other_precision
 
         overrides = [argument for argument in sys.argv[1:] if "=" in argument]
         try:
@@ -77,6 +79,9 @@ def evaluate(options: dict[str, Any]) -> None:
             raise signals.interruption(error) or error from None
     if result is not None:
         terminal.show(output, result)
+        before, now = (each["environment"].get("precision") for each in (read_result(run), result))
+        for note in other_precision(before, now):
+            print(f"note: {note}; hardware.precision=32 and bf16 choose one")
 
 
 def choice(group: str, name: str) -> Any:

@@ -16,6 +16,7 @@ watch=true      (or --watch) score the images in the folder, then new ones as th
 batch_size=32   images per batch; of a run with data.tiling, tiles per batch, and at most as many as in the run
 workers=0       processes that read the images
 device=auto     auto, cpu or gpu
+precision=auto  auto (bf16 where the machine computes in it), 32 or bf16 (default: as in the run's configuration)
 
 Paths in scores.csv are below the folder that all inputs share. The ratio is the score over the threshold. It is empty
 unless the threshold is above 0. report.html needs no network and no other file.
@@ -42,7 +43,7 @@ from anomalib_lite.runs.prediction_table import COLUMNS
 
 DEFAULTS = {
     "category": None, "quantile": None, "threshold": None, "report": 50, "watch": False, "batch_size": 32, "workers": 0,
-    "device": "auto", "debug": False,
+    "device": "auto", "precision": None, "debug": False,
 }  # fmt: skip
 TEXTS = ("run", "input", "output", "category")
 
@@ -61,9 +62,10 @@ def predict(options: dict[str, Any]) -> None:
         refuse_used(output)
         print(f"scoring {len(found.images)} images; ", end="")
     print("importing the libraries, which can take half a minute", flush=True)
-    from anomalib_lite.runs.artifacts import thresholds_of
+    from anomalib_lite.runs.artifacts import read_result, thresholds_of
     from anomalib_lite.runs.load import load
     from anomalib_lite.runs.predictions import Predictor
+    from anomalib_lite.runs.summary import other_precision, precision
     from anomalib_lite.runs.terminal import silence_libraries
     from anomalib_lite.runs.watching import watch
 
@@ -80,13 +82,17 @@ def predict(options: dict[str, Any]) -> None:
     }  # fmt: skip
     if cfg["data"].get("tiling"):  # images come one by one, and their tiles in batches
         cfg["data"]["eval_batch_size"] = min(options["batch_size"], cfg["data"]["eval_batch_size"])
+    wanted = cfg["hardware"]["precision"] = options["precision"] or cfg["hardware"]["precision"]
     model, data = load(checkpoint, cfg, options["device"])
+    before = read_result(run)["environment"].get("precision")
+    for note in other_precision(before, precision(wanted, model, model.device)):
+        print(f"note: {note}; precision=32 and precision=bf16 choose one")
     make_folder(output, "output")
     with claimed(output, "output"):
         predictor = Predictor(
             model,
             data,
-            cfg["hardware"]["precision"] == "bf16",
+            wanted == "bf16",
             limits,
             output,
             found.base,
@@ -151,6 +157,8 @@ def checked(options: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"{name}={number}: give a whole number from {low}")
     if options["device"] not in ("auto", "cpu", "gpu"):
         raise UserError(f"device={options['device']}: choose auto, cpu or gpu")
+    if options["precision"] not in (None, "auto", 32, "bf16"):
+        raise UserError(f"precision={options['precision']}: choose auto, 32 or bf16")
     if not isinstance(options["watch"], bool):
         raise UserError(f"watch={options['watch']}: give true or false")
     threshold = options["threshold"]

@@ -44,8 +44,8 @@ class AnomalyModule(L.LightningModule):
     - `unused_parameters = True`: a training step may leave some weights unused, which several devices must know;
     - `own_image_score = True`: `anomaly_map` returns (maps, image scores [B]) for scoring.image_score=own.
 
-    A batch is a dict: `image` float32 [B, 3, H, W], `mask` bool [B, H, W], `label` int64 [B], `category` int64 [B],
-    `path` list of str, `index` int64 [B] (positions in the data set). The error for a missing key names its switch.
+    A batch is a dict: `image` float32 [B, 3, H, W], `mask` bool [B, H, W] (on the host), `label` int64 [B], `category`
+    int64 [B], `path` list of str, `index` int64 [B] (positions in the data set). A missing key's error names its switch.
     With `data.corrupt`, `image` in training batches is a corrupted version of `clean`; `corruption_mask` marks where.
     Evaluation batches have `is_train_image`: True for training images, which are scored to find the thresholds.
     With scoring.map_size=original, evaluation batches have `size` int64 [B, 2], each image's own (H, W).
@@ -258,9 +258,8 @@ class AnomalyModule(L.LightningModule):
         return {"map": maps, "score": image_scores(for_score, self.scoring["image_score"])}
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """The masks of tested images stay on the host, where the metrics are computed."""
-        kept = ("mask", "gt_mask") if self._trainer is not None and self._trainer.testing else ()
-        masks = {key: batch[key] for key in kept if key in batch}
+        """The masks of defects stay on the host, where the metrics are computed: training images have none."""
+        masks = {key: batch[key] for key in ("mask", "gt_mask") if key in batch}
         rest = type(batch)({key: value for key, value in batch.items() if key not in masks})
         return super().transfer_batch_to_device(rest, device, dataloader_idx) | masks
 

@@ -84,7 +84,11 @@ class LoadedRun:
 
 
 def load_run(
-    run: str | Path, category: str | None = None, quantile: float | None = None, device: str = "auto"
+    run: str | Path,
+    category: str | None = None,
+    quantile: float | None = None,
+    device: str = "auto",
+    precision: str | int | None = None,
 ) -> LoadedRun:
     """The finished run in the folder `run`, ready to score images.
 
@@ -93,10 +97,15 @@ def load_run(
         category: the category whose thresholds hold; required for a model of several categories.
         quantile: another quantile of the normal training images' scores for the thresholds; None: the run's own.
         device: "auto", "cpu" or "gpu".
+        precision: "auto", 32 or "bf16"; None: as in the run's configuration. With auto, a machine that computes in bf16
+            gives scores that differ in their third or fourth digit from those of one that does not.
 
-    Raises UserError if the folder holds no finished run, or for an unknown category, quantile or device.
+    Raises UserError if the folder holds no finished run, or for an unknown category, quantile, device or precision.
     """
     checkpoint, cfg, _ = read_run(Path(run).expanduser())
+    if precision not in (None, "auto", 32, "bf16"):
+        raise UserError(f"precision={precision}: choose auto, 32 or bf16")
+    cfg["hardware"]["precision"] = precision or cfg["hardware"]["precision"]
     thresholds = thresholds_of(Path(run).expanduser(), category, quantile)
     model, data = load(checkpoint, cfg, device)
     return LoadedRun(model, data, thresholds, bf16=cfg["hardware"]["precision"] == "bf16")

@@ -24,6 +24,7 @@ from anomalib_lite.runs.saturation import add_spro
 from anomalib_lite.runs.test_outputs import HELD_OUT, NORMAL, TEST
 
 FEW = 50  # normal training images of a category: with fewer, a 0.99 quantile is little more than their maximum
+TF32 = ", TF32 in training"
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "numpy", "albumentations", "hydra-core")
 
 
@@ -184,7 +185,7 @@ def precision(wanted: str | int, model: AnomalyModule, device: torch.device) -> 
     Args:
         wanted: hardware.precision.
     """
-    tf32 = ", TF32 in training" if device.type == "cuda" and wanted != 32 and model.total_steps else ""
+    tf32 = TF32 if device.type == "cuda" and wanted != 32 and model.total_steps else ""
     if wanted == "bf16":
         return f"bf16{tf32}"
     low = {
@@ -193,3 +194,15 @@ def precision(wanted: str | int, model: AnomalyModule, device: torch.device) -> 
     }
     parts = " and ".join(part for part, is_low in low.items() if is_low)
     return (f"float32, {parts} in bf16" if parts else "float32") + tf32
+
+
+def other_precision(before: str | None, now: str) -> list[str]:
+    """A note if a run was tested in another precision than now: on another machine, or with another option.
+
+    Args:
+        before, now: what `precision` gave; None: not known.
+    """
+    tested, computing = ((text or now).removesuffix(TF32) for text in (before, now))
+    if tested == computing:
+        return []
+    return [f"the run was tested in {tested}, and this is {computing}: scores differ in their third or fourth digit"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.data.dataset import Batch
 from anomalib_lite.data.loader import ahead
 from anomalib_lite.data.readers import read_folder
 from anomalib_lite.data.stored_features import StoredFeatures
@@ -156,6 +157,18 @@ def test_images_are_normalised_as_on_the_cpu(root):
     for found, image in zip(pipeline.normalised(pixels), pixels.numpy(), strict=True):
         assert torch.equal(found, pipeline.tensor(image))
     assert pipeline.normalised(pixels).is_contiguous()
+
+
+def test_masks_stay_on_the_host(root, arguments):  # noqa: F811
+    """In training and test: a step of a method that sees images copies the images and three numbers each."""
+    model: Any = built(arguments(CASES["recontrast unified"]), ["bottle", "tile"])
+    batch = next(iter(module(root).train_dataloader()))
+    with fake_cuda():
+        fake = {key: torch.empty_like(each) if isinstance(each, torch.Tensor) else each for key, each in batch.items()}
+        with Counted() as count:
+            moved = model.transfer_batch_to_device(Batch(fake), torch.device("cuda", 0), 0)
+        assert (moved["image"].device.type, moved["mask"].device.type) == ("cuda", "cpu")
+        assert count.bytes_to_gpu == batch["image"].nbytes + 24 * BATCH
 
 
 def test_a_thread_ahead_changes_nothing():

@@ -102,4 +102,4 @@ class FakeTrainer(SimpleNamespace):
             training_batch=lambda indices, epoch: fake_batch(len(indices), side),
         )  # fmt: skip
         strategy = SimpleNamespace(reduce=lambda x, reduce_op: x)
-        super().__init__(global_step=0, world_size=1, testing=False, datamodule=data, strategy=strategy, callbacks=[])
+        super().__init__(global_step=0, world_size=1, datamodule=data, strategy=strategy, callbacks=[])

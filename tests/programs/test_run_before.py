@@ -43,21 +43,42 @@ interrupted = pytest.mark.parametrize("run", ["interrupted"], indirect=True)
 
 @finished
 def test_predict(run, tmp_path):
-    outcome = predict(f"run={run}", f"input={BEFORE / 'data' / 'bottle' / 'test'}", f"output={tmp_path / 'out'}")
+    given = (f"run={run}", f"input={BEFORE / 'data' / 'bottle' / 'test'}", f"output={tmp_path / 'out'}", "precision=32")
+    outcome = predict(*given)  # in float32, as then: this machine may compute in bf16
     assert (outcome.code, outcome.err) == (0, "")
+    assert "note:" not in outcome.out
     assert scores_of(tmp_path / "out") == pytest.approx(scores_of(run), rel=1e-5)
 
 
 @finished
 def test_evaluate(run, tmp_path):
-    outcome = evaluate(f"run={run}", f"output={tmp_path / 'out'}", ROOT)
+    outcome = evaluate(f"run={run}", f"output={tmp_path / 'out'}", ROOT, "hardware.precision=32")
     assert (outcome.code, outcome.err) == (0, "")
+    assert "the run was tested in" not in outcome.out
     first, again = result_of(run), result_of(tmp_path / "out")
     assert scores_of(tmp_path / "out") == pytest.approx(scores_of(run), rel=1e-5)
     assert {key: again["metrics"][key] for key in first["metrics"]} == pytest.approx(first["metrics"], abs=1e-6)
     assert again["metrics"].keys() - first["metrics"] == {"aupimo", "pixel_iou", "pixel_dice"}  # metrics since then
     for key in ("data", "protocol", "split", "backbone", "seed"):
         assert again[key] == first[key], key
+
+
+@finished
+def test_another_precision_is_noted(run, tmp_path):
+    """As on a machine that computes in bf16, or does not, where the run's own did the opposite."""
+    note = "note: the run was tested in float32, and this is bf16: scores differ in their third or fourth digit; "
+    (tmp_path / "in").mkdir()
+    shutil.copy(BEFORE / "data" / "bottle" / "test" / "good" / "001.png", tmp_path / "in")
+    outcome = predict(f"run={run}", f"input={tmp_path / 'in'}", f"output={tmp_path / 'out'}", "precision=bf16")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert note + "precision=32 and precision=bf16 choose one\n" in outcome.out
+    expected = scores_of(run)["good/001.png"]
+    assert 0 < abs(scores_of(tmp_path / "out")["001.png"] - expected) < 0.01 * expected
+    outcome = evaluate(f"run={run}", f"output={tmp_path / 'again'}", ROOT, "hardware.precision=bf16")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert note + "hardware.precision=32 and bf16 choose one\n" in outcome.out
+    outcome = predict(f"run={run}", f"input={tmp_path / 'in'}", f"output={tmp_path / 'none'}", "precision=16")
+    assert (outcome.code, outcome.err) == (2, "error: precision=16: choose auto, 32 or bf16\n")
 
 
 @finished
@@ -80,7 +101,8 @@ def test_resume_an_interrupted_run(run, whole, tmp_path):
         "trainer.max_steps=7", "trainer.log_every=1", "trainer.checkpoint_minutes=0",
         "method.noise=0.0", "method.input_skip=false", "method.calibrate=false",  # defaults have changed since then
     ]  # fmt: skip
-    outcome = train(*(line if whole else []), ROOT, "resume=true", f"hydra.run.dir={run}", small=False)
+    here = (ROOT, "resume=true", f"hydra.run.dir={run}", "hardware.precision=32")
+    outcome = train(*(line if whole else []), *here, small=False)
     assert (outcome.code, outcome.err) == (0, "")
     expected = load_file(BEFORE / "uninterrupted" / "weights.safetensors")
     found = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
