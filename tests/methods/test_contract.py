@@ -85,7 +85,7 @@ SWITCHES = {
     "inp_former": ["method.prototypes=2", "method.coherence=0", "method.power=0", "method.dropout=0.5",
                    "method.groups=4", "method.final=1"],
     "ssae": ["method.skip=concat", "method.skip=none", "method.input_skip=true", "method.corrupted_weight=0.1",
-             "method.noise=0.1"],
+             "method.noise=0.1", "method.log_offset=0.1"],
     "ltad": ["method.class_names=fixed", "method.fill=null", "method.classifier_weight=0", "method.strong=1",
              "method.synthesis=between"],
     "ltad clip": ["method.class_names=fixed", "method.fill=null"],

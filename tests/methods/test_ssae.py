@@ -13,8 +13,9 @@ from torch import nn
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.readers import read_folder
-from anomalib_lite.methods import ssae
-from anomalib_lite.methods.ssae import DILATIONS, MARGIN, SSAE, Autoencoder, ConvexCombination, DilatedStack, losses
+from anomalib_lite.methods import dilated_autoencoder, ssae
+from anomalib_lite.methods.dilated_autoencoder import DILATIONS, MARGIN, Autoencoder, ConvexCombination, DilatedStack
+from anomalib_lite.methods.ssae import SSAE, losses, tone
 from anomalib_lite.runs import artifacts as results
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
@@ -175,7 +176,7 @@ def test_the_margin_is_a_mirror_and_goes_again():
     framed = nn.functional.pad(x, (MARGIN,) * 4, mode="reflect")
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         found = net(x)
-        patch.setattr(ssae, "MARGIN", 0)
+        patch.setattr(dilated_autoencoder, "MARGIN", 0)
         expected = net(framed)[..., MARGIN:-MARGIN, MARGIN:-MARGIN]
     torch.testing.assert_close(found, expected)
 
@@ -259,6 +260,29 @@ def test_errors_are_divided_by_the_normal_error_of_their_place_and_class(monkeyp
     for i, name in enumerate(classes.tolist()):
         mean = uniform_filter(error[classes.numpy() == name].mean(0), 5, mode="reflect")
         np.testing.assert_allclose(found[i], error[i] / (mean + 0.2 * mean.mean()), rtol=1e-4)
+
+
+def test_a_logarithmic_tone_makes_errors_relative():
+    """Against float64; the loss is that of the images themselves."""
+    offset = 0.1
+
+    def reference(x: torch.Tensor) -> np.ndarray:
+        return np.log1p(x.clamp(0, 1).double().numpy() / offset) / np.log1p(1 / offset)
+
+    torch.manual_seed(0)
+    model = SSAE(width=4, log_offset=offset, image_size=(24, 32), scoring={}, precision="32").eval()
+    clean = images(3, 3, 24, 32)
+    image = clean.clone()
+    image[:, :, 4:9] += 0.2
+    with torch.no_grad():
+        output = model.net(image)
+        expected = ((reference(output) - reference(image)) ** 2).mean(1)
+        np.testing.assert_allclose(model.anomaly_map({"image": image}), expected, rtol=1e-3, atol=1e-7)
+        found = model.losses({"image": image, "clean": clean})
+        torch.testing.assert_close(found, losses(output, clean, image, 0.9))
+    # a tenth less light counts as much in a dark part as in a bright one, as far as both are above the offset
+    bright, dark = (float(tone(torch.tensor(x), 0.01) - tone(torch.tensor(0.9 * x), 0.01)) for x in (0.9, 0.3))
+    assert bright == pytest.approx(dark, rel=0.05)
 
 
 def test_low_precision_keeps_the_output_fine():
@@ -433,6 +457,7 @@ def data_of(root: Path, **options: Any) -> AnomalyDataModule:
 @pytest.mark.parametrize(("option", "message"), [
     ("method.skip=sum", "method.skip=sum: choose none, concat, ccm"),
     ("method.corrupted_weight=2", "method.corrupted_weight=2: give a share"),
+    ("method.log_offset=0", "method.log_offset=0: give a number above 0"),
     ("method.width=0", "method.width=0: give a whole number from 1"),
     ("method.patience=2", "method.patience: needs held-out images"),
     ("data.corrupt=null", "data.corrupt=null: this method learns from corrupted images"),

@@ -58,7 +58,13 @@ def trained(root, tmp_path_factory):
     def get(method: str, category: str = "bottle", *options: str) -> Path:
         run = tmp_path_factory.mktemp(method) / "run"
         # in float32, as the files: a machine's own precision may be bf16
-        chosen = [*runs.method(method), *OPTIONS.get(method, ()), "data.image_size=64", "hardware.precision=32", *options]
+        chosen = [
+            *runs.method(method),
+            *OPTIONS.get(method, ()),
+            "data.image_size=64",
+            "hardware.precision=32",
+            *options,
+        ]
         runs.result_of(*chosen, *runs.folder_data(root, category), run_dir=run)
         return run
 
