@@ -45,7 +45,7 @@ class AnomalyModule(L.LightningModule):
     - `own_image_score = True`: `anomaly_map` returns (maps, image scores [B]) for scoring.image_score=own.
 
     A batch is a dict: `image` float32 [B, 3, H, W], `mask` bool [B, H, W] (on the host), `label` int64 [B], `category`
-    int64 [B], `path` list of str, `index` int64 [B] (positions in the data set). A missing key's error names its switch.
+    int64 [B], `path` list of str, `index` int64 [B] (place in the data set). A missing key's error names its switch.
     With `data.corrupt`, `image` in training batches is a corrupted version of `clean`; `corruption_mask` marks where.
     Evaluation batches have `is_train_image`: True for training images, which are scored to find the thresholds.
     With scoring.map_size=original, evaluation batches have `size` int64 [B, 2], each image's own (H, W).
