@@ -161,7 +161,12 @@ def spoil(folder: Path) -> dict[str, str]:
     (folder / "text.jpg").write_text("no picture")
     (folder / "empty.bmp").write_bytes(b"")
     (folder / "header.png").write_bytes(whole[:8] + bytes(100))
-    return {"truncated.png": "truncated", "text.jpg": "no image", "empty.bmp": "no image", "header.png": "image"}
+    return {
+        "truncated.png": "truncated",
+        "text.jpg": "no image",
+        "empty.bmp": "the file is empty; copy it again",
+        "header.png": "image",
+    }
 
 
 @pytest.mark.parametrize("options", [["batch_size=1"], [], ["workers=1"]])
@@ -515,4 +520,5 @@ def test_help_comes_at_once(program):
     assert now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime < 1  # of the processor: the machine may be busy
     assert outcome.code == 0, outcome.err
     assert f"python -m anomalib_lite.{program} run=DIR" in outcome.out
+    assert ("overlays/a.jpg.png for a.jpg" in outcome.out) == (program == "predict")
     assert "loaded set()" in outcome.out
