@@ -2,7 +2,8 @@
 
     python -m anomalib_lite.predict run=DIR input=PATH output=DIR [KEY=VALUE ...]
 
-run=DIR         the folder of a finished run; nothing else is needed
+run=DIR         the folder of a finished run; nothing else is needed, but for a method of your own its file: it is
+                looked for in the current folder, in PYTHONPATH, and where it lay when the run was started
 input=PATH      an image, a folder (searched with its subfolders), or a pattern ('dir/*.png', '**/a?.jpg'); or a list of
                 these: 'input=[first,second/*.png]'
 output=DIR      a folder for scores.csv (path, score, threshold, decision, ratio), report.html, heatmaps/ and overlays/;
