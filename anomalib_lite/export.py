@@ -4,7 +4,7 @@
 
 run=DIR             the folder of a finished run
 output=FILE         FILE.onnx, for onnxruntime; beside it FILE.py is written, which scores images with numpy,
-                    onnxruntime and pillow: python FILE.py IMAGE...
+                    onnxruntime and pillow: python FILE.py IMAGE... (python FILE.py --help explains it)
                     FILE.pt2, for torch.export.load; neither file may exist yet
 category=NAME       the file holds the threshold of this category alone (default: of all; ltad needs one)
 precision=float32   float32; float16: weights are stored with 16 bits, so the file is half as large, and computation
@@ -14,7 +14,9 @@ force=false         true: write float16 or int8 however far the scores move
 
 The file takes `images`, uint8 [B, H, W, 3] (RGB) of any size, and gives `score` [B] and `map` [B, h, w]. It holds the
 resizing, the normalisation, the network, the smoothing and, as metadata in JSON, the thresholds, the categories, the
-method, the protocol and the version.
+method, the protocol and the version. It computes in float32; a note says where the run's thresholds were found in
+another precision. FILE.py leaves out images with more than 8 bits per channel: convert them to 8 bits first. predict
+does so by itself, with a note.
 
 float16 and int8 are compared on up to 64 of the run's normal training images. Their scores may move by a fifth of the
 way from the median normal score to the threshold; otherwise nothing is written. The image AUROC on the run's test

@@ -2,7 +2,8 @@
 
     python -m anomalib_lite.predict run=DIR input=PATH output=DIR [KEY=VALUE ...]
 
-run=DIR         the folder of a finished run; nothing else is needed
+run=DIR         the folder of a finished run; nothing else is needed, but for a method of your own its file: it is
+                looked for in the current folder, in PYTHONPATH, and where it lay when the run was started
 input=PATH      an image, a folder (searched with its subfolders), or a pattern ('dir/*.png', '**/a?.jpg'); or a list of
                 these: 'input=[first,second/*.png]'
 output=DIR      a folder for scores.csv (path, score, threshold, decision, ratio), report.html, heatmaps/ and overlays/;
@@ -19,7 +20,8 @@ device=auto     auto, cpu or gpu
 precision=auto  auto (bf16 where the machine computes in it), 32 or bf16 (default: as in the run's configuration)
 
 Paths in scores.csv are below the folder that all inputs share. The ratio is the score over the threshold. It is empty
-unless the threshold is above 0. report.html needs no network and no other file.
+unless the threshold is above 0. report.html needs no network and no other file. In heatmaps/ and overlays/, a picture
+has its image's whole name with .png added (overlays/a.jpg.png for a.jpg), so that a.jpg and a.png have one each.
 A watched file is scored once it has not changed for a second, and again when it is replaced. A file that can't be
 decoded is tried for ten seconds. Each score is one more row of scores.csv, so the last row of a path counts; the column
 `modified` (the file's time of change, in ns) tells the next start with the same output which files are scored already.
@@ -60,7 +62,7 @@ def predict(options: dict[str, Any]) -> None:
     refuse_inside(output, found.folders, options["watch"])
     if not options["watch"]:
         refuse_used(output)
-        print(f"scoring {len(found.images)} images; ", end="")
+        print(f"{found.total} images found; ", end="")
     print("importing the libraries, which can take half a minute", flush=True)
     from anomalib_lite.runs.artifacts import read_result, thresholds_of
     from anomalib_lite.runs.load import load
@@ -120,13 +122,12 @@ def score_all(predictor: Any, found: Inputs) -> None:
                 left_out.append(each)
             else:
                 writer.writerow(each[1].row())
-    total = len(found.images) + len(found.left_out)
-    scored_count = total - len(left_out)
+    scored_count = found.total - len(left_out)
     pages, notes = predictor.remarks()
     left_out += pages
     predictor.report.write(output, left_out)
     parts = [SCORES, *([REPORT] * bool(predictor.report.most)), f"{HEATMAPS}/", f"{OVERLAYS}/"]
-    print(f"{scored_count} of {total} images scored; {output}/ holds {', '.join(parts)}")
+    print(f"{scored_count} of {found.total} images scored; {output}/ holds {', '.join(parts)}")
     if found.others:
         notes.append(f"{len(found.others)} files are no images (first: {found.others[0]})")
     for note in notes:

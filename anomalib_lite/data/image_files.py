@@ -178,6 +178,8 @@ def decoding(path: Path) -> Iterator[None]:
     except MemoryError:
         raise UserError(f"{path}: too large for the memory that is free; give smaller images, or cut it up") from None
     except Exception as error:  # decoders raise nearly anything for a damaged file: OSError, SyntaxError, struct.error
+        if path.is_file() and path.stat().st_size == 0:
+            raise UserError(f"{path}: the file is empty; copy it again or remove it") from None
         text = " ".join(str(error).split())
         why = "its content is no image" if "cannot identify" in text else text or "damaged"
         if path.suffix.lower() in (".tif", ".tiff") and "cannot identify" in text:

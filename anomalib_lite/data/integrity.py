@@ -84,8 +84,6 @@ def _check_end(path: Path) -> Header:
     """The header. The whole file is decoded only if the end mark of its format is missing."""
     with decoding(path), path.open("rb") as file:
         length = file.seek(0, os.SEEK_END)
-        if length == 0:
-            raise UserError(f"{path}: the file is empty; copy it again or remove it")
         file.seek(max(0, length - TAIL))
         tail = file.read()
         file.seek(0)

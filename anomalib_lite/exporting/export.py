@@ -16,7 +16,6 @@ from anomalib_lite.data.transforms import Resize
 from anomalib_lite.errors import UserError
 from anomalib_lite.exporting import checks, files
 from anomalib_lite.exporting.graph import HalfWeights, ScoringGraph, check_exportable, traced
-from anomalib_lite.features.backbones import has_bf16
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.methods.ltad import LTAD
 from anomalib_lite.paths import replacing
@@ -26,6 +25,9 @@ from anomalib_lite.runs.checkpoints import read_checkpoint
 from anomalib_lite.runs.folder import read_run
 from anomalib_lite.runs.load import LoadedRun, load
 from anomalib_lite.runs.run import check_fingerprint
+from anomalib_lite.runs.summary import TF32, other_precision
+
+REFERENCE = "predict's in float32 (precision=32)"  # the scores that a file's are compared with
 
 
 def export_run(run: Path, output: Path, category: str | None, precision: str, force: bool = False) -> Iterator[str]:
@@ -40,7 +42,7 @@ def export_run(run: Path, output: Path, category: str | None, precision: str, fo
         UserError: the run can't be exported, or its scores move too far.
     """
     checkpoint, cfg, names = read_run(run)
-    result, wanted = read_result(run), cfg["hardware"]["precision"]
+    result = read_result(run)
     cfg["hardware"]["precision"] = "32"
     stored = read_checkpoint(checkpoint, cfg)
     model, data = load(checkpoint, cfg, "cpu")
@@ -49,8 +51,8 @@ def export_run(run: Path, output: Path, category: str | None, precision: str, fo
     thresholds = {name: result["thresholds"]["per_category"][name] for name in chosen}
     about = metadata(model, data, thresholds, names["method"], result["thresholds"]["quantile"])
     reference = LoadedRun(model, data, {"category": chosen[0]}, bf16=False)
-    if wanted == "bf16" or (wanted == "auto" and has_bf16(torch.device("cpu"))):
-        yield "note: predict computes in bf16 on this machine, and the file in float32: their scores differ"
+    for note in threshold_notes(result["environment"].get("precision")):
+        yield f"note: {note}"
 
     images: list[np.ndarray] = checks.noise(model.image_size)
     if precision != "float32":
@@ -75,10 +77,10 @@ def export_run(run: Path, output: Path, category: str | None, precision: str, fo
             difference = checks.largest_difference(found, expected)
             if not difference <= checks.SAME:
                 raise UserError(
-                    f"run: method={names['method']} can't be exported: the file's scores differ from predict's by "
-                    f"{difference:.2g} of their value; use predict, or load_run in Python"
+                    f"run: method={names['method']} can't be exported: the file's scores differ from {REFERENCE} "
+                    f"by {difference:.2g} of their value; use predict, or load_run in Python"
                 )
-            yield f"the file's scores differ from predict's by at most {difference:.1e} of their value"
+            yield f"the file's scores differ from {REFERENCE} by at most {difference:.1e} of their value"
         else:
             yield checks.check_moved(found, expected, checks.room(run, thresholds), precision, force)
             yield checks.auroc_line(run, data, chosen, scorer, data.eval_pipeline.load)
@@ -89,6 +91,21 @@ def export_run(run: Path, output: Path, category: str | None, precision: str, fo
         shutil.copyfile(Path(__file__).with_name("runner.py"), output.with_suffix(".py"))
         choice = "" if len(chosen) == 1 else " category=NAME"
         yield f"python {output.with_suffix('.py')}{choice} IMAGE... scores images with numpy, onnxruntime and pillow"
+
+
+def threshold_notes(tested: str | None) -> list[str]:
+    """A note if the run's thresholds come from scores of another precision than the file's float32.
+
+    Args:
+        tested: in which precision the run was tested, as result.json says; None: not known.
+    """
+    if tested is None or not other_precision(tested, "float32"):
+        return []
+    return [
+        f"the run's thresholds were found in another precision ({tested.removesuffix(TF32)}) than the file's float32, "
+        "where scores can differ by about 1 % and images near a threshold may be decided otherwise; for thresholds of "
+        "float32 scores, train again with hardware.precision=32 and export that run"
+    ]
 
 
 def chosen_categories(model: AnomalyModule, category: str | None) -> list[str]:

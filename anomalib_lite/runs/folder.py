@@ -14,7 +14,7 @@ from typing import Any
 from anomalib_lite.cli.keys import assign, flat, lookup, method_defaults, translate
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import write_text
-from anomalib_lite.runs import inputs
+from anomalib_lite.runs import inputs, own_modules
 
 #: written by a finished run or by `evaluate`
 RESULT = "result.json"
@@ -112,7 +112,8 @@ def open_run(run: Path, config: dict[str, Any], names: dict[str, str], overrides
         return False
     (run / CHECKPOINTS).mkdir(exist_ok=True)
     (run / HYDRA).mkdir(exist_ok=True)
-    write_text(stored_config(run), json.dumps({"config": config, "names": names, "digests": digests}, indent=1))
+    stored = {"config": config, "names": names, "digests": digests, "modules": own_modules.places(config)}
+    write_text(stored_config(run), json.dumps(stored, indent=1))
     for name, content in (("config", config), ("hydra", {"hydra": hydra}), ("overrides", list(overrides))):
         write_text(run / HYDRA / f"{name}.yaml", OmegaConf.to_yaml(OmegaConf.create(content)))
     return True
@@ -144,6 +145,7 @@ def resumed(
             f"hydra.run.dir={run}: no run to resume in this folder; fix the path, or repeat the whole command line"
         )
     stored, stored_names = read_config(run)
+    own_modules.make_importable(stored, _stored(run, "modules"))
     if not any(is_choice(key) for key in bound):
         given, config, names = config, copy.deepcopy(stored), stored_names
         for key in keys:
@@ -230,10 +232,7 @@ def read_config(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 def stored_digests(run: Path) -> dict[str, str]:
     """The hashes of the run's split list and weights, see `inputs`; empty for a run of an earlier version."""
-    try:
-        return dict(json.loads(stored_config(run).read_text()).get("digests", {}))
-    except (OSError, ValueError, AttributeError):
-        return {}
+    return _stored(run, "digests")
 
 
 def read_run(run: Path) -> tuple[Path, dict[str, Any], dict[str, str]]:
@@ -243,6 +242,7 @@ def read_run(run: Path) -> tuple[Path, dict[str, Any], dict[str, str]]:
     config, names = read_config(run)
     if not checkpoint(run).is_file():
         raise UserError(f"{checkpoint(run)}: no such file; is run={run} the folder of a finished run?")
+    own_modules.make_importable(config, _stored(run, "modules"))
     return checkpoint(run), config, names
 
 
@@ -256,6 +256,14 @@ def objective(name: str | None, result: dict[str, Any]) -> float | None:
         choices = ", ".join(f"validation.{each}" for each in metrics)
         raise UserError(f"objective={name}: no such metric; choose from {choices}")
     return metrics[metric]
+
+
+def _stored(run: Path, name: str) -> dict[str, str]:
+    """What the run's file of the configuration holds beside it; empty for a run of an earlier version."""
+    try:
+        return dict(json.loads(stored_config(run).read_text()).get(name, {}))
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def _stored_overrides(run: Path) -> list[str]:

@@ -93,14 +93,16 @@ def load_run(
     """The finished run in the folder `run`, ready to score images.
 
     Args:
-        run: the run's folder.
+        run: the run's folder. The file of a method of your own that is not found otherwise is read from the folder
+            where it lay when the run was started; this folder becomes the last one of sys.path.
         category: the category whose thresholds hold; required for a model of several categories.
         quantile: another quantile of the normal training images' scores for the thresholds; None: the run's own.
         device: "auto", "cpu" or "gpu".
         precision: "auto", 32 or "bf16"; None: as in the run's configuration. With auto, a machine that computes in bf16
             gives scores that differ in their third or fourth digit from those of one that does not.
 
-    Raises UserError if the folder holds no finished run, or for an unknown category, quantile, device or precision.
+    Raises UserError if the folder holds no finished run, if the file of your own method is not found, or for an unknown
+    category, quantile, device or precision.
     """
     checkpoint, cfg, _ = read_run(Path(run).expanduser())
     if precision not in (None, "auto", 32, "bf16"):

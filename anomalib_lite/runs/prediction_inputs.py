@@ -27,6 +27,11 @@ class Inputs(NamedTuple):
     left_out: list[str]
     others: list[Path]
 
+    @property
+    def total(self) -> int:
+        """The number of images, with those that can't be read."""
+        return len(self.images) + len(self.left_out)
+
 
 def inputs_of(text: str) -> Inputs:
     """An image, a folder, a pattern, or a list of these. Raises UserError for a path that does not exist."""

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -23,6 +24,7 @@ from tests.helpers.image_trees import make_mvtec
 pytest.importorskip("onnxscript")
 onnx, ort = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 from anomalib_lite.exporting import checks, files, resize  # noqa: E402
+from anomalib_lite.exporting.export import threshold_notes  # noqa: E402
 
 FILTERS = ("nearest", *resize.FILTERS)
 SIZES = ((64, 64), (37, 53), (200, 90), (66, 60))
@@ -176,7 +178,7 @@ def test_the_runner_alone_gives_the_scores_of_predict(exported, trained, root, t
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 1
     assert "left out: " in done.stderr
-    assert "deep.png: more than 8 bits per channel; convert it to 8 bits" in done.stderr
+    assert "deep.png: more than 8 bits per channel; convert it to 8 bits, as predict does by itself\n" in done.stderr
     loaded = set(ast.literal_eval(done.stderr.strip().splitlines()[-1]))
     assert loaded & {"torch", "cv2", "anomalib_lite", "onnx", "scipy", "timm"} == set()
     rows = list(csv.DictReader(io.StringIO(done.stdout)))
@@ -193,7 +195,31 @@ def test_the_runner_alone_gives_the_scores_of_predict(exported, trained, root, t
 
 def test_the_runner_needs_a_category_where_there_are_several(exported):
     done = runs.python("-I", exported("norm_occ", category="[bottle,wood]").with_suffix(".py"), "photo.png")
-    assert (done.code, done.err) == (1, "error: category=NAME: give one of bottle, wood\n")
+    assert (done.code, done.err) == (2, "error: category=NAME: give one of bottle, wood\n")
+
+
+def test_the_runner_explains_itself(exported, root, tmp_path):
+    """--help, no arguments, and mistakes: exit code 2 and no header of a table. A file may be called like an option."""
+    runner = exported("patchcore").with_suffix(".py")
+    usage = "Score images with the model beside this file.\n\n    python patchcore.py [category=NAME] IMAGE...\n"
+    for flag in ("--help", "-h"):
+        done = runs.python("-I", runner, "photo.png", flag)
+        assert (done.code, done.err, done.out[: len(usage)]) == (0, "", usage)
+    done = runs.python("-I", runner)
+    assert (done.code, done.out, done.err[: len(usage)]) == (2, "", usage)
+    mistakes = {
+        "--category": "--category: no such option, and no such file; see --help",
+        "threshold=0.5": "threshold=0.5: no such option, and no such file; see --help",
+        "category=bottle": "IMAGE: no image is given; see --help",
+        "category=tile": "category=NAME: give one of bottle",
+    }
+    for argument, line in mistakes.items():
+        done = runs.python("-I", runner, argument)
+        assert (done.code, done.out, done.err) == (2, "", f"error: {line}\n")
+    for name in ("a=b.png", "-c.png"):
+        shutil.copy(root / "bottle/test/good/000.png", tmp_path / name)
+    done = runs.python("-I", runner, "a=b.png", "-c.png", cwd=tmp_path)
+    assert (done.code, done.err, len(done.out.splitlines())) == (0, "", 3)
 
 
 def test_the_runner_imports_three_packages():
@@ -233,6 +259,26 @@ def test_metadata(exported, trained):
     assert (protocol["image_size"], protocol["resample"], protocol["map_size"]) == ([64, 64], "lanczos", [64, 64])
     assert protocol["normalize"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
     assert protocol["scoring"] == {"pixel_smooth": 4, "image_smooth": "same", "image_score": 0.01}
+
+
+PRECISION = "in another precision (bf16) than the file's float32, "
+
+
+def test_thresholds_of_another_precision_are_noted(trained, root, tmp_path):
+    """One note for a run that was tested in bf16, and a comparison that says with what; none for a run in float32."""
+    compared = "the file's scores differ from predict's in float32 (precision=32) by at most "
+    for precision, notes in (("bf16", 1), ("32", 0)):
+        run = tmp_path / precision
+        chosen = ["method=norm_occ_closed_form", f"hardware.precision={precision}"]
+        runs.result_of(*chosen, *runs.folder_data(root), run_dir=run)
+        outcome = export(f"run={run}", f"output={tmp_path / precision}.pt2")
+        assert (outcome.code, outcome.err) == (0, "")
+        assert outcome.out.count("note: ") == outcome.out.count(PRECISION) == notes
+        assert compared in outcome.out
+    (note,) = threshold_notes("bf16, TF32 in training")
+    assert PRECISION in note
+    assert note.endswith("train again with hardware.precision=32 and export that run")
+    assert threshold_notes("float32, TF32 in training") == threshold_notes(None) == []
 
 
 def test_int8_is_near_and_smaller(exported, tmp_path):

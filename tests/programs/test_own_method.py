@@ -1,9 +1,12 @@
-"""A user's own method that reads what a batch does not hold: one line that names the switch."""
+"""A user's own method: its file is found again from another folder; one line names the switch of a missing key."""
 
+import json
 import sys
 
 import pytest
 
+from anomalib_lite.errors import UserError
+from anomalib_lite.runs import own_modules
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.run_programs import folder_data, train
 from tests.programs.test_bad_input import assert_one_line, own_method
@@ -47,3 +50,53 @@ class Mine(NormOCC):
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     assert_one_line(train(*own_method(tmp_path, code), *folder_data(data), "hydra.run.dir=run"), pattern)
     monkeypatch.delitem(sys.modules, "mine", raising=False)
+
+
+BRIGHTNESS = """from anomalib_lite.methods.base import AnomalyModule\n\n
+class Mine(AnomalyModule):
+    def anomaly_map(self, batch):
+        return batch["image"].mean(1)
+"""
+
+
+def test_a_run_of_an_own_method_resumes_from_another_folder(data, tmp_path, monkeypatch):
+    """Its configuration names the folder of the module, also afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    run, smooth = tmp_path / "run", "scoring.pixel_smooth=null"
+    given = [*own_method(tmp_path, BRIGHTNESS), *folder_data(data), "backbone=none", smooth, f"hydra.run.dir={run}"]
+    outcome = train(*given)
+    assert (outcome.code, outcome.err) == (0, "")
+    before = json.loads((run / "result.json").read_text())
+    (run / "result.json").unlink()  # as of a run that was killed in its test
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    monkeypatch.delitem(sys.modules, "mine")
+    outcome = train("resume=true", f"hydra.run.dir={run}", small=False)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert json.loads((run / "result.json").read_text())["metrics"] == before["metrics"]
+    assert json.loads((run / "checkpoints" / "config.json").read_text())["modules"] == {"mine": str(tmp_path)}
+    monkeypatch.delitem(sys.modules, "mine")
+
+
+def test_the_folders_of_own_modules(tmp_path, monkeypatch):
+    """Files, packages and folders without __init__.py are stored; what is installed or Python's own is not."""
+    for name in ("own_file.py", "own_package/__init__.py", "own_folder/part.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    config = {
+        "method": {"_target_": "own_file.A", "optimizer": {"_target_": "torch.optim.AdamW"}},
+        "data": {"augment": [{"_target_": "own_package.B"}], "name": "own_file"},
+        "logger": {"a": {"_target_": "own_folder.part.C"}, "b": {"_target_": "__main__.D"}},
+        "other": [{"_target_": name} for name in ("builtins.dict", "json.loads", "no_such.E", "anomalib_lite.F", "")],
+    }
+    path = list(sys.path)
+    monkeypatch.setattr(sys, "path", [*path, str(tmp_path)])
+    stored = own_modules.places(config)
+    assert stored == dict.fromkeys(("own_file", "own_package", "own_folder"), str(tmp_path))
+
+    monkeypatch.setattr(sys, "path", list(path))
+    with pytest.raises(UserError, match=r"^method\._target_=own_file\.A: the module own_file is not found; start in"):
+        own_modules.make_importable(config, {})
+    own_modules.make_importable(config, stored)
+    assert sys.path == [*path, str(tmp_path)]

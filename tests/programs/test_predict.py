@@ -161,7 +161,12 @@ def spoil(folder: Path) -> dict[str, str]:
     (folder / "text.jpg").write_text("no picture")
     (folder / "empty.bmp").write_bytes(b"")
     (folder / "header.png").write_bytes(whole[:8] + bytes(100))
-    return {"truncated.png": "truncated", "text.jpg": "no image", "empty.bmp": "no image", "header.png": "image"}
+    return {
+        "truncated.png": "truncated",
+        "text.jpg": "no image",
+        "empty.bmp": "the file is empty; copy it again",
+        "header.png": "image",
+    }
 
 
 @pytest.mark.parametrize("options", [["batch_size=1"], [], ["workers=1"]])
@@ -322,9 +327,9 @@ def test_nothing_but_the_runs_folder_is_needed(root, tmp_path, monkeypatch, phot
     assert predicted(Path(), photographs, Path("../again")) == scores
 
 
-def test_own_method(root, tmp_path, monkeypatch):
-    """A file in the current folder is found, as in training; without it one line names it. Its maps keep their place:
-    this one's are the brightness."""
+def test_own_method(root, tmp_path, monkeypatch, caplog):
+    """A file in the current folder is found, as in training; from another folder, it is found where it lay; without it
+    one line names it. Its maps keep their place: this one's are the brightness."""
     (tmp_path / "conf" / "method").mkdir(parents=True)
     (tmp_path / "conf" / "method" / "mine.yaml").write_text("# @package _global_\nmethod:\n  _target_: own_one.Mine\n")
     (tmp_path / "own_one.py").write_text(
@@ -350,11 +355,24 @@ def test_own_method(root, tmp_path, monkeypatch):
     heat = np.asarray(Image.open(tmp_path / "new" / "heatmaps" / "new.png.png")).astype(int).sum(-1)
     assert heat[210:250, 30:70].min() > 2 * heat[:150].max()
     assert heat[210:250, 30:70].min() > 2 * heat[:, 130:].max()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
     monkeypatch.delitem(sys.modules, "own_one")
-    (tmp_path / "own_one.py").unlink()
+    scores = predicted(tmp_path / "run", source, tmp_path / "from there")
+    assert scores == scores_of(tmp_path / "out")
+    assert caplog.messages == [f"the module own_one is read from {tmp_path}, where it lay when the run was started"]
+    monkeypatch.delitem(sys.modules, "own_one")
+    shutil.move(tmp_path / "own_one.py", tmp_path / "there")
     shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+    assert predicted(tmp_path / "run", source, tmp_path / "moved") == scores
+    monkeypatch.delitem(sys.modules, "own_one")
+    monkeypatch.chdir(tmp_path)
     outcome = predict(f"run={tmp_path / 'run'}", f"input={source}", f"output={tmp_path / 'other'}")
-    assert_refused(outcome, "own_one.Mine: can't be imported .*No module named 'own_one'")
+    assert_refused(
+        outcome,
+        f"method._target_=own_one.Mine: the module own_one is not found; it lay in {tmp_path} when the run was "
+        "started, and is not there now; start in the folder that holds own_one.py, or add this folder to PYTHONPATH",
+    )
 
 
 # --- bad input ---
@@ -515,4 +533,5 @@ def test_help_comes_at_once(program):
     assert now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime < 1  # of the processor: the machine may be busy
     assert outcome.code == 0, outcome.err
     assert f"python -m anomalib_lite.{program} run=DIR" in outcome.out
+    assert ("overlays/a.jpg.png for a.jpg" in outcome.out) == (program == "predict")
     assert "loaded set()" in outcome.out

@@ -99,7 +99,8 @@ def test_what_is_left_out_is_named(trained, photos, tmp_path):
         ),
     ]
     assert f"left out: {source}/stack.tif: images 2 to 3 of this file" in outcome.err
-    assert "11 of 14 images scored" in outcome.out
+    assert outcome.out.startswith("14 images found; importing")
+    assert "\n11 of 14 images scored; " in outcome.out
     assert "note: 2 files are no images (first: " in outcome.out
 
 
