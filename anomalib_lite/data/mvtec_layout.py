@@ -113,7 +113,7 @@ def read_folders(base: Path, folders: Mapping[str, Path], train: bool = True, la
         data.test += _read_test(folder, category, passed, layout)
         if passed:
             unused.append(f"{category}: {len(passed)} files or folders are not used (first: {passed[0]})")
-    data.notes = [*missing_notes(data), *unused_notes(folders.values(), layout.unused), *unused]
+    data.notes = [*missing_notes(data.train, data.test), *unused_notes(folders.values(), layout.unused), *unused]
     return data
 
 

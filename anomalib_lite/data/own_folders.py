@@ -77,7 +77,7 @@ def read_own_folders(
     data.test = [Sample(path, name, "good", 0, None) for path in sorted(good)]
     dark = mask_defect == "dark"
     data.test += [Sample(path, name, defective[path], 1, mask_of[path], dark) for path in sorted(defective)]
-    data.notes = [*notes, *missing_notes(data)]
+    data.notes = [*notes, *missing_notes(data.train, data.test)]
     if passed:
         data.notes.append(f"{len(passed)} files are not used (first: {passed[0]})")
     return data
