@@ -207,10 +207,8 @@ class WandbRun(RunLogger):
                 raise
 
     def finish(self, code: int, keep: bool = True) -> None:
-        """End the run with the process's exit code; also to be called after a start that failed.
-
-        `keep`: whether the run's folder stays. If it does, one line says how an offline run is uploaded.
-        """
+        """End the run with the process's exit code; also to be called after a start that failed. If the run's folder
+        stays (`keep`), one line says how an offline run is uploaded."""
         global _current
         _current = None
         if self.run is not None:
