@@ -67,7 +67,6 @@ def predict(options: dict[str, Any]) -> None:
     from anomalib_lite.runs.artifacts import read_result, thresholds_of
     from anomalib_lite.runs.load import load
     from anomalib_lite.runs.predictions import Predictor
-    from anomalib_lite.runs.summary import other_precision, precision
     from anomalib_lite.runs.terminal import silence_libraries
     from anomalib_lite.runs.watching import watch
 
@@ -86,9 +85,6 @@ def predict(options: dict[str, Any]) -> None:
         cfg["data"]["eval_batch_size"] = min(options["batch_size"], cfg["data"]["eval_batch_size"])
     wanted = cfg["hardware"]["precision"] = options["precision"] or cfg["hardware"]["precision"]
     model, data = load(checkpoint, cfg, options["device"])
-    before = read_result(run)["environment"].get("precision")
-    for note in other_precision(before, precision(wanted, model, model.device)):
-        print(f"note: {note}; precision=32 and precision=bf16 choose one")
     make_folder(output, "output")
     with claimed(output, "output"):
         predictor = Predictor(
@@ -108,11 +104,17 @@ def predict(options: dict[str, Any]) -> None:
             watch(predictor, found.folders, used | {"input": [str(folder) for folder in found.folders]})
             return
         refuse_used(output)  # once more: another process may have been faster
-        score_all(predictor, found)
+        score_all(predictor, found, read_result(run)["environment"].get("precision"), wanted)
 
 
-def score_all(predictor: Any, found: Inputs) -> None:
-    """Score the images that there are, and exit with 1 if some had to be left out."""
+def score_all(predictor: Any, found: Inputs, tested: str | None, wanted: str | int) -> None:
+    """Score the images that there are, and exit with 1 if some had to be left out.
+
+    Args:
+        tested: the precision of the run's test, as in result.json. wanted: hardware.precision.
+    """
+    from anomalib_lite.runs.summary import other_precision, precision
+
     left_out, output = list(found.left_out), predictor.output
     with replacing(output / SCORES) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -128,6 +130,8 @@ def score_all(predictor: Any, found: Inputs) -> None:
     predictor.report.write(output, left_out)
     parts = [SCORES, *([REPORT] * bool(predictor.report.most)), f"{HEATMAPS}/", f"{OVERLAYS}/"]
     print(f"{scored_count} of {found.total} images scored; {output}/ holds {', '.join(parts)}")
+    now = precision(wanted, predictor.model, predictor.model.device)  # known once the networks have run
+    notes += [f"{note}; precision=32 and precision=bf16 choose one" for note in other_precision(tested, now)]
     if found.others:
         notes.append(f"{len(found.others)} files are no images (first: {found.others[0]})")
     for note in notes:

@@ -81,16 +81,19 @@ def trained(
     try:
         result = execute(config, run, names, checkpoint, overrides, multirun=one_process)
     except BaseException as error:
-        finish(1)
-        if stop := signals.interruption(error):
+        stop = signals.interruption(error)
+        failed_start = not stop and isinstance(error, Exception) and first and not checkpoint.is_file()
+        # a user error, also one that Hydra has wrapped
+        withdrawn = failed_start and one_line(error, outside=False, folder="") is not None
+        finish(1, keep=not (withdrawn and folder.holds_only_a_start(run)))
+        if stop:
             place = "its last checkpoint" if checkpoint.is_file() else "the beginning: there is no checkpoint yet"
             text = f"{str(stop) or 'interrupted'}; resume=true hydra.run.dir={run} continues this run from {place}"
             raise type(stop)(text) from None
-        if isinstance(error, Exception) and first and not checkpoint.is_file():
-            if one_line(error, outside=False, folder=""):  # a user error, also one that Hydra has wrapped
-                folder.withdraw(run)
-            else:  # the log and the configuration help to find the mistake
-                folder.stored_config(run).unlink(missing_ok=True)
+        if withdrawn:
+            folder.withdraw(run)
+        elif failed_start:  # the log and the configuration help to find the mistake
+            folder.stored_config(run).unlink(missing_ok=True)
         raise
     finish(0)
     return result

@@ -3,6 +3,7 @@
 import difflib
 import errno
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,6 +59,8 @@ def _text(error: BaseException, folder: str) -> str:
             f"{error.override}: can't be read{f' ({why})' * bool(why)}; options are KEY=VALUE, quote special "
             "characters: 'KEY=\"VALUE\"'"
         )
+    if ambiguous := re.match(r"Ambiguous value for argument '(.*)'\n", str(error)):
+        return _several_values(ambiguous[1])
     if isinstance(error, errors.InstantiationException):
         return _not_made(error)
     if isinstance(error, OSError):
@@ -98,6 +101,36 @@ def _missing_option(error: Any) -> str:
     return f"{key}: no such option; {advice} (+{key}=VALUE adds one)"
 
 
+def not_located(target: str, error: BaseException) -> str:
+    """A `_target_` that can't be imported, with a similar name of its module. `error`: of Hydra, when it looked."""
+    module, _, name = target.rpartition(".")
+    cause, advice = error.__cause__ or error, ""
+    reason = f"{type(cause).__name__}: {cause}"
+    if holder := sys.modules.get(module):
+        names = [each for each, value in vars(holder).items() if callable(value) and not each.startswith("_")]
+        near = difflib.get_close_matches(name, names, n=1)
+        reason, advice = f"{module} has no {name}", f"did you mean {module}.{near[0]}? " if near else ""
+    return (
+        f"{target}: can't be imported ({reason}); {advice}check _target_ and the file that it names (the current "
+        "folder and PYTHONPATH are searched; debug=true shows the traceback)"
+    )
+
+
+def _several_values(override: str) -> str:
+    """KEY=a,b without --multirun: Hydra takes the comma for that of a sweep."""
+    from anomalib_lite.cli.schema import types_of
+
+    key, _, text = override.partition("=")
+    plain = text.replace('"', "").replace("'", "")  # `values.as_typed` has put quotes around the parts
+    forms, types = [], types_of(key.lstrip("+"))
+    if str in types:
+        forms.append(f"one value with a comma needs quotes: '{key}=\"{plain}\"'")
+    if list in types:
+        forms.append(f"a list needs brackets: '{key}=[{plain}]'")
+    forms.append("a sweep over the values needs --multirun (-m)")
+    return f"{key}={plain}: several values; {'; '.join(forms)}"
+
+
 def _not_made(error: BaseException) -> str:
     """A `_target_` that can't be imported, or that refuses its options."""
     for inner in _chain(error):
@@ -108,11 +141,7 @@ def _not_made(error: BaseException) -> str:
     if cause is None or not found:
         return str(error)
     if "locating" in str(error):
-        cause = cause.__cause__ or cause
-        return (
-            f"{found[1]}: can't be imported ({type(cause).__name__}: {cause}); check _target_ and the file that it "
-            "names (the current folder and PYTHONPATH are searched; debug=true shows the traceback)"
-        )
+        return not_located(found[1], cause)
     unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
     if unexpected and f"method.{unexpected[1]}" in RENAMED:
         return new_name(f"method.{unexpected[1]}")

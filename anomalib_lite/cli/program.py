@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import logging
 import os
 import re
 import sys
@@ -83,9 +84,14 @@ def prepare() -> None:
     user's method file in the current folder is importable, also from the console scripts. Printing can't fail.
     """
     protect_streams()
+    logging.getLogger("hydra.utils").addFilter(_nothing)  # it logs errors that it raises, and we report
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 def _value(argument: str) -> Any:

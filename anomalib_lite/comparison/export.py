@@ -4,7 +4,7 @@ import csv
 import io
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,19 @@ def shots_headings(table: Table) -> list[str]:
     return [f"few shots, {what}", *map(shots_text, table.shots)] if table.shots else []
 
 
-def caption(*metrics: str, best: str = "in bold", intervals: bool = True) -> str:
+def averaged(cells: Iterable[Cell]) -> str:
+    """What the numbers of these cells are with regard to seeds."""
+    cells = list(cells)
+    if any(cell.sd is not None for cell in cells):
+        return "mean ± standard deviation over seeds"
+    return "mean over seeds" if any(cell.seeds > 1 for cell in cells) else "one seed"
+
+
+def caption(table: Table, *metrics: str, best: str = "in bold", intervals: bool = True) -> str:
     """The line under a table that says what its numbers are."""
     names = ", ".join(map(name_of, metrics))
-    text = f"{names} in percent, mean ± standard deviation over seeds, the best of a setting {best}"
+    over = averaged(cell for row in table.rows for metric in metrics for cell in table.cells(row, metric).values())
+    text = f"{names} in percent, {over}, the best of a setting {best}"
     with_intervals = intervals and not DRAWS.keys().isdisjoint(metrics)
     return text + ("; 95 % bootstrap intervals over test images (1,000 resamples)" if with_intervals else "")
 

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from anomalib_lite.cli.keys import flat, short_key
-from anomalib_lite.comparison.datasets import places, titles
+from anomalib_lite.comparison.datasets import OFFICIAL, places, titles
 from anomalib_lite.comparison.find_runs import Run, dict_at, shorten
 from anomalib_lite.comparison.tables import Row, Table, ordered_shots, shots_text
 from anomalib_lite.data.splits import SHOTS
+from anomalib_lite.paths import readable
 
-DEVELOPMENT = ("bottle", "toothbrush", "capsules", "magnetic_tile")  # the package's defaults were chosen on them
+#: categories that the package's defaults were chosen on, and their data set; None: read as data=folder
+DEVELOPMENT = {"bottle": "mvtec", "toothbrush": "mvtec", "capsules": "visa", "magnetic_tile": None}
+TRANSFORM, MAP_SIZE = "protocol.data.transform", "protocol.data.map_size"
+IMAGE_SIZE = f"{TRANSFORM}.resize"
+LONGEST = 60  # characters of a list in a note
 Conditions = dict[str, Any]  # what the runs of a table share, by its key in result.json
 
 
@@ -39,13 +44,11 @@ def tables(runs: Sequence[Run]) -> list[Table]:
         dataset = members[0].result["dataset"]
         number, others = first.setdefault(dataset, (len(made) + 1, conditions))
         where = shorten(str(run.folder) for run in members)
-        notes = [
-            f"does not compare with table {number}: {difference}; here: {where}"
-            for difference in _differences(conditions, others)
-        ]
+        found = ", ".join(_differences(conditions, others))
+        notes = [f"does not compare with table {number}: {found}; here: {where}"] * bool(found)
         rows, repeated = _rows(members)
         categories = sorted({category for row in rows for category in row.runs}, key=_natural)
-        notes += [*repeated, *_notes(rows, members, categories)]
+        notes += [*repeated, *_notes(rows, members, categories), *_development(dataset, categories)]
         name = title_of[place_of[members[0]]]
         made.append(Table(name + _split_title(members), name, rows, categories, notes))
     return made
@@ -84,11 +87,30 @@ def _split_title(runs: Sequence[Run]) -> str:
 
 
 def _differences(here: Conditions, there: Conditions) -> Iterator[str]:
-    for key in sorted(here.keys() | there.keys()):
-        if here.get(key) != there.get(key):
-            is_hash = key == "data.fingerprint"
-            values = "" if is_hash else f" ({json.dumps(here.get(key))}, there {json.dumps(there.get(key))})"
-            yield f"{key} differs{values}"
+    """What differs, with the values. Maps have the images' size unless scoring.map_size says otherwise: then one
+    difference stands for both.
+    """
+    if all(_has_one_step(side) for side in (here, there)):
+        here, there = ({**side, **flat(side[TRANSFORM][0], TRANSFORM)} for side in (here, there))
+        here, there = ({key: side[key] for key in side if key != TRANSFORM} for side in (here, there))
+    differ = [key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
+    if all(side.get(MAP_SIZE) == side.get(IMAGE_SIZE) for side in (here, there)) and IMAGE_SIZE in differ:
+        differ.remove(MAP_SIZE)
+    for key in differ:
+        values = f" ({_plain(here.get(key))}, there {_plain(there.get(key))})"
+        yield f"{key} differs" + values * (key != "data.fingerprint")  # it is a hash
+
+
+def _has_one_step(conditions: Conditions) -> bool:
+    """Whether the images' preparation is a single step, such as our resize: its options differ one by one."""
+    transform = conditions.get(TRANSFORM)
+    return isinstance(transform, list) and len(transform) == 1 and isinstance(transform[0], dict)
+
+
+def _plain(value: Any) -> str:
+    """A value as a note shows it: a text as it is, as far as it can be printed, and of long lists the beginning."""
+    text = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+    return readable(text if isinstance(value, str) or len(text) <= LONGEST else f"{text[:LONGEST]}…")
 
 
 def _rows(runs: list[Run]) -> tuple[list[Row], list[str]]:
@@ -109,7 +131,7 @@ def _rows(runs: list[Run]) -> tuple[list[Row], list[str]]:
 
 
 def _notes(rows: list[Row], runs: list[Run], categories: list[str]) -> Iterator[str]:
-    """What a reader of the table must know: other test images, other scoring, development data."""
+    """What a reader of the table must know: other test images, other scoring, other work on the machine."""
     for category in categories:
         having = [run.result["data"] for run in runs if category in run.result["categories"]]
         counts = sorted({json.dumps(dict_at(data, "test_counts").get(category)) for data in having})
@@ -131,9 +153,16 @@ def _notes(rows: list[Row], runs: list[Run], categories: list[str]) -> Iterator[
         yield f"latency and images/s do not compare where other jobs ran on the machine: {shorten(beside)}"
     if any(row.shots for row in rows):
         yield "few shots: runs that differ in seed or split.seed (the draw of the images) are averaged"
-    developed = [category for category in categories if category in DEVELOPMENT]
-    if developed:
-        yield f"development data: {', '.join(developed)} (defaults were chosen on them)"
+
+
+def _development(dataset: str, categories: Sequence[str]) -> Iterator[str]:
+    """A note on development data. Of images in a folder of a user's own, only the category's name is known."""
+    named = [category for category in categories if category in DEVELOPMENT]
+    if known := [category for category in named if DEVELOPMENT[category] == dataset]:
+        yield f"development data: {', '.join(known)} (defaults were chosen on them)"
+    elif named and dataset not in OFFICIAL:
+        listed = ", ".join(named)
+        yield f"{listed}: names of our development data; if these are its images, defaults were chosen on them"
 
 
 def _jobs_beside(run: Run) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from anomalib_lite.comparison.export import heading
+from anomalib_lite.comparison.export import averaged, heading
 from anomalib_lite.comparison.tables import Table
 from anomalib_lite.comparison.worst_cases import best_rows, curves
 from anomalib_lite.metrics.curves import CURVES
@@ -62,8 +62,8 @@ def plot_metric(file: Path, table: Table, metric: str) -> None:
         axis.set_visible(False)
     axes[0].set_yticks(range(len(rows)), [row.full_label for row in rows])
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
-    intervals = any(cell.interval for row in rows for cell in table.cells(row, metric).values())
-    meaning = "95 % bootstrap interval over test images" if intervals else "± standard deviation over seeds"
+    cells = [cell for row in rows for cell in table.cells(row, metric).values()]
+    meaning = "95 % bootstrap interval over test images" if any(cell.interval for cell in cells) else averaged(cells)
     figure.suptitle(f"{table.title}: {name_of(metric)} in percent, {meaning}", fontsize=9)
     figure.savefig(file, dpi=130)
 
@@ -85,7 +85,8 @@ def plot_shots(file: Path, table: Table, metric: str) -> None:
     axis.set(xlabel="training images per category", ylabel=f"{name_of(metric)} in percent")
     axis.grid(color="#e3e6ea")
     what = heading(list(table.columns)[-1])
-    figure.suptitle(f"{table.dataset}, {what}: {name_of(metric)}, mean ± standard deviation over seeds", fontsize=9)
+    over = averaged(cell for cells in lines.values() for cell in cells.values())
+    figure.suptitle(f"{table.dataset}, {what}: {name_of(metric)}, {over}", fontsize=9)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     figure.savefig(file, dpi=130)
 

@@ -45,7 +45,7 @@ def show(
         output.print(_cells(table, places, metrics, label_width))
         output.print()
     best = any(cell.best for row in table.rows for metric in metrics for cell in table.cells(row, metric).values())
-    lines = [texts.caption(*metrics, best="in bold, marked *" if best else "in bold")]
+    lines = [texts.caption(table, *metrics, best="in bold, marked *" if best else "in bold")]
     for line in dict.fromkeys(lines + [note for metric in metrics for note in texts.notes(table, metric)]):
         output.print(Text(line, style="dim"), soft_wrap=True)
     output.print()

@@ -53,7 +53,7 @@ def read_cifar10(root: str | Path | None, category: str | Sequence[str]) -> Data
         data.test += [Sample(path, name, other, 1, None) for other in others for path in tested[other]]
     data.notes = [
         f"one-class protocol: {', '.join(names)} normal, the test images of the other {len(others)} classes abnormal",
-        *missing_notes(data),
+        *missing_notes(data.train, data.test),
         *count_notes(data, dict.fromkeys(names, (TRAIN, TEST, TEST * len(others)))),
     ]
     parts = [folder / part for part in ("train", "test")]

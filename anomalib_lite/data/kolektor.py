@@ -72,7 +72,7 @@ def _data_set(base: Path, train: list[Sample], test: list[Sample], passed: list[
         raise UserError(f"{read[0]}: no normal training images, which have an empty mask; restore them")
     data = DataSet(base, train, sorted(test, key=lambda sample: (sample.label, sample.path)))
     passed += [folder for folder in listing(base).folders if folder not in read and holds_images(folder)]
-    data.notes = missing_notes(data)
+    data.notes = missing_notes(data.train, data.test)
     if passed:
         data.notes.append(f"{len(passed)} files or folders are not used (first: {passed[0]})")
     return data

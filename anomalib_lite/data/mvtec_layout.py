@@ -5,7 +5,7 @@ The layout is CATEGORY/{train/good, test/good, test/DEFECT, ground_truth/DEFECT}
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,7 +113,7 @@ def read_folders(base: Path, folders: Mapping[str, Path], train: bool = True, la
         data.test += _read_test(folder, category, passed, layout)
         if passed:
             unused.append(f"{category}: {len(passed)} files or folders are not used (first: {passed[0]})")
-    data.notes = [*missing_notes(data), *unused_notes(folders.values(), layout.unused), *unused]
+    data.notes = [*missing_notes(data.train, data.test), *unused_notes(folders.values(), layout.unused), *unused]
     return data
 
 
@@ -227,27 +227,44 @@ def _pair(images: list[Path], folder: Path, passed: list[Path], layout: Layout) 
     for mask in _masks(folder, passed, layout):
         masks.setdefault(mask.stem, []).append(mask)
     found = {image: masks.get(f"{image.stem}_mask", []) + masks.get(image.stem, []) for image in images}
-    pairs = one_to_one(found, folder, "{}/000.png" if layout.defects else "{}_mask.png")
+    all_masks = [mask for same_stem in masks.values() for mask in same_stem]
+    pairs = one_to_one(found, all_masks, folder, "{}/000.png" if layout.defects else "{}_mask.png")
     used = set(pairs.values())
-    if stray := [mask for same_stem in masks.values() for mask in same_stem if mask not in used]:
+    if stray := [mask for mask in all_masks if mask not in used]:
         raise UserError(
             f"{stray[0]}: a mask for no image (none of that name in test/{folder.name}); add it or remove it"
         )
     return dict(pairs)
 
 
-def one_to_one(found: Mapping[Path, Sequence[Path]], place: Path | str, name: str = "{}_mask.png") -> dict[Path, Path]:
+def one_to_one(
+    found: Mapping[Path, Sequence[Path]], all_masks: Iterable[Path], place: Path | str, name: str = "{}_mask.png"
+) -> dict[Path, Path]:
     """The one mask of each image. Raises UserError for an image with none or several, and for a mask of two images.
 
-    Masks belong in `place`, under a `name` made of the image's.
+    Args:
+        found: each image with its masks. all_masks: these, and those of no image.
+        place: where masks belong, under a `name` made of the image's.
     """
     image_of: dict[Path, Path] = {}
     for image, masks in found.items():
         if not masks:
-            raise UserError(f"{image}: no mask for this defective image; add {name.format(image.stem)} to {place}")
+            used = {mask for of_image in found.values() for mask in of_image}
+            advice = _how_to_add(image, [mask for mask in all_masks if mask not in used], place, name)
+            raise UserError(f"{image}: no mask for this defective image; {advice}")
         if len(masks) > 1:
             raise UserError(f"{image}: two masks, {masks[0]} and {masks[1]}; remove one")
         if other := image_of.get(masks[0]):
             raise UserError(f"{masks[0]}: one mask for {other.name} and {image.name}; give each image its own")
         image_of[masks[0]] = image
     return {image: mask for mask, image in image_of.items()}
+
+
+def _how_to_add(image: Path, unused: Sequence[Path], place: Path | str, name: str) -> str:
+    """How the image gets its mask. A mask of no image that seems to be named after this one is to be renamed."""
+    wanted = name.format(image.stem)
+    if named := [mask for mask in unused if re.search(rf"(?<!\d){re.escape(image.stem)}(?!\d)", mask.stem)]:
+        right = image.stem if named[0].is_dir() else f"{wanted.removesuffix('.png')}{named[0].suffix}"
+        return f"found {named[0].name} in {place}; rename it to {right}"
+    other = f" ({unused[0].name} in it belongs to no image)" if unused else ""
+    return f"add {wanted} to {place}{other}"

@@ -77,7 +77,7 @@ def read_own_folders(
     data.test = [Sample(path, name, "good", 0, None) for path in sorted(good)]
     dark = mask_defect == "dark"
     data.test += [Sample(path, name, defective[path], 1, mask_of[path], dark) for path in sorted(defective)]
-    data.notes = [*notes, *missing_notes(data)]
+    data.notes = [*notes, *missing_notes(data.train, data.test)]
     if passed:
         data.notes.append(f"{len(passed)} files are not used (first: {passed[0]})")
     return data
@@ -183,9 +183,10 @@ def _pair(images: dict[Path, str], masks: dict[Path, str], normal: set[Path]) ->
         all_found = [mask for suffix in MASK_SUFFIXES for mask in named.get(image.stem + suffix, ())]
         same_kind = [mask for mask in all_found if Path(masks[mask]).name == Path(kind).name]
         found[image] = same_kind if len(all_found) > 1 and same_kind else all_found
-    pairs = one_to_one(found, "data.masks")
-    used = set(pairs.values())
     of_normal = {path.stem + suffix for path in normal for suffix in MASK_SUFFIXES}
-    if stray := [mask for mask in masks if mask not in used and mask.stem not in of_normal]:
+    all_masks = [mask for mask in masks if mask.stem not in of_normal]
+    pairs = one_to_one(found, all_masks, "data.masks")
+    used = set(pairs.values())
+    if stray := [mask for mask in all_masks if mask not in used]:
         raise UserError(f"{stray[0]}: a mask for no image; add its image to data.abnormal, or remove the mask")
     return dict(pairs)

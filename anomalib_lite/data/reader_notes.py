@@ -1,10 +1,10 @@
 """Notes about a data set that was read: numbers of images, what is not used, and what can't be measured."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from anomalib_lite.data.image_folders import holds_images, listing, walk
-from anomalib_lite.data.samples import DataSet
+from anomalib_lite.data.samples import DataSet, Sample
 
 KINDS = ("train", "good test", "defective test")
 Counts = Mapping[str, tuple[int, int, int]]  # per category: the official numbers of images of these kinds
@@ -33,11 +33,11 @@ def unused_notes(folders: Iterable[Path], unused: Mapping[str, str]) -> list[str
     return notes
 
 
-def missing_notes(data: DataSet) -> list[str]:
+def missing_notes(train_samples: Iterable[Sample], test_samples: Sequence[Sample]) -> list[str]:
     """Notes on what can't be measured with the test images at hand."""
     notes = []
-    for category in dict.fromkeys(s.category for s in data.train):
-        test = [s for s in data.test if s.category == category]
+    for category in dict.fromkeys(s.category for s in train_samples):
+        test = [s for s in test_samples if s.category == category]
         if not test:
             notes.append(f"{category}: no test images, nothing can be measured")
         elif all(s.label for s in test):

@@ -166,7 +166,7 @@ def _read_visa_raw(base: Path, category: str | Sequence[str], table: Path) -> Da
             data.notes.append(f"{name}: {len(unlisted)} images are not in {table.name} (first: {unlisted[0]})")
     if left_out:
         data.notes.append(f"{table.name}: {left_out} defective training images left out")
-    data.notes += missing_notes(data)
+    data.notes += missing_notes(data.train, data.test)
     if table.name == "1cls.csv":
         data.notes += count_notes(data, VISA)
     if category == "all":

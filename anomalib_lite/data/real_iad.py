@@ -64,7 +64,7 @@ def read_real_iad(
             raise UserError(f"{lists[name]}: no normal training images; take the file that comes with Real-IAD")
     for samples in (data.train, data.test):
         samples.sort(key=lambda sample: (names.index(sample.category), sample.label, sample.path))
-    data.notes = missing_notes(data)
+    data.notes = missing_notes(data.train, data.test)
     if left_out:
         data.notes.append(f"{split_json}: {left_out} defective training images left out")
     if category == "all":

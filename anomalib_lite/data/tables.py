@@ -58,7 +58,7 @@ def read_table(
         data.notes.append(f"{file.name}: {left_out} defective training images left out")
     if further := [name for name in header if name not in COLUMNS]:
         data.notes.append(f"{file.name}: columns that are not used: {', '.join(further)}")
-    data.notes += missing_notes(data)
+    data.notes += missing_notes(data.train, data.test)
     return data
 
 

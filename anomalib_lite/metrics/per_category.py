@@ -27,6 +27,7 @@ from anomalib_lite.metrics.vertices import Pixels, pixel_vertices
 Outputs = dict[str, Any]
 Thresholds = dict[str, dict[str, float]]  # of `thresholds`, per category
 NAMES = ("auroc", "ap", "f1max")
+FEWEST_GOOD = 10  # test images, for a note on the share of them that is flagged
 
 
 class Measured(NamedTuple):
@@ -52,6 +53,7 @@ def measure_categories(
     """All metrics and curves. The scores of a category's pixels are sorted once for all of them."""
     found = Measured({}, {}, {}, [])
     too_few: list[str] = []
+    missing: dict[tuple[str, str], list[str]] = {}  # (metrics, reason): categories
     for category, masks in has_masks.items():
         rows = np.flatnonzero(outputs["categories"] == category)
         limit = limits.get(category, {}).get("pixel")
@@ -62,7 +64,10 @@ def measure_categories(
             for (name, images), metrics in zip(kinds.items(), each[1:], strict=True)
         }
         found.curves.update({f"{category}/{key}": points for key, points in curves.items()})
-        found.notes.extend(_reasons(category, rows, outputs, masks, each[0], too_few))
+        for reason, keys in _reasons(category, rows, outputs, masks, each[0], too_few).items():
+            missing.setdefault((", ".join(keys), reason), []).append(category)
+        found.notes.extend(_without_defect(category, rows, outputs) if masks else [])
+    found.notes[:0] = [f"{', '.join(of)}: {keys} can't be computed: {reason}" for (keys, reason), of in missing.items()]
     if too_few:
         fewest = f"{FEWEST_LEVELS / (BOUNDS[1] - BOUNDS[0]):,.0f}"
         found.notes.append(
@@ -127,9 +132,10 @@ def _pixel_metrics(
 
 def _reasons(
     category: str, rows: np.ndarray, outputs: Outputs, masks: bool, metrics: Metrics, too_few: list[str]
-) -> list[str]:
-    """Why metrics of a category are missing. One without AUPIMO alone is added to `too_few`."""
-    notes = []
+) -> dict[str, list[str]]:
+    """{reason: metrics of a category that are missing for this reason}. A category where AUPIMO alone is missing is
+    added to `too_few`.
+    """
     labels = outputs["labels"][rows]
     missing = [key for key, value in metrics.items() if value is None]
     if "aupimo" in missing and "pixel_auroc" not in missing:
@@ -138,33 +144,36 @@ def _reasons(
         too_few.append(f"{category} ({pixels:,})")
     absent = [name for label, name in enumerate(("good", "defective")) if label not in labels]
     no_images = f"no {' and no '.join(absent)} test images" if len(rows) else "no test images"
-    for is_image in (True, False):  # image metrics, pixel metrics
-        keys = [key for key in missing if key.startswith("image_") == is_image]
-        reason = no_images if is_image or 1 not in labels else "no ground truth masks"
-        if not is_image and masks:
-            some = any(outputs["masks"][i].any() for i in rows)
-            reason = f"the ground truth masks have no pixel {'without' if some else 'with'} a defect"
-        if keys:
-            notes.append(f"{category}: {', '.join(keys)} can't be computed: {reason}")
-    empty = [i for i in rows if masks and outputs["labels"][i] and not outputs["masks"][i].any()]
-    if empty:
-        notes.append(
-            f"{category}: {len(empty)} defective images have no defective pixel in their masks, the first is "
-            f"{Path(outputs['paths'][empty[0]]).name}"
-        )
-    return notes
+    of_pixels = "no ground truth masks" if 1 in labels else no_images
+    if masks:
+        some = any(outputs["masks"][i].any() for i in rows)
+        of_pixels = f"the ground truth masks have no pixel {'without' if some else 'with'} a defect"
+    reasons: dict[str, list[str]] = {}
+    for key in missing:
+        reasons.setdefault(no_images if key.startswith("image_") else of_pixels, []).append(key)
+    return reasons
+
+
+def _without_defect(category: str, rows: np.ndarray, outputs: Outputs) -> list[str]:
+    """A note on defective images whose masks are empty."""
+    empty = [i for i in rows if outputs["labels"][i] and not outputs["masks"][i].any()]
+    first = Path(outputs["paths"][empty[0]]).name if empty else ""
+    text = f"{category}: {len(empty)} defective images have no defective pixel in their masks, the first is {first}"
+    return [text] if empty else []
 
 
 def mean_metrics(metrics: dict[str, Metrics]) -> tuple[Metrics, list[str]]:
-    """Unweighted mean over the categories that have the metric; a note where some have not."""
+    """Unweighted mean over the categories that have the metric; one note on the means of fewer than all categories."""
     mean: Metrics = {}
-    notes = []
+    partial: dict[int, list[str]] = {}  # number of categories: metrics that so many have
     for key in next(iter(metrics.values())):
         values = [value for m in metrics.values() if (value := m[key]) is not None]
         mean[key] = float(np.mean(values)) if values else None
         if values and len(values) < len(metrics):
-            notes.append(f"the mean {key} is over the {len(values)} of {len(metrics)} categories that have it")
-    return mean, notes
+            partial.setdefault(len(values), []).append(key)
+    parts = [f"{count} for {', '.join(keys)}" for count, keys in partial.items()]
+    text = f"some means are not over all {len(metrics)} categories, but over those that have the metric: "
+    return mean, [text + "; ".join(parts)] if parts else []
 
 
 def thresholds(normal: dict[str, np.ndarray], quantile: float) -> dict[str, Any]:
@@ -199,3 +208,32 @@ def decisions(outputs: Outputs, per_category_thresholds: Thresholds) -> dict[str
             for name, label in (("defective_found", 1), ("good_flagged", 0))
         }
     return shares
+
+
+def ranking_notes(
+    outputs: Outputs, per_category: dict[str, Metrics], good_flagged: dict[str, float | None]
+) -> list[str]:
+    """Notes on categories whose good test images score like defective ones, or higher: a mean over categories hides it.
+
+    An image AUROC is significantly below 0.5 if it lies more than 1.96 standard errors below. The standard error is
+    that of a score that tells nothing (Mann–Whitney): sqrt((good + defective + 1) / (12 good defective)).
+
+    Args:
+        good_flagged: the share of the good test images whose score exceeds the image threshold, per category.
+    """
+    reversed_, flagged = [], []
+    for category, metrics in per_category.items():
+        labels = outputs["labels"][outputs["categories"] == category]
+        defective = int(labels.sum())
+        good, auroc, share = len(labels) - defective, metrics["image_auroc"], good_flagged.get(category)
+        if auroc is not None and 0.5 - auroc > 1.96 * math.sqrt((good + defective + 1) / (12 * good * defective)):
+            reversed_.append(f"{category} ({auroc:.3f})")
+        if share is not None and good >= FEWEST_GOOD and share > 0.5:
+            flagged.append(f"{category} ({round(share * good)} of {good})")
+    cause = "probably the good test images differ from the training images, for example in camera, light or crop"
+    texts = {
+        "image AUROC is significantly below 0.5, so good test images have higher scores than defective ones; "
+        f"{cause}, or labels or folders are exchanged": reversed_,
+        f"most good test images lie above the image threshold; {cause}": flagged,
+    }
+    return [f"{', '.join(names)}: {text}" for text, names in texts.items() if names]

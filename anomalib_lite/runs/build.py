@@ -11,10 +11,11 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import get_class, get_method, instantiate
+from hydra.utils import get_method, instantiate
 from lightning.pytorch.loggers import Logger
 
 from anomalib_lite.cli.annotations import check_types
+from anomalib_lite.cli.messages import not_located
 from anomalib_lite.data.data_options import READER_KEYS
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.transforms import pair
@@ -53,7 +54,7 @@ def stored_pixels(stored: dict[str, Any]) -> Pixels:
 def data_module(cfg: dict[str, Any], **options: Any) -> AnomalyDataModule:
     """The DataModule, without its data. data.normalize=backbone becomes the numbers of the configured backbone."""
     if cfg["data"].get("normalize") == "backbone":
-        name, kind = cfg["backbone"]["name"], get_class(cfg["backbone"]["_target_"])
+        name, kind = cfg["backbone"]["name"], _backbone_maker(cfg)
         if name is None or not hasattr(kind, "normalisation"):
             raise UserError(
                 "data.normalize=backbone: there is no backbone of timm; give imagenet, none, or mean and std"
@@ -77,7 +78,7 @@ def make_backbone(cfg: dict[str, Any], stored: bool = False) -> Backbone | None:
     if cfg["backbone"]["name"] is None or not getattr(_method_class(cfg), "uses_backbone", True):
         return None
     options: dict[str, Any] = {"weights": "none"} if stored else {}
-    known = inspect.signature(get_method(cfg["backbone"]["_target_"])).parameters
+    known = inspect.signature(_backbone_maker(cfg)).parameters
     if "image_sizes" in known:  # a user's backbone may have no such argument
         options["image_sizes"] = image_sizes(cfg["data"])
     if "tokens" in known and getattr(_method_class(cfg), "uses_tokens", False):
@@ -120,6 +121,15 @@ def _method_class(cfg: dict[str, Any]) -> Any:
     with contextlib.suppress(Exception):
         return get_method(cfg["method"]["_target_"])
     return None
+
+
+def _backbone_maker(cfg: dict[str, Any]) -> Any:
+    """The backbone's class, or a function that makes it; UserError where it can't be imported."""
+    target = cfg["backbone"]["_target_"]
+    try:
+        return get_method(target)
+    except Exception as error:
+        raise UserError(not_located(str(target), error)) from error
 
 
 def load_weights(model: AnomalyModule, checkpoint: Path) -> None:

@@ -194,16 +194,22 @@ def assign_everywhere(config: dict[str, Any], key: str, value: Any) -> None:
         assign(config, f"data.{key}", value)
 
 
+def holds_only_a_start(run: Path) -> bool:
+    """Whether the folder holds nothing but what a start writes before the first batch."""
+    log = run / METRICS_LOG
+    trained = log.is_file() and len(log.read_text().splitlines()) > 1
+    ours = {HYDRA, CHECKPOINTS, LOG, METRICS_LOG, WANDB, CLAIM}
+    return not trained and {each.name for each in run.iterdir()} <= ours
+
+
 def withdraw(run: Path) -> None:
     """Undo `open_run` for a start that failed before the first checkpoint: a corrected run may use the folder.
 
-    A folder with nothing but what a start writes is emptied; one with logged batches is left for its reader.
+    A folder that `holds_only_a_start` is emptied; one with logged batches is left for its reader.
     """
     stored_config(run).unlink(missing_ok=True)
-    log = run / METRICS_LOG
-    trained = log.is_file() and len(log.read_text().splitlines()) > 1
-    if not trained and {each.name for each in run.iterdir()} <= {HYDRA, CHECKPOINTS, LOG, METRICS_LOG, WANDB, CLAIM}:
-        for file in (run / LOG, log):
+    if holds_only_a_start(run):
+        for file in (run / LOG, run / METRICS_LOG):
             file.unlink(missing_ok=True)
         for part in (HYDRA, WANDB):
             shutil.rmtree(run / part, ignore_errors=True)

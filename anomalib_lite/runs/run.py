@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.data.reader_notes import missing_notes
 from anomalib_lite.data.sampler import check_batch_size
 from anomalib_lite.data.samples import Sample
 from anomalib_lite.errors import UserError, enough_memory
@@ -184,7 +185,9 @@ def measured_batch_size(cfg: dict[str, Any], data: AnomalyDataModule, cache: dic
 
 
 def notes_of(cfg: dict[str, Any], data: AnomalyDataModule, model: AnomalyModule) -> list[str]:
-    notes = [*data.notes, *model.notes()]
+    """Notes on the data, the method and the options. `summary.measure` notes what can't be measured, by metric."""
+    repeated = missing_notes(data.train_samples, data.test_samples)
+    notes = [*(note for note in data.notes if note not in repeated), *model.notes()]
     if data.tiling and data.train_samples and model.total_steps:
         most = max(data.tile_counts[sample.path] for sample in data.train_samples)
         epochs = -(-model.total_steps // data.batches_per_epoch)

@@ -16,7 +16,7 @@ from anomalib_lite.data.transforms import NORMALIZE
 from anomalib_lite.features.backbones import has_bf16
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.metrics.functional import Metrics
-from anomalib_lite.metrics.per_category import decisions, mean_metrics, measure_categories, thresholds
+from anomalib_lite.metrics.per_category import decisions, mean_metrics, measure_categories, ranking_notes, thresholds
 from anomalib_lite.paths import HOME
 from anomalib_lite.runs.artifacts import SCHEMA
 from anomalib_lite.runs.devices import device_name
@@ -105,6 +105,8 @@ def measure(
         for name, members in (("head", data.kept.head), ("tail", data.kept.tail))
         if members
     }
+    decided = decisions(test, chosen["per_category"])
+    flagged = {category: shares["good_flagged"] for category, shares in decided.items()}
     validation = None
     if data.val_samples:
         all_have_masks = dict.fromkeys(data.categories, True)
@@ -116,9 +118,10 @@ def measure(
         "per_defect": per_defect,
         "validation": validation,
         "thresholds": chosen,
-        "decisions": {"per_category": decisions(test, chosen["per_category"])},
+        "decisions": {"per_category": decided},
     }
-    return content, curves, [*reasons, *partial_means, *threshold_notes(chosen)]
+    notes = [*ranking_notes(test, per_category, flagged), *reasons, *partial_means, *threshold_notes(chosen)]
+    return content, curves, notes
 
 
 def threshold_notes(chosen: dict[str, Any]) -> list[str]:

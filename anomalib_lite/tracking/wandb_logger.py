@@ -206,14 +206,15 @@ class WandbRun(RunLogger):
                 self._log(row)  # tables of an online run need the server at once, the rest can wait
                 raise
 
-    def finish(self, code: int) -> None:
-        """End the run with the process's exit code; also to be called after a start that failed."""
+    def finish(self, code: int, keep: bool = True) -> None:
+        """End the run with the process's exit code; also to be called after a start that failed. If the run's folder
+        stays (`keep`), one line says how an offline run is uploaded."""
         global _current
         _current = None
         if self.run is not None:
             with self._harmless("W&B did not finish"):
                 self.run.finish(exit_code=code)
-            if self.run.offline or self.failed:
+            if keep and (self.run.offline or self.failed):
                 parts = sorted(map(str, (self.dir / WANDB).glob(f"*run-*-{self.run.id}*")))  # one per resumption
                 option = [] if self.run.offline else ["--include-online"]
                 log.info("W&B: to upload this run: %s", shlex.join(["wandb", "sync", *option, *parts]))
@@ -242,10 +243,10 @@ def _judged() -> Iterator[None]:
         raise UserError(f"W&B: {why}; correct logger.wandb or W&B's environment variables") from error
 
 
-def finish(code: int) -> None:
-    """End this process's run in W&B, if there is one, with the process's exit code."""
+def finish(code: int, keep: bool = True) -> None:
+    """End this process's run in W&B, if there is one; for the arguments see `WandbRun.finish`."""
     if _current is not None:
-        _current.finish(code)
+        _current.finish(code, keep)
 
 
 def _online_obstacle(settings: Any, seconds: float) -> str:

@@ -1,6 +1,8 @@
 """A user's own method: its file is found again from another folder; one line names the switch of a missing key."""
 
+import importlib
 import json
+import shutil
 import sys
 
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from anomalib_lite.errors import UserError
 from anomalib_lite.runs import own_modules
 from tests.helpers.image_trees import make_mvtec
-from tests.helpers.run_programs import folder_data, train
+from tests.helpers.run_programs import folder_data, predict, train
 from tests.programs.test_bad_input import assert_one_line, own_method
 
 
@@ -100,3 +102,19 @@ def test_the_folders_of_own_modules(tmp_path, monkeypatch):
         own_modules.make_importable(config, {})
     own_modules.make_importable(config, stored)
     assert sys.path == [*path, str(tmp_path)]
+
+
+def test_predict_without_the_method_file(data, tmp_path, monkeypatch, capfd):
+    """Hydra's block about it, which would come more than once, is left out."""
+    code = "from anomalib_lite.methods.padim import PaDiM\n\n\nclass Mine(PaDiM):\n    pass\n"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    assert train(*own_method(tmp_path, code), *folder_data(data), "hydra.run.dir=run").code == 0
+    (tmp_path / "mine.py").write_text(code.replace("Mine", "MyMine"))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+    importlib.invalidate_caches()
+    outcome = predict("run=run", f"input={data / 'bottle/test/good'}", "output=out")
+    assert_one_line(outcome, r"mine.Mine: can't be imported \(mine has no Mine\); did you mean mine.MyMine\?")
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    assert "Error getting" not in "".join(capfd.readouterr())

@@ -327,6 +327,13 @@ def test_a_failed_run_with_given_names(root, tmp_path):
     assert made["exit"] == 1
 
 
+def test_a_start_that_fails_names_no_upload(root, tmp_path):
+    """Its folder is emptied, with the offline run in it."""
+    text = train(tmp_path / "run", root, "method=norm_occ", "method.optimizer.lr=-1", code=2)
+    assert "wandb sync" not in text
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("how", ["unreachable", "wrong key", "broken", "silent", "no key at all"])
 def test_a_server_that_fails_leaves_the_run_offline(root, tmp_path, monkeypatch, how):
     """One line says so, and the wait is bounded."""

@@ -174,8 +174,25 @@ def test_missing_categories_and_null_metrics(write):
     assert notes(table, "image_auroc")[1:3] == lines
     outcome = compare(write.root)
     assert outcome.code == 0
-    assert "development data: bottle" in outcome.out
+    assert "mean ± standard deviation" not in outcome.out
+    assert "image AUROC in percent, one seed, the best" in outcome.out
     assert "–" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("dataset", "note"),
+    [
+        ("mvtec", ["development data: bottle (defaults were chosen on them)"]),
+        ("visa", []),
+        ("folder", ["bottle: names of our development data; if these are its images, defaults were chosen on them"]),
+        ("real_iad", []),
+    ],
+)
+def test_development_data_are_named(dataset, note, write):
+    """A data set of another name, or a user's own folder, may have categories with the same names."""
+    write("a", ("bottle", "cable"), dataset=dataset)
+    (table,) = tables(write)
+    assert [each for each in table.notes if "defaults were chosen" in each] == note
 
 
 def test_runs_of_before_without_aupimo_and_overlap(write):
@@ -248,6 +265,23 @@ def test_what_does_not_compare_is_apart_and_named(write):
     assert outcome.code == 0
     assert "table 2: " in outcome.out
     assert "run0001" in outcome.out
+
+
+def test_differences_are_short(write):
+    """One cause is named once, a long list is cut, and a path is shown as it is written."""
+    ours = {"filter": "bilinear", "as": "PIL, antialiased"}
+    own = [{"_target_": f"albumentations.{name}", "height": 200, "width": 200} for name in ("Resize", "CenterCrop")]
+    for root, size in (("/x/Böses Teil", 32), ("/y/Böses Teil", 32), ("/x/Böses Teil", 96)):
+        data = {"transform": [{"resize": [size, size]} | ours], "map_size": [size, size]}
+        write("a", root=root, protocol__data=data, data__fingerprint=f"{root}{size}")
+    write("a", root="/x/Böses Teil", protocol__data={"transform": own, "map_size": [32, 32]})
+    first, moved, larger, other = tables(write)
+    assert not [note for note in first.notes if "compare" in note]
+    start = "does not compare with table 1: "
+    assert moved.notes[0].startswith(f"{start}data.root differs (/y/Böses Teil, there /x/Böses Teil); here: ")
+    assert larger.notes[0].startswith(f"{start}protocol.data.transform.resize differs ([96, 96], there [32, 32]); here")
+    assert len(other.notes[0]) < 300 + len(str(write.root))
+    assert all(sum("does not compare" in note for note in table.notes) == 1 for table in (moved, larger, other))
 
 
 def test_unified_and_single_are_row_groups(write):

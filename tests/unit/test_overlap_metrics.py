@@ -197,7 +197,7 @@ def test_tables_of_categories_and_notes():
     )
     mean, partial = mean_metrics(found)
     assert mean["aupimo"] == found["a"]["aupimo"]
-    assert partial == ["the mean aupimo is over the 1 of 2 categories that have it"]
+    assert partial == ["some means are not over all 2 categories, but over those that have the metric: 1 for aupimo"]
 
 
 def test_one_pass_measures_what_separate_calls_do():

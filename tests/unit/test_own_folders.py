@@ -130,6 +130,9 @@ def test_faulty_folders(phone):
         "all",
         **right | {"masks": f"{phone}/masks/b2.png"},
     )
+    (phone / "masks" / "b0_mask.png").rename(phone / "masks" / "seg_b0.png")
+    refused("found seg_b0.png in data.masks; rename it to b0_mask.png", None, "all", **right)
+    (phone / "masks" / "seg_b0.png").rename(phone / "masks" / "b0_mask.png")
     refused("a0.png: data.masks contains this image", None, "all", **right | {"masks": f"{phone}/ok"})
     refused("1 image is too few", None, "all", **right | {"normal": f"{phone}/ok/a0.png"})
     shutil.copy(phone / "ok" / "a3.png", phone / "ng" / "hole" / "z.png")

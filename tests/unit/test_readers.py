@@ -263,6 +263,12 @@ def test_faulty_masks(tmp_path):
     (folder / "test" / "broken" / "001.jpg").unlink()
     (masks / "002_mask.png").unlink()
     expect(r"test/broken/002.png: no mask for this defective image; add .*002_mask.png", read_mvtec, tmp_path, "bottle")
+    (masks / "000_mask.png").rename(masks / "000_seg.png")
+    expect(
+        r"000.png: no mask .*; found 000_seg.png in .*/broken; rename it to 000_mask.png", read_mvtec, tmp_path, "all"
+    )
+    (masks / "000_seg.png").rename(masks / "x.png")
+    expect(r"000.png: no mask .*; add 000_mask.png .*/broken \(x.png in it belongs to no", read_mvtec, tmp_path, "all")
     shutil.rmtree(masks)
     expect(r"test/broken/000.png: no mask", read_mvtec, tmp_path, "bottle")
 

@@ -1,5 +1,11 @@
 """Notes of result.json."""
 
+from typing import Any
+
+import numpy as np
+
+from anomalib_lite.metrics.functional import image_metrics
+from anomalib_lite.metrics.per_category import decisions, mean_metrics, measure_categories, ranking_notes
 from anomalib_lite.runs.summary import threshold_notes
 
 
@@ -10,3 +16,56 @@ def test_thresholds_from_few_images_are_noted():
     assert "fewer than 50 normal training images" in note
     assert note.endswith(": bottle (49), tile (3)")
     assert threshold_notes({"per_category": {"cable": {"images": 50}}}) == []
+
+
+def outputs_of(scores: dict[str, tuple[list[float], list[float]]]) -> dict[str, Any]:
+    """The outputs of categories with these scores of good and of defective test images, without masks."""
+    rows = [(name, label, score) for name, both in scores.items() for label in (0, 1) for score in both[label]]
+    categories, labels, values = (np.array(column) for column in zip(*rows, strict=True))
+    defects = np.where(labels == 1, "cut", "good")
+    paths = np.array([str(i) for i in range(len(rows))])
+    return {"categories": categories, "labels": labels, "scores": values, "defects": defects, "paths": paths}
+
+
+def ranked(scores: dict[str, tuple[list[float], list[float]]]) -> list[str]:
+    """`ranking_notes` at the image threshold 0.5."""
+    outputs, limits = outputs_of(scores), {name: {"image": 0.5, "pixel": 0.5} for name in scores}
+    metrics = {
+        name: image_metrics(outputs["scores"][rows], outputs["labels"][rows])
+        for name in scores
+        if (rows := outputs["categories"] == name).any()
+    }
+    return ranking_notes(outputs, metrics, {name: x["good_flagged"] for name, x in decisions(outputs, limits).items()})
+
+
+def test_an_image_auroc_below_chance_is_noted():
+    """Only where it is significant: 0 with 3 good and 3 defective images, not with 2 and 3."""
+    low, high = [0.1, 0.2, 0.3], [0.4, 0.4, 0.4]
+    notes = ranked({"bottle": (low, high), "tile": (high, low), "wood": (high[:2], low), "zip": (high, [])})
+    (note,) = notes
+    assert note.startswith("tile (0.000): image AUROC is significantly below 0.5")
+    assert "differ from the training images" in note
+    assert note.endswith("labels or folders are exchanged")
+
+
+def test_good_images_above_the_threshold_are_noted():
+    """More than half of them, of 10 at least."""
+    good = {"all": [1.0] * 10, "half": [1.0] * 5 + [0.0] * 5, "few": [1.0] * 9, "most": [1.0] * 6 + [0.0] * 4}
+    (note,) = ranked({name: (scores, [2.0] * 10) for name, scores in good.items()})
+    assert note.startswith("all (10 of 10), most (6 of 10): most good test images lie above the image threshold")
+
+
+def test_one_note_for_each_reason_why_metrics_are_missing():
+    outputs = outputs_of({"a": ([0.1], [0.2]), "b": ([], [0.2]), "c": ([], [0.3]), "d": ([0.1], [0.2])})
+    outputs["categories"] = np.where(outputs["categories"] == "d", "a", outputs["categories"])
+    found = measure_categories(outputs, dict.fromkeys("abcd", False), [0.3], {})
+    pixel = "pixel_auroc, pixel_ap, pixel_f1max, aupro_30, aupimo, pixel_iou, pixel_dice"
+    assert found.notes == [
+        f"a, b, c: {pixel} can't be computed: no ground truth masks",
+        "b, c: image_auroc, image_ap, image_f1max can't be computed: no good test images",
+        f"d: image_auroc, image_ap, image_f1max, {pixel} can't be computed: no test images",
+    ]
+    (means,) = mean_metrics(found.per_category)[1]
+    assert means.endswith(
+        "all 4 categories, but over those that have the metric: 1 for image_auroc, image_ap, image_f1max"
+    )
