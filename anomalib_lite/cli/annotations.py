@@ -9,7 +9,13 @@ from typing import Any
 
 from anomalib_lite.errors import UserError
 
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a name", dict: "{key: value, ...}"}
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "a name",
+    dict: "{key: value, ...}",
+}
 
 
 def check_types(group: str, target: Any, options: dict[str, Any]) -> None:

@@ -66,6 +66,24 @@ NAME, SECONDS = "text, or null", "seconds above 0"
 SMOOTH = "a sigma above 0, {sigma: 4, size: 5}, {box: 11, times: 3} (odd sizes)"
 
 
+class Group(BaseModel, strict=True, extra="ignore", allow_inf_nan=False):
+    """A group of the configuration; keys that it doesn't name belong to classes of the package or the user."""
+
+
+Decays = Annotated[list[Annotated[NumberFrom0, Field(lt=1)]], Field(min_length=1)]
+NUMBER = "a number from 0"
+
+
+class Optimizer(Group):
+    """The numbers that PyTorch's optimizers share, wherever the `method` group has an optimizer."""
+
+    lr: Annotated[NumberFrom0 | None, Key(NUMBER)] = None
+    momentum: Annotated[NumberFrom0 | None, Key(NUMBER)] = None
+    weight_decay: Annotated[NumberFrom0 | None, Key(NUMBER)] = None
+    betas: Annotated[Decays | None, Key("a list of shares from 0, below 1, such as [0.9,0.999]")] = None
+    eps: Annotated[NumberFrom0 | list[NumberFrom0] | None, Key(NUMBER)] = None
+
+
 class Smoothing(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
     """A filter of anomaly maps, with exactly these options."""
 

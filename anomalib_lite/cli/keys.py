@@ -1,6 +1,7 @@
 """Keys such as `data.batch_size` in a nested configuration, and the names that keys and classes had before."""
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -57,6 +58,15 @@ def text_of(value: Any) -> Any:
     if isinstance(value, list):
         return [text_of(each) for each in value]
     return str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, int | float) else value
+
+
+def infinity_to_text(value: Any) -> Any:
+    """Infinities and NaN as the text "inf", "-inf" or "nan", also in lists and dictionaries: JSON has none."""
+    if isinstance(value, dict):
+        return {key: infinity_to_text(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [infinity_to_text(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def encodable(value: Any) -> Any:

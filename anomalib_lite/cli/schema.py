@@ -10,24 +10,21 @@ import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from anomalib_lite.cli.keys import assign, encodable, lookup, refuse_renamed, text_of
+from anomalib_lite.cli.keys import assign, encodable, flat, infinity_to_text, lookup, refuse_renamed, text_of
 from anomalib_lite.errors import UserError
 
 from anomalib_lite.cli.key_types import (  # isort: skip
-    ALWAYS, FLAG, GIGABYTES, NAME, SECONDS, SHARE, SIZE, SMOOTH, WHOLE, WHOLE_OR_NULL, Auto, Ends, Key, Mode, Names,
-    NumberFrom0, Pool, Positive, Project, Share, Size, Smooth, Tag, Text, TilingKey, Whole, WholeFrom0, refuse, require,
+    ALWAYS, FLAG, GIGABYTES, NAME, SECONDS, SHARE, SIZE, SMOOTH, WHOLE, WHOLE_OR_NULL, Auto, Ends, Group, Key, Mode,
+    Names, NumberFrom0, Optimizer, Pool, Positive, Project, Share, Size, Smooth, Tag, Text, TilingKey, Whole,
+    WholeFrom0, refuse, require,
 )  # fmt: skip
 
 OBJECTIVE = re.compile(r"validation\.((image|pixel)_(auroc|ap|f1max)|aupro_\d+|pixel_(iou|dice))")
 Metric = Annotated[str, require(OBJECTIVE.fullmatch)]
 PLACES = "a folder, a list of folders, or a pattern such as 'parts/*/ok'"
 HELD_OUT = "a metric of held-out training images, such as validation.image_auroc: the test set chooses nothing"
-
-
-class Group(BaseModel, strict=True, extra="ignore", allow_inf_nan=False):
-    """A group of the configuration; keys that it doesn't name belong to classes of the package or the user."""
 
 
 class Cache(Group):
@@ -175,13 +172,17 @@ class Config(Group):
 def check(config: dict[str, Any]) -> None:
     """Raise UserError for the first invalid value, or for a key that was renamed.
 
-    Numbers and booleans that a YAML file gives as a path or name become text.
+    Numbers and booleans that a YAML file gives as a path or name become text, as do infinities among method's options.
     """
     refuse_renamed(config)
     names_to_text(config)
     check_group(config, Config)
     if "_target_" not in config["method"]:
         raise UserError("method: no _target_ in it; its YAML file must begin with the line '# @package _global_'")
+    config["method"] = infinity_to_text(config["method"])
+    groups = {key.rpartition(".")[0] for key in flat(config["method"], "method")}
+    for group in sorted(group for group in groups if group.endswith(".optimizer")):
+        check_group(lookup(config, group), Optimizer, group)
 
 
 def check_group(values: dict[str, Any], model: type[Group], prefix: str = "") -> None:

@@ -211,11 +211,19 @@ def normalisation(name: str) -> dict[str, list[float]]:
         ) from error
 
 
+def _last_layer(name: str) -> int:
+    """The highest index of a layer of the model."""
+    asks_hub = name.lower().startswith(SOURCES[:2])
+    with torch.device("meta"), hub_or_cache() if asks_hub else contextlib.nullcontext():
+        net: Any = timm.create_model(name, features_only=True, out_indices=[0])
+    return len(net.feature_info.info) - 1
+
+
 def _explained(error: Exception, name: str, layers: list[int], weights: str) -> str | None:
     """The message for a user about an exception of timm or the hub's client; None for an unknown error."""
     text, what = str(error), f"backbone.weights={weights}"
     if isinstance(error, IndexError | AssertionError):
-        return f"backbone.layers={layers}: {name} has no such layer ({line_of(error)}); use others"
+        return f"backbone.layers={layers}: {name} has the layers 0 to {_last_layer(name)}; choose from these"
     if isinstance(error, RuntimeError):
         if "Invalid pretrained tag" in text:
             known = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*")) or "none"

@@ -28,6 +28,7 @@ class AnomalyModule(L.LightningModule):
     - `configure_optimizers()`, if `optimizer` and `scheduler` from the configuration are not enough;
     - `visualize(batch)` -> {title: [B, 1 or 3, H, W] in [0, 1]}: images for the figures, such as reconstructions;
     - `notes()` -> list of str: what result.json should say of the fitted method, such as its size;
+    - `without_effect()` -> {option: setting}: options that another setting leaves without effect, for notes;
     - `held_out_loss(batch)` -> [B]: the loss that is logged over held-out images (data.val_fraction) after every epoch;
     - `phases`, set in the constructor: the number of training phases, each of which has the whole budget;
     - `stopped_early`: a property that ends training after the current batch if it is True;
@@ -124,6 +125,10 @@ class AnomalyModule(L.LightningModule):
     def notes(self) -> list[str]:
         """Notes on the fitted method for result.json."""
         return []
+
+    def without_effect(self) -> dict[str, str]:
+        """Options, or groups of options, and the setting without their effect, as {"norm": "method.target=zero"}."""
+        return {}
 
     def networks(self) -> list[nn.Module]:
         return []

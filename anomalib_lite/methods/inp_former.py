@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anomalib_lite.errors import UserError
 from anomalib_lite.methods.dinomaly import bottleneck
+from anomalib_lite.methods.options import check_counts, check_dropout, check_from_0
 from anomalib_lite.methods.vit_decoder import GroupedReconstruction, by_heads, linear, mlp, norm
 
 
@@ -76,11 +76,9 @@ class INPFormer(GroupedReconstruction):
         self, prototypes: int = 6, coherence: float = 0.2, power: float = 3.0, dropout: float = 0.0, **context: Any
     ):
         super().__init__(**context)
-        if prototypes < 1 or coherence < 0 or power < 0 or not 0 <= dropout < 1:
-            raise UserError(
-                f"method.prototypes={prototypes}, method.coherence={coherence}, method.power={power}, "
-                f"method.dropout={dropout}: give a whole number from 1, numbers from 0, and a dropout below 1"
-            )
+        check_counts(prototypes=prototypes)
+        check_from_0(coherence=coherence, power=power)
+        check_dropout(dropout)
         self.coherence, self.power = coherence, power
         self.extractor = Extractor(self.dim, self.heads, prototypes)
         self.bottleneck = bottleneck(self.dim, dropout, None)

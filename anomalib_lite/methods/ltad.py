@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from anomalib_lite.errors import UserError
 from anomalib_lite.features.vision_language import VisionLanguage
 from anomalib_lite.methods.base import Batch
+from anomalib_lite.methods.conditional_vae import ConditionalVAE
+from anomalib_lite.methods.options import check_from_0
 from anomalib_lite.methods.prompts import PROMPTS, Prompts, TextFree
 from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.transformer import jitter
@@ -27,37 +29,6 @@ from anomalib_lite.methods.uniad import UniAD, tokens_of
 
 FILL: dict[str, Callable[[list[int]], float]] = {"median": statistics.median, "largest": max}
 SYNTHESES = ("decoded", "between")
-
-
-class ConditionalVAE(nn.Module):
-    """Encodes patch features [B, L, d], given text embeddings [B, e] of their classes, as `latent` numbers each."""
-
-    def __init__(self, channels: int, text: int, hidden: int = 512, latent: int = 64):
-        super().__init__()
-        self.encode = nn.Sequential(nn.Linear(channels + text, hidden), nn.ReLU(), nn.Linear(hidden, 2 * latent))
-        self.decode = nn.Sequential(nn.Linear(latent + text, hidden), nn.ReLU(), nn.Linear(hidden, channels))
-
-    def forward(self, features: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(decoded [B, L, d], mean, log variance [B, L, latent])."""
-        mean, log_variance = self.encoded(features, text)
-        return self.decoded(mean + (log_variance / 2).exp() * torch.randn_like(mean), text), mean, log_variance
-
-    def encoded(self, features: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        text = text[:, None].expand(-1, features.shape[1], -1)
-        mean, log_variance = self.encode(torch.cat((features, text), -1)).to(features.dtype).chunk(2, -1)
-        return mean, log_variance
-
-    def decoded(self, codes: Tensor, text: Tensor) -> Tensor:
-        text = text[:, None].expand(-1, codes.shape[1], -1)
-        return self.decode(torch.cat((codes, text), -1)).to(codes.dtype)
-
-    def between(self, features: Tensor, others: Tensor, text: Tensor, way: Tensor) -> Tensor:
-        """f + D(μ + w · (μ' − μ)) − D(μ), [B, L, d]: features f, moved the way w [B] from their codes μ to others' μ'.
-
-        D is the decoder. What the VAE does not encode of f stays.
-        """
-        (mean, _), (goal, _) = self.encoded(features, text), self.encoded(others, text)
-        return features + self.decoded(torch.lerp(mean, goal, way[:, None, None]), text) - self.decoded(mean, text)
 
 
 class LTAD(UniAD):
@@ -103,8 +74,7 @@ class LTAD(UniAD):
             raise UserError(f"method.fill={fill}: choose {', '.join(FILL)} or null")
         if synthesis not in SYNTHESES:
             raise UserError(f"method.synthesis={synthesis}: choose {' or '.join(SYNTHESES)}")
-        if classifier_weight < 0:
-            raise UserError(f"method.classifier_weight={classifier_weight}: give a weight from 0")
+        check_from_0(classifier_weight=classifier_weight, beta=beta, strong=strong)
         if temperature <= 0:
             raise UserError(f"method.temperature={temperature}: give a number above 0")
         self.classifier_weight, self.fill, self.temperature = classifier_weight, fill, temperature
@@ -128,6 +98,23 @@ class LTAD(UniAD):
 
     def networks(self) -> list[nn.Module]:
         return [*super().networks(), self.vae, self.project]
+
+    def without_effect(self) -> dict[str, str]:
+        no_weight, fixed = not self.classifier_weight, not self.names.requires_grad
+        rules = (
+            (self.fill is None, "synthesis beta", "method.fill=null"),
+            (self.fill and len(self.categories) == 1, "fill synthesis", "one category"),
+            (no_weight, "strong prompts.normal prompts.abnormal", "method.classifier_weight=0"),
+            (no_weight and fixed, "temperature", "method.classifier_weight=0 and method.class_names=fixed"),
+            (
+                self.phases == 1 and no_weight,
+                "class_names temperature",
+                "method.classifier_weight=0 and method.fill=null",
+            ),
+            (self.language.learns_states, "prompts", "a backbone without text"),
+        )
+        unused = {option: setting for holds, options, setting in rules if holds for option in options.split()}
+        return super().without_effect() | unused
 
     # --- training images of chosen classes ---
 

@@ -1,5 +1,6 @@
 """First and second moments of all training patches, for closed forms, with folds that leave images out."""
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -46,3 +47,13 @@ def moments(
     for part in range(folds):
         rest = count - counts[part]
         yield (product - products[part]) / rest, (total - sums[part]) / rest
+
+
+def descent_time(energy: Tensor, residual: float) -> float:
+    """τ = 2ηt at which Σ λ e^(−2τλ) = residual · Σ λ, by bisection on a logarithmic scale."""
+    low, high = -60.0, 120.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        left = (energy * torch.exp(-2 * math.exp(middle) * energy)).sum() / energy.sum()
+        low, high = (middle, high) if left > residual else (low, middle)
+    return math.exp(low)

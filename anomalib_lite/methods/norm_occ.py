@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
-from anomalib_lite.methods.moments import check_folds, moments
+from anomalib_lite.methods.moments import check_folds, descent_time, moments
+from anomalib_lite.methods.options import check_counts, check_from_0
 from anomalib_lite.methods.patches import patch_features, projection
 
 
@@ -59,8 +60,9 @@ class NormOCC(NormFeatures):
         target: "point": ‖Pφ − c‖² with a random c of norm m; "shell": (‖Pφ‖_p − m)²; "zero": ‖Pφ‖², the infeasible
             norm, kept to show that it collapses when trained to convergence.
         norm: m / r₀, where r₀ is the mean ‖P₀φ‖ of the training patches before training.
-        p: the shell's norm: 1, 2 or "inf". squared: whether the point's distance is squared. dim: outputs of P; None:
-            as many as inputs.
+        p: the shell's norm: 1, 2 or "inf". dim: outputs of P; None: as many as inputs.
+        squared: whether the distance to a point or to zero is squared. If not, the loss is the square of the mean
+            distance: it has the same minimum, and its gradient vanishes there, as plain descent needs.
         residual: training stops after the first epoch whose mean loss is at most this share, in (0, 1), of the loss
             before training; None: it uses the whole budget. The rule is ours (the paper's budget is not known to us),
             and it sees training images alone.
@@ -88,11 +90,15 @@ class NormOCC(NormFeatures):
             raise UserError(f"method.residual={residual}: give a share above 0 and below 1, or null")
         if target not in ("point", "shell", "zero"):
             raise UserError(f"method.target={target}: choose point, shell or zero")
-        if p not in (1, 2, "inf") or norm < 0:
-            raise UserError(f"method.p={p}, method.norm={norm}: p is 1, 2 or inf, and the norm is not negative")
+        if p not in (1, 2, "inf", math.inf):
+            raise UserError(f"method.p={p}: choose 1, 2 or inf")
+        check_from_0(norm=norm)
+        check_counts(dim=dim)
         assert self.backbone is not None
         channels = sum(self.backbone.channels)
         self.target, self.norm, self.p, self.squared, self.residual = target, norm, float(p), squared, residual
+        self.quadratic = squared and target != "shell"
+        self.power = 1 if target == "shell" else 2  # of the mean distance, where the loss is not quadratic
         self.project = nn.Conv2d(channels, dim or channels, 1, bias=False)
         direction = torch.randn(dim or channels)  # c ~ N(0, I), seeded with the run, scaled to norm m by on_fit_start
         self.register_buffer("direction", direction / direction.norm())
@@ -114,8 +120,8 @@ class NormOCC(NormFeatures):
         self.scale.fill_(torch.linalg.eigvalsh(moment)[-1].clamp_min(1e-30) ** -0.5)
         self.radius.fill_(self.norm * self.mean(self.norms))
         if self.residual is not None:
-            quadratic = self.target != "shell" and self.squared
-            self.loss_before.fill_(self.quadratic_loss(moment, mean) if quadratic else self.mean(self.distance))
+            loss = self.quadratic_loss(moment, mean) if self.quadratic else self.mean(self.distance) ** self.power
+            self.loss_before.fill_(loss)
 
     def quadratic_loss(self, moment: Tensor, mean: Tensor) -> Tensor:
         """E‖Pφ − c‖² = tr(P S Pᵀ) − 2 cᵀPμ + ‖c‖² from S [C, C] and μ [C] of the features before scaling, float64."""
@@ -160,10 +166,10 @@ class NormOCC(NormFeatures):
         return loss
 
     def loss(self, batch: Batch) -> Tensor:
-        """The mean distance of the batch's patches to the target."""
+        """The loss of the batch's patches, from their mean distance to the target."""
         with self.autocast():
-            if self.target == "shell" or not self.squared:
-                return self.distance(batch).mean()
+            if not self.quadratic:
+                return self.distance(batch).mean() ** self.power
             offset = self.offset(batch)
         return torch.linalg.vector_norm(offset, dtype=torch.float32) ** 2 / offset[:, 0].numel()  # one pass
 
@@ -176,6 +182,10 @@ class NormOCC(NormFeatures):
             self.ended = mean <= residual * self.loss_before
             self.stopped_early = bool(self.ended)
             self.loss_sum.zero_()
+
+    def without_effect(self) -> dict[str, str]:
+        options = {"shell": ["squared"], "point": ["p"], "zero": ["p", "norm"]}[self.target]
+        return dict.fromkeys(options, f"method.target={self.target}")
 
     def notes(self) -> list[str]:
         if self.residual is None or not self.steps or self.stopped_early:
@@ -221,8 +231,9 @@ class NormOCCClosedForm(NormFeatures):
 
     def __init__(self, norm: float = 0.1, residual: float = 0.01, folds: int = 0, **context: Any):
         super().__init__(**context)
-        if not 0 < residual <= 1 or norm < 0:
-            raise UserError(f"method.residual={residual}, method.norm={norm}: 0 < residual ≤ 1 and the norm ≥ 0")
+        if not 0 < residual <= 1:
+            raise UserError(f"method.residual={residual}: give a share above 0, at most 1")
+        check_from_0(norm=norm)
         check_folds(folds)
         assert self.backbone is not None
         channels = sum(self.backbone.channels)
@@ -267,13 +278,3 @@ class NormOCCClosedForm(NormFeatures):
     def scored(phi: Tensor, decay: Tensor, solution: Tensor, radius2: Tensor) -> Tensor:
         """The score of patches [..., C], [...]."""
         return (phi @ decay).square().sum(-1) + radius2 * (1 - phi @ solution).square()
-
-
-def descent_time(energy: Tensor, residual: float) -> float:
-    """τ = 2ηt at which Σ λ e^(−2τλ) = residual · Σ λ, by bisection on a logarithmic scale."""
-    low, high = -60.0, 120.0
-    for _ in range(200):
-        middle = (low + high) / 2
-        left = (energy * torch.exp(-2 * math.exp(middle) * energy)).sum() / energy.sum()
-        low, high = (middle, high) if left > residual else (low, middle)
-    return math.exp(low)

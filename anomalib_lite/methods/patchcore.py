@@ -21,6 +21,7 @@ from anomalib_lite.methods.base import AnomalyModule, Batch
 from anomalib_lite.methods.coreset import greedy_coreset, sparse_projection
 from anomalib_lite.methods.fitted_buffers import register_fitted
 from anomalib_lite.methods.nearest import Bank, nearest_in_parts
+from anomalib_lite.methods.options import check_counts
 from anomalib_lite.methods.patches import patch_features
 
 
@@ -54,15 +55,9 @@ class PatchCore(AnomalyModule):
         **context: Any,
     ):
         super().__init__(**context)
-        if not 0 < coreset <= 1 or neighbours < 1:
-            raise UserError(
-                f"method.coreset={coreset}, method.neighbours={neighbours}: a share above 0 and at most 1, and a whole "
-                "number from 1"
-            )
-        if any(number is not None and number < 1 for number in (max_patches, project)):
-            raise UserError(
-                f"method.max_patches={max_patches}, method.project={project}: give whole numbers from 1, or null"
-            )
+        if not 0 < coreset <= 1:
+            raise UserError(f"method.coreset={coreset}: give a share above 0, at most 1")
+        check_counts(neighbours=neighbours, max_patches=max_patches, project=project)
         assert self.backbone is not None
         self.coreset, self.neighbours, self.max_patches, self.project = coreset, neighbours, max_patches, project
         # `owners`: indices of the bank's training images

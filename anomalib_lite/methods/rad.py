@@ -18,6 +18,7 @@ from torch import Tensor
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
 from anomalib_lite.methods.fitted_buffers import register_fitted
+from anomalib_lite.methods.options import check_counts, check_from_0
 from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.tiles import position_note
 from anomalib_lite.methods.transformer import token_grids
@@ -44,8 +45,8 @@ class RAD(AnomalyModule):
 
     def __init__(self, k: int = 150, r: int = 1, **context: Any):
         super().__init__(**context)
-        if k < 1 or r < 0:
-            raise UserError(f"method.k={k}, method.r={r}: give k from 1 and r from 0")
+        check_counts(k=k)
+        check_from_0(r=r)
         self.k, self.r, self.levels = k, r, len(token_grids(self))
         # descriptors [N, C] and indices [N] of N training images (of data.copies or of tiles), and for each level patch
         # tokens [H_i·W_i, N, C_i]; descriptors and tokens have the norm 1

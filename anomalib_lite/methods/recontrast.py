@@ -18,6 +18,7 @@ from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.methods.base import AnomalyModule, Batch
 from anomalib_lite.methods.batch_norm import stabilise, sum_over_ranks, world_size
 from anomalib_lite.methods.cosine import cosine, distance, products
+from anomalib_lite.methods.options import check_from_0
 from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.reverse_distillation import Bottleneck, Decoder, blocks_of, check_levels, initialise
 from anomalib_lite.methods.schedules import with_drop
@@ -58,12 +59,14 @@ class ReContrast(AnomalyModule):
         categories, scoring = context.get("categories", ("",)), context.get("scoring") or {}
         chosen = variant if variant != "auto" else "unified" if len(categories) > 1 else "one_class"
         own = variants[chosen]
-        scoring = {key: own["scoring"].get(key, value) if value == "auto" else value for key, value in scoring.items()}
-        super().__init__(**context | {"scoring": scoring})
+        filled = {key: value for key, value in own["scoring"].items() if scoring.get(key) == "auto"}
+        super().__init__(**context | {"scoring": scoring | filled})
+        self.scoring_of_variant = tuple(filled)
         if encoder_bn not in ("eval", "train"):
             raise UserError(f"method.encoder_bn={encoder_bn}: choose eval or train")
+        check_from_0(encoder_lr=encoder_lr)
         self.automatic, self.variant, self.own = variant == "auto", chosen, own
-        self.encoder_lr, self.mining = encoder_lr, mining
+        self.encoder_lr, self.mining, self.variants = encoder_lr, mining, tuple(variants)
         self.encoder_trains = encoder_bn == "train" or own["stable"] is not None
 
         frozen = check_levels(self.backbone, self.image_size)  # E_f
@@ -139,6 +142,22 @@ class ReContrast(AnomalyModule):
             both = (first + second)[:, None]
             levels += resize(both, images.shape[2:], align_corners=True)[:, 0]
         return levels / 6 if self.own["average"] else levels
+
+    def without_effect(self) -> dict[str, str]:
+        chosen, own = f"variants.{self.variant}", self.own
+        unused = {f"variants.{name}": f"method.variant={self.variant}" for name in self.variants}
+        unused.pop(chosen)
+        unused["scheduler"] = "method=recontrast"  # its schedule is the variant's lr_drop
+        for key, value in own["optimizer"].items():
+            unused[f"optimizer.{key}"] = f"method.{chosen}.optimizer.{key}={value}"
+        for key in own["scoring"]:
+            if key not in self.scoring_of_variant:
+                unused[f"{chosen}.scoring.{key}"] = f"scoring.{key}={self.scoring.get(key)}"
+        if self.mining is None:
+            unused[f"{chosen}.warm_up"] = "method.mining=null"
+        if own["stable"] is not None:
+            unused["encoder_bn"] = f"method.{chosen}.stable"
+        return unused
 
     # --- optimisation ---
 

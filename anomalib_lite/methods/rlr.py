@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.attention import Attention, Grid, LocalWindow, project
 from anomalib_lite.methods.base import AnomalyModule, Batch
+from anomalib_lite.methods.options import check_counts, check_from_0
 from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.transformer import feed_forward, jitter, largest_window, near, sine_positions, token_grids
 
@@ -153,9 +154,10 @@ class RLR(AnomalyModule):
         grids = token_grids(self)
         if len(mix) != 2 or min(mix) < 0 or not any(mix):
             raise UserError(f"method.mix={list(mix)}: give the two blocks' weights, such as [2,1]: from 0, not both 0")
-        if layers < 1 or heads < 1:
-            raise UserError(f"method.layers={layers}, method.heads={heads}: give numbers from 1")
+        check_counts(layers=layers, heads=heads)
+        check_from_0(jitter=jitter)
         self.jitter, self.automatic_optimization = jitter, not zero_fill
+        self.mix, self.locality, self.masked = list(mix), locality, masked
         self.unused_parameters = zero_fill or (not mix[0] and not learnable_key)  # other levels; the reference
         dims = per_level("dims", [32 * r for r in self.backbone.reductions] if dims is None else dims, grids)
         if any(dim < 1 or dim % heads or dim % 4 for dim in dims):
@@ -169,6 +171,21 @@ class RLR(AnomalyModule):
 
     def networks(self) -> list[nn.Module]:
         return list(self.levels)
+
+    def without_effect(self) -> dict[str, str]:
+        mix, unused = f"method.mix={self.mix}", {}
+        if not self.mix[0]:
+            unused["locality"] = mix
+        if not self.mix[1]:
+            unused |= {"masked": mix, "learnable_key": mix}
+        if not (self.mix[0] and self.locality) and not (self.mix[1] and self.masked):
+            switches = f"method.locality={str(self.locality).lower()} and method.masked={str(self.masked).lower()}"
+            unused["windows"] = f"{mix}, {switches}"
+        if len(self.levels) == 1:
+            unused["zero_fill"] = "one level in backbone.layers"
+        if not self.automatic_optimization:
+            unused["scheduler"] = "method.zero_fill=true"
+        return unused
 
     def errors(self, batch: Batch, noise: float) -> Iterator[Tensor]:
         """For each level the reconstruction's error at every position, [B, H, W]."""

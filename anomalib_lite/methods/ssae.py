@@ -131,6 +131,9 @@ class SSAE(AnomalyModule):
             batch = batch | {"image": batch["image"] + noise, "clean": batch["clean"] + noise}
         return self.losses(batch).mean()
 
+    def without_effect(self) -> dict[str, str]:
+        return {"eval_every": "method.patience=null"} if self.patience is None else {}
+
     def losses(self, batch: Batch) -> Tensor:
         """The loss of each image, [B]."""
         return losses(self.reconstruct(batch["image"]), batch["clean"], batch["image"], self.weight)

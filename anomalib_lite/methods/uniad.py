@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
+from anomalib_lite.methods.options import check_clip, check_counts, check_dropout, check_from_0
 from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.schedules import with_drop
 from anomalib_lite.methods.transformer import ReconstructionTransformer, jitter, largest_window, token_grids
@@ -57,12 +58,21 @@ class UniAD(AnomalyModule):
                 f"method.neighbours={neighbours}: give null, or an odd number from 1 to {largest_window(self.grid)}, "
                 f"so that each of the {self.grid[0]}×{self.grid[1]} tokens has others to attend to"
             )
+        check_counts(dim=dim, layers=layers, heads=heads, hidden=hidden)
+        if dim % heads or dim % 2:
+            raise UserError(f"method.dim={dim}: give an even number that is a multiple of method.heads={heads}")
+        check_dropout(dropout)
+        check_from_0(jitter=jitter)
+        check_clip(clip)
         self.jitter, self.clip, self.drop = jitter, clip, drop
         channels = sum(self.backbone.channels)
         self.net = ReconstructionTransformer(channels, self.grid, dim, layers, heads, hidden, dropout, neighbours)
 
     def networks(self) -> list[nn.Module]:
         return [self.net]
+
+    def without_effect(self) -> dict[str, str]:
+        return {"drop": "method.scheduler"} if self.scheduler else {}
 
     def kept(self, levels: list[Tensor]) -> list[Tensor]:
         """All levels, resized to the last one's grid and concatenated, [B, ΣC, H, W]; then further outputs as they are.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from anomalib_lite.errors import UserError
 from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.methods.base import AnomalyModule, Batch
+from anomalib_lite.methods.options import check_clip, check_counts, check_from_0
 from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.schedules import per_step, warm_up_then_cosine
 from anomalib_lite.methods.transformer import feed_forward
@@ -72,11 +73,11 @@ class GroupedReconstruction(AnomalyModule):
     ):
         super().__init__(**context)
         assert self.backbone is not None
-        if (clip is not None and clip <= 0) or warm_up < 0 or not 0 <= final <= 1:
-            raise UserError(
-                f"method: clip={clip}, warm_up={warm_up} and the final rate {final} don't fit: give a norm above 0 or "
-                "null, a whole number from 0, and a share from 0 to 1"
-            )
+        check_clip(clip)
+        check_from_0(warm_up=warm_up)
+        check_counts(blocks=blocks, heads=heads)
+        if not 0 <= final <= 1:
+            raise UserError(f"method: final={final}: give a share from 0 to 1")
         self.joins = check_groups(self.backbone, groups, blocks)
         self.groups, self.blocks, self.clip, self.warm_up, self.final = groups, blocks, clip, warm_up, final
         self.keeps = "joined" if self.joins else f"means of {groups} groups"

@@ -198,14 +198,12 @@ def holds_only_a_start(run: Path) -> bool:
     """Whether the folder holds nothing but what a start writes before the first batch."""
     log = run / METRICS_LOG
     trained = log.is_file() and len(log.read_text().splitlines()) > 1
-    ours = {HYDRA, CHECKPOINTS, LOG, METRICS_LOG, WANDB, CLAIM}
-    return not trained and {each.name for each in run.iterdir()} <= ours
+    return not trained and {each.name for each in run.iterdir()} <= {HYDRA, CHECKPOINTS, LOG, METRICS_LOG, WANDB, CLAIM}
 
 
 def withdraw(run: Path) -> None:
-    """Undo `open_run` for a start that failed before the first checkpoint: a corrected run may use the folder.
-
-    A folder that `holds_only_a_start` is emptied; one with logged batches is left for its reader.
+    """Undo `open_run` for a start that failed before the first checkpoint, so that a corrected run may use the folder;
+    a folder with logged batches is left for its reader.
     """
     stored_config(run).unlink(missing_ok=True)
     if holds_only_a_start(run):
@@ -237,7 +235,7 @@ def read_config(run: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def stored_digests(run: Path) -> dict[str, str]:
-    """The hashes of the run's split list and weights, see `inputs`; empty for a run of an earlier version."""
+    """The hashes of the run's split list and weights, see `inputs`."""
     return _stored(run, "digests")
 
 

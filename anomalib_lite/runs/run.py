@@ -17,7 +17,7 @@ from anomalib_lite.data.samples import Sample
 from anomalib_lite.errors import UserError, enough_memory
 from anomalib_lite.features.precompute import BATCH
 from anomalib_lite.methods.base import AnomalyModule
-from anomalib_lite.runs import build, other_test_set, summary
+from anomalib_lite.runs import build, other_test_set, summary, without_effect
 from anomalib_lite.runs.callbacks import Training
 from anomalib_lite.runs.checkpoints import read_checkpoint
 from anomalib_lite.runs.devices import lightning_options, peak_memory_mb
@@ -95,7 +95,7 @@ def execute(
     trained = checkpoint.parents[1] if other else None
     result, curves = result_of(cfg, names, data, model, outputs, timing, trainer.strategy.root_device, trained)
     result |= {"cache": cache, "overrides": list(overrides)}
-    result["notes"] = [*notes_of(cfg, data, model), *result["notes"], *remarks]
+    result["notes"] = [*notes_of(cfg, names["method"], data, model), *result["notes"], *remarks]
     device, limit = trainer.strategy.root_device, EXTRA_SECONDS + 2 * (time.perf_counter() - started)
     batch_size = measured_batch_size(cfg, data, cache)
     write_with_extras(run, result, data, outputs, curves, model, device, batch_size, loggers, limit)
@@ -184,10 +184,11 @@ def measured_batch_size(cfg: dict[str, Any], data: AnomalyDataModule, cache: dic
     return min(data.eval_batch_size, BATCH) if cache["used"] else data.eval_batch_size
 
 
-def notes_of(cfg: dict[str, Any], data: AnomalyDataModule, model: AnomalyModule) -> list[str]:
+def notes_of(cfg: dict[str, Any], choice: str, data: AnomalyDataModule, model: AnomalyModule) -> list[str]:
     """Notes on the data, the method and the options. `summary.measure` notes what can't be measured, by metric."""
     repeated = missing_notes(data.train_samples, data.test_samples)
-    notes = [*(note for note in data.notes if note not in repeated), *model.notes()]
+    notes = [note for note in data.notes if note not in repeated]
+    notes += [*model.notes(), *without_effect.notes(cfg["method"], choice, model)]
     if data.tiling and data.train_samples and model.total_steps:
         most = max(data.tile_counts[sample.path] for sample in data.train_samples)
         epochs = -(-model.total_steps // data.batches_per_epoch)

@@ -262,7 +262,7 @@ def test_rd4ad_loss_and_map_are_cosines():
     [
         (SubspaceAD, {"variance": 1}, r"method\.variance=1: give a share above 0"),
         (SubspaceAD, {"folds": 1}, r"method\.folds=1: give 0"),
-        (RAD, {"k": 0}, r"method\.k=0, method\.r=1: give k from 1"),
+        (RAD, {"k": 0}, r"method\.k=0: give a whole number from 1"),
         (PaDiM, {"dim": 6}, r"method\.dim=6: the levels have 5 channels together"),
         (PaDiM, {"dim": 3, "regularisation": 0}, r"method\.regularisation=0: give a number above 0"),
     ],

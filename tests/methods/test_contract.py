@@ -1,10 +1,12 @@
 """What every method promises, on a tiny data set: fit, resume, predict, switches that act, tensors on one device."""
 
+import contextlib
 import csv
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -13,7 +15,10 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
+from anomalib_lite.cli.messages import one_line
+from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule
+from anomalib_lite.runs import build
 from tests.helpers import run_programs as runs
 from tests.helpers.fake_cuda import Counted, FakeTrainer, fake_batch, fake_cuda, to_fake
 from tests.helpers.image_trees import make_mvtec
@@ -198,6 +203,64 @@ def test_switches_act(name, option, arguments, finished, tmp_path):
     assert scores_of(tmp_path / "run") != pytest.approx(scores_of(finished(name)), rel=1e-6)
 
 
+#: options that have no effect in a case, and what the run's notes say of them
+WITHOUT_EFFECT = [
+    ("norm_occ", "method.p=inf", "method.p has no effect with method.target=point"),
+    ("norm_occ shell", "method.squared=false", "method.squared has no effect with method.target=shell"),
+    ("ssae", "method.eval_every=7", "method.eval_every has no effect with method.patience=null"),
+    (
+        "recontrast one_class",
+        "method.variants.unified.average=false",
+        "method.variants.unified.average has no effect with method.variant=one_class",
+    ),
+    (
+        "recontrast stable",
+        "method.encoder_bn=train",
+        "method.encoder_bn has no effect with method.variants.stable.stable",
+    ),
+    ("recontrast unified", "+method.optimizer.eps=1e-3",
+     "method.optimizer.eps has no effect with method.variants.unified.optimizer.eps=1e-10"),
+    ("ltad", "method.prompts.normal=\"a fine {}\"", "method.prompts.normal has no effect with a backbone without text"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "option", "note"), WITHOUT_EFFECT)
+def test_options_without_effect_are_noted(name, option, note, arguments, finished, tmp_path):
+    result = runs.result_of(*arguments(CASES[name]), option, run_dir=tmp_path / "run")
+    assert scores_of(tmp_path / "run") == scores_of(finished(name))
+    assert note in result["notes"]
+    before = json.loads((finished(name) / "result.json").read_text())["notes"]
+    assert not any("no effect with" in text and text.startswith(note.split(" ")[0]) for text in before)
+
+
+#: of combinations: options that the first one leaves without effect, with their note
+COMBINATIONS = [
+    ("norm_occ", ("method.target=zero",), "method.norm=2", "method.norm has no effect with method.target=zero"),
+    ("rlr", ("method.mix=[1,0]",), "method.learnable_key=false",
+     "method.learnable_key has no effect with method.mix=[1, 0]"),
+    ("rlr", ("method.mix=[0,1]",), "method.locality=false", "method.locality has no effect with method.mix=[0, 1]"),
+    ("rlr", ("method.locality=false", "method.masked=false"), "method.windows=[1,1,1]", (
+        "method.windows has no effect with method.mix=[2, 1], method.locality=false and method.masked=false"
+    )),
+    ("recontrast one_class", ("method.mining=null",), "method.variants.one_class.warm_up=0.5",
+     "method.variants.one_class.warm_up has no effect with method.mining=null"),
+    ("ltad", ("method.fill=null",), "method.synthesis=between", "method.synthesis has no effect with method.fill=null"),
+    ("ltad", ("method.classifier_weight=0",), "method.strong=1",
+     "method.strong has no effect with method.classifier_weight=0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "given", "option", "note"), COMBINATIONS)
+def test_combinations_without_effect_are_noted(name, given, option, note, arguments, tmp_path):
+    keys = [each.partition("=")[0] for each in (*given, option)]
+    command = [each for each in arguments(CASES[name]) if each.partition("=")[0] not in keys]
+    windows = [each for each in arguments(CASES[name]) if each.startswith("method.windows") and each not in command]
+    runs.result_of(*command, *windows, *given, run_dir=tmp_path / "without")
+    result = runs.result_of(*command, *given, option, run_dir=tmp_path / "with")
+    assert scores_of(tmp_path / "with") == scores_of(tmp_path / "without")
+    assert note in result["notes"]
+
+
 @pytest.mark.parametrize("name", [next(n for n, case in CASES.items() if case.method == m) for m in dict.fromkeys(
     case.method for case in CASES.values()
 )])  # fmt: skip
@@ -231,6 +294,33 @@ def built(command: list[str], categories: list[str], **context: Any) -> AnomalyM
         backbone = instantiate(cfg["backbone"], precision="auto", **tokens) if uses else None
         context = {"image_size": (SIDE, SIDE), "categories": categories, "precision": "auto"} | context
         return instantiate(cfg["method"], backbone=backbone, scoring=cfg["scoring"], **context, _convert_="all")
+
+
+def number_options(target: Any) -> list[str]:
+    """The options of a method's constructors that take numbers."""
+    hints: dict[str, Any] = {}
+    for each in reversed(target.__mro__):
+        with contextlib.suppress(Exception):  # annotations that can't be evaluated
+            hints |= get_type_hints(each.__init__)
+    return [name for name, hint in hints.items() if {int, float} & {hint, *get_args(hint)} and name != "steps"]
+
+
+@pytest.mark.parametrize("name", [next(n for n, case in CASES.items() if case.method == m) for m in dict.fromkeys(
+    case.method for case in CASES.values()
+)])  # fmt: skip
+def test_a_negative_number_is_refused_by_its_options_name(name, arguments):
+    with runs.restored(), initialize_config_dir(str(runs.ROOT / "conf"), version_base="1.3"):
+        command = arguments(CASES[name])
+        cfg: Any = OmegaConf.to_container(compose("train", [*runs.defaults(*command), *command]), resolve=True)
+    data = build.make_data(cfg)
+    backbone = build.make_backbone(cfg)
+    options = [option for option in number_options(get_class(cfg["method"]["_target_"])) if option in cfg["method"]]
+    for option in options:
+        wrong = cfg | {"method": cfg["method"] | {option: -3}}
+        with pytest.raises((UserError, InstantiationException)) as error:
+            build.make_method(wrong, backbone, data, data.categories, 4)
+        line = one_line(error.value, outside=False, folder="") or ""
+        assert re.match(rf"method(\.|: ){option}=-3: ", line), line
 
 
 #: at most so many bytes to the GPU, and so many waits for it, in a step of four images that are there already

@@ -351,7 +351,7 @@ def test_the_image_score_is_the_mean_of_655_pixels():
         ({"heads": 3}, r"method\.heads=3: the 16 channels are not divisible"),
         ({"variant": "v3"}, r"method\.variant=v3: choose v1 or v2"),
         ({"mining": {"share": 1.0, "factor": 0.1, "warm_up": 1000}}, r"method\.mining=.*give null, or a share"),
-        ({"clip": 0.0}, r"method: clip=0\.0"),
+        ({"clip": 0.0}, r"method\.clip=0\.0: give a norm above 0, or null"),
         ({"variant": "v2", "backbone": Encoder(tokens=0)}, r"variants\.v2\.recentre=true: .* stand-in has none"),
     ],
 )

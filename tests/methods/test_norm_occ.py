@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from anomalib_lite.errors import UserError
-from anomalib_lite.methods.norm_occ import NormOCC, NormOCCClosedForm, descent, descent_time
+from anomalib_lite.methods.moments import descent_time
+from anomalib_lite.methods.norm_occ import NormOCC, NormOCCClosedForm, descent
 from anomalib_lite.methods.patches import patch_features, projection
 
 IMAGES, CHANNELS, SIDE = 12, (3, 2), 4
@@ -106,6 +107,7 @@ def test_patch_features_literally():
         ("shell", 1, True),
         ("shell", 2, True),
         ("shell", "inf", True),
+        ("shell", float("inf"), True),
         ("zero", 2, True),
     ],
 )
@@ -121,7 +123,8 @@ def test_distance_literally(target, p, squared):
     r0 = np.mean([np.linalg.norm(w0 @ x, order) for x in phi])
     m = 0.3 * r0
     assert float(model.radius) == pytest.approx(m, rel=1e-5)
-    assert float(model.loss_before) == pytest.approx(maps_of(model, images).mean(), rel=1e-5)
+    power = 1 if squared else 2  # the loss of a distance that is not squared is the square of its mean
+    assert float(model.loss_before) == pytest.approx(maps_of(model, images).mean() ** power, rel=1e-5)
 
     with torch.no_grad():  # as if trained: r₀ and m stay those of the beginning
         model.project.weight += 0.1 * torch.randn_like(model.project.weight)
@@ -137,7 +140,7 @@ def test_distance_literally(target, p, squared):
     np.testing.assert_allclose(found.reshape(-1), expected, rtol=1e-4, atol=1e-5)
     assert found.shape == (IMAGES, SIDE, SIDE)
     loss = model.loss(next(batches(images, IMAGES)))
-    assert loss.item() == pytest.approx(np.mean(expected), rel=1e-5)
+    assert loss.item() == pytest.approx(np.mean(expected) ** power, rel=1e-5)
     loss.backward()
     gradient = model.project.weight.grad.clone()
     model.project.weight.grad = None
@@ -392,12 +395,28 @@ def test_closed_form_does_not_depend_on_the_batch_size():
         np.testing.assert_allclose(one, found[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("target", ["point", "zero"])
+def test_a_distance_that_is_not_squared_is_learned_with_the_default_rate(target):
+    """Its own gradient does not vanish with it: steps of one length would go past the minimum again and again."""
+    images = make_images()
+    model = fitted(NormOCC, images, target=target, squared=False, precision="32")
+    optimizer, batch = descent(model.project.parameters(), lr=0.5), next(batches(images, IMAGES))
+    before, distances = model.distance(batch).mean().item(), []
+    for _ in range(200):
+        optimizer.zero_grad()
+        model.loss(batch).backward()
+        optimizer.step()
+        distances.append(model.distance(batch).mean().item())
+    assert max(distances[-20:]) < 0.1 * before
+
+
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
         (NormOCC, {"target": "sphere"}, "method.target=sphere"),
-        (NormOCC, {"p": 3}, "method.p=3"),
-        (NormOCC, {"norm": -1}, "method.norm=-1"),
+        (NormOCC, {"p": 3}, "method.p=3: choose 1, 2 or inf$"),
+        (NormOCC, {"norm": -1}, "method.norm=-1: give a number from 0$"),
+        (NormOCC, {"dim": 0}, "method.dim=0: give a whole number from 1"),
         (NormOCC, {"residual": 1}, "method.residual=1: give a share"),
         (NormOCCClosedForm, {"residual": 0}, "method.residual=0"),
         (NormOCCClosedForm, {"norm": -1}, "method.norm=-1"),

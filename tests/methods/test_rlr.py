@@ -435,7 +435,7 @@ def test_zero_fill_makes_a_step_a_level():
         ({"windows": [3]}, r"method.windows=\[3\]: give one for each of the backbone's 2 levels"),
         ({"windows": [3, 4]}, r"method.windows=\[3, 4\]: 4 is not an odd number"),
         ({"windows": [3, 5]}, r"method.windows=\[3, 5\]: 5 leaves nothing .* 4×4 tokens; give at most 3"),
-        ({"layers": 0}, "method.layers=0, .* from 1"),
+        ({"layers": 0}, "method.layers=0: give a whole number from 1"),
         ({"mix": [-1, 2]}, r"method.mix=\[-1, 2\]: .* from 0"),
         ({"dims": [16]}, r"method.dims=\[16\]: give one for each"),
         ({"dims": [16, 6]}, r"method.dims=\[16, 6\]: give multiples of 4 and of method.heads=2"),

@@ -1,6 +1,7 @@
 """Runs from the command line to the folder that they leave, for every method of conf/method."""
 
 import csv
+import json
 import re
 from collections import Counter
 from importlib.metadata import version
@@ -20,6 +21,8 @@ from anomalib_lite.runs import artifacts as results
 from anomalib_lite.runs.folder import read_run
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
+from tests.helpers.interrupt import assert_same_run, interrupted_after
+from tests.helpers.written_runs import compare
 
 METHODS = sorted(file.stem for file in (runs.ROOT / "conf" / "method").glob("*.yaml"))
 TRAINED = "norm_occ"  # a method with a budget, for what does not depend on the method
@@ -392,6 +395,40 @@ def test_a_test_folder_without_good_images(root, tmp_path):
     assert result["metrics"]["image_auroc"] is None
     assert result["metrics"]["pixel_auroc"] is not None  # there are normal pixels
     assert any(note.startswith("goodless: image_auroc") and "no good test images" in note for note in result["notes"])
+
+
+def strict(file: Path) -> Any:
+    """The content of a JSON file that holds neither NaN nor Infinity."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{file}: {constant} is not JSON")
+
+    return json.loads(file.read_text(), parse_constant=refuse)
+
+
+def test_an_infinite_option_is_text_in_a_runs_files(root, tmp_path):
+    """method.p=inf is a number for Hydra; JSON has no such number. It and the text train, resume and evaluate alike."""
+    shell = (*BASE, *runs.folder_data(root, "bottle"), "method=norm_occ", "method.target=shell", "trainer.max_steps=3")
+    shell = (*shell, "hardware.measure_cost=false", "trainer.checkpoint_minutes=0")
+    sweep = runs.train("-m", *shell, "method.p=2,inf", "hydra/launcher=basic", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    assert sweep.code == 0, sweep.err
+    two, number = tmp_path / "sweep" / "0", tmp_path / "sweep" / "1"
+    text = tmp_path / "text"
+    with interrupted_after(2):
+        runs.train(*shell, "method.p='inf'", f"hydra.run.dir={text}")
+    assert runs.train(*shell, "method.p=inf", "resume=true", f"hydra.run.dir={text}").code == 0
+    assert_same_run(text, number)
+    for run in (number, text):
+        assert strict(run / "checkpoints" / "config.json")["config"]["method"]["p"] == "inf"
+        strict(run / "result.json")
+    assert (number / "scores.csv").read_bytes() != (two / "scores.csv").read_bytes()
+    evaluated = runs.evaluate(f"run={number}", f"output={tmp_path / 'again'}")
+    assert evaluated.code == 0, evaluated.err
+    assert (tmp_path / "again" / "scores.csv").read_bytes() == (number / "scores.csv").read_bytes()
+    table = compare(tmp_path / "sweep")
+    assert table.code == 0, table.err
+    assert "norm_occ (p=inf)" in table.out
+    assert "norm_occ (p=2)" in table.out
 
 
 def test_a_second_run_into_the_same_folder_is_refused(trained, root):

@@ -218,10 +218,10 @@ def test_the_models_are_timms_again_afterwards(file):
     [
         ("resnet81", [2], r"backbone\.name=resnet81: timm knows no such model; did you mean .*resnet18"),
         ("resnet18.no_such_tag", [2], r"backbone\.name=resnet18\.no_such_tag: timm knows no such weights; .*tv_in1k"),
-        (RESNET, [7], r"backbone\.layers=\[7\]: resnet18\.tv_in1k has no such layer"),
-        ("vit_tiny_patch16_224", [12], r"backbone\.layers=\[12\]: vit_tiny_patch16_224 has no such layer"),
+        (RESNET, [7], r"backbone\.layers=\[7\]: resnet18\.tv_in1k has the layers 0 to 4; choose"),
+        ("vit_tiny_patch16_224", [12], r"backbone\.layers=\[12\]: vit_tiny_patch16_224 has the layers 0 to 11; choose"),
         ("vit_tiny_patch16_224", [1], r"data\.image_size=250: vit_tiny_patch16_224 can't .*; give 240 or 256"),
-        ("test_vit", [6], r"backbone\.layers=\[6\]: test_vit has no such layer .*range \(0 to 5\)\); use others"),
+        ("test_vit", [6], r"backbone\.layers=\[6\]: test_vit has the layers 0 to 5; choose"),
         ("vit_small_patch14_dinov2", [0], r"data\.image_size=250: vit_small_patch14_dinov2 .*; give 238 or 252"),
         ("vit_small_patch16_dinov3", [0], r"data\.image_size=250: vit_small_patch16_dinov3 .*; give 240 or 256"),
         ("timm/resnet18", [1], r"backbone\.name=timm/resnet18: .*hf_hub:OWNER/NAME .*local-dir:FOLDER"),
