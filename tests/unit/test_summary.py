@@ -3,10 +3,11 @@
 from typing import Any
 
 import numpy as np
+import pytest
 
 from anomalib_lite.metrics.functional import image_metrics
 from anomalib_lite.metrics.per_category import decisions, mean_metrics, measure_categories, ranking_notes
-from anomalib_lite.runs.summary import threshold_notes
+from anomalib_lite.runs.summary import other_precision, threshold_notes
 
 
 def test_thresholds_from_few_images_are_noted():
@@ -69,3 +70,15 @@ def test_one_note_for_each_reason_why_metrics_are_missing():
     assert means.endswith(
         "all 4 categories, but over those that have the metric: 1 for image_auroc, image_ap, image_f1max"
     )
+
+
+@pytest.mark.parametrize(("before", "now", "noted"), [
+    ("float32", "float32, frozen backbone in bf16", True),
+    ("bf16, TF32 in training", "bf16", False),
+    ("bf16", "float32", True),
+    # in a test alone, networks that ran in bf16 in training may not have run
+    ("float32, frozen backbone and the method's networks in bf16", "float32, frozen backbone in bf16", False),
+    (None, "float32", False),
+])  # fmt: skip
+def test_another_precision_is_noted(before, now, noted):
+    assert bool(other_precision(before, now)) == noted
