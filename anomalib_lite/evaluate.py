@@ -79,8 +79,9 @@ def evaluate(options: dict[str, Any]) -> None:
             raise signals.interruption(error) or error from None
     if result is not None:
         terminal.show(output, result)
-        before, now = (each["environment"].get("precision") for each in (read_result(run), result))
-        for note in other_precision(before, now):
+        before = read_result(run) if folder.is_finished(run) else {}  # its test may have been killed
+        tested, now = (each.get("environment", {}).get("precision") for each in (before, result))
+        for note in other_precision(tested, now):
             print(f"note: {note}; hardware.precision=32 and bf16 choose one")
 
 

@@ -206,11 +206,11 @@ def other_precision(before: str | None, now: str) -> list[str]:
         before, now: what `precision` gave; None: not known.
     """
     tested, computing = ((text or now).removesuffix(TF32) for text in (before, now))
-    if kind(tested) == kind(computing):
+    if precision_kind(tested) == precision_kind(computing):
         return []
     return [f"the run was tested in {tested}, and this is {computing}: scores differ in their third or fourth digit"]
 
 
-def kind(text: str) -> str:
+def precision_kind(text: str) -> str:
     """bf16, mixed or float32, of what `precision` gave: parts in bf16 may have run in training only."""
     return "bf16" if text.startswith("bf16") else "mixed" if "bf16" in text else "float32"

@@ -64,6 +64,15 @@ def test_evaluate(run, tmp_path):
 
 
 @finished
+def test_evaluate_a_run_whose_test_was_killed(run, tmp_path):
+    (run / "result.json").unlink()
+    outcome = evaluate(f"run={run}", f"output={tmp_path / 'out'}", ROOT)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "the run was tested in" not in outcome.out
+    assert result_of(tmp_path / "out")["metrics"]["image_auroc"] is not None
+
+
+@finished
 def test_another_precision_is_noted(run, tmp_path):
     """As on a machine that computes in bf16, or does not, where the run's own did the opposite."""
     note = "note: the run was tested in float32, and this is bf16: scores differ in their third or fourth digit; "
