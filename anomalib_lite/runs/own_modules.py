@@ -36,7 +36,7 @@ def make_importable(config: dict[str, Any], stored: dict[str, str]) -> None:
     """Append the folder of each module that is found nowhere else to sys.path.
 
     Args:
-        config: the run's. stored: the run's `places`; empty for a run of version 0.2 and before.
+        config: the run's. stored: the run's `places`; empty for a run of an earlier version.
 
     Raises:
         UserError: the method's module is not there either.
