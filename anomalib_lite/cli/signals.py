@@ -1,8 +1,9 @@
-"""SIGTERM and the warning signals of clusters end a program as Ctrl-C does; training writes a checkpoint first."""
+"""Ctrl-C, SIGTERM and the warning signals of clusters end a program; training writes a checkpoint first."""
 
 import atexit
 import contextlib
 import multiprocessing.util
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -10,10 +11,11 @@ from collections.abc import Iterator
 #: of `docker stop`, scancel and spot machines; of a closed terminal; of `sbatch --signal`, before the time limit
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 EXIT_CODE = 143
+WAIT = b"\nCtrl-C: the run writes a checkpoint after this batch and ends; a second Ctrl-C ends it at once\n"
 
 _in_program = False
 _deferred = False
-_received = ""  # the name of the signal that came while signals were deferred
+_received: list[int] = []  # the signals that came while signals were deferred
 
 
 class Stopped(KeyboardInterrupt):
@@ -25,7 +27,9 @@ class Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def as_interrupts() -> Iterator[None]:
-    """Raise Stopped in the block when one of SIGNALS comes, except where the process ignores or handles it already."""
+    """Raise Stopped in the block when one of SIGNALS comes, and KeyboardInterrupt at Ctrl-C, as soon as no code defers
+    them. A signal that the process ignores or handles already is left as it is.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -35,8 +39,8 @@ def as_interrupts() -> Iterator[None]:
         atexit.register(_kill_children)  # it runs before what multiprocessing.util has registered at its import
     _in_program = True
     before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGINT)}
-    for number in SIGNALS:
-        if before[number] == signal.SIG_DFL:
+    for number, handler in before.items():
+        if handler in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _stop)
     try:
         yield
@@ -82,14 +86,20 @@ def as_request() -> Iterator[Request]:
 
 
 def _stop(number: int, frame: object) -> None:
-    global _received
-    if not _deferred:
-        raise Stopped(f"interrupted by {signal.Signals(number).name}")
-    _received = _received or signal.Signals(number).name
+    if not _deferred or (number == signal.SIGINT and number in _received):
+        raise _interrupt(number)
+    if number == signal.SIGINT and os.environ.get("LOCAL_RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            os.write(2, WAIT)  # not print: the signal may have come within a print
+    _received.append(number)
+
+
+def _interrupt(number: int) -> KeyboardInterrupt:
+    return KeyboardInterrupt() if number == signal.SIGINT else Stopped(f"interrupted by {signal.Signals(number).name}")
 
 
 def defer() -> None:
-    """From now on signals wait for `release`; Ctrl-C does not."""
+    """From now on signals wait for `release`, except a second Ctrl-C."""
     global _deferred
     _deferred = True
 
@@ -100,11 +110,12 @@ def received() -> bool:
 
 
 def release(silently: bool = False) -> None:
-    """Signals wait no longer. Raises Stopped for one that has waited, unless `silently`."""
-    global _deferred, _received
-    name, _deferred, _received = _received, False, ""
-    if name and not silently:
-        raise Stopped(f"interrupted by {name}")
+    """Signals wait no longer. Raises the interruption for the first one that has waited, unless `silently`."""
+    global _deferred
+    waited, _deferred = _received[:1], False
+    _received.clear()
+    if waited and not silently:
+        raise _interrupt(*waited)
 
 
 def interruption(error: BaseException) -> KeyboardInterrupt | None:
@@ -118,7 +129,7 @@ def leave_to_parent() -> None:
 
     Only in our programs, which kill these processes at their end: multiprocessing sends SIGTERM and waits.
     """
-    for number in SIGNALS if _in_program else ():
+    for number in (*SIGNALS, signal.SIGINT) if _in_program else ():
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM and clusters' warning signals: a message, a checkpoint at the next batch, exit code 143."""
+"""SIGTERM and clusters' warning signals: a message, a checkpoint at the next batch, exit code 143. Ctrl-C: 130."""
 
 import multiprocessing
 import os
@@ -89,6 +89,23 @@ def test_train(batch, numbers, steps, arguments, undisturbed, send, tmp_path, mo
     assert f"resuming after batch {steps}" in outcome.out or steps == 9
     assert state_of(run)["scores"] == undisturbed["scores"]
     assert state_of(run)["steps"] == 9
+
+
+@pytest.mark.parametrize(("numbers", "steps"), [((signal.SIGINT,), 5), ((signal.SIGINT, signal.SIGINT), 0)])
+def test_ctrl_c(numbers, steps, arguments, undisturbed, send, tmp_path, monkeypatch, capfd):
+    """The first one ends the run after its batch, with a checkpoint; the second one at once."""
+    run = tmp_path / "run"
+    send(5, *numbers)
+    outcome = runs.train(*arguments, f"hydra.run.dir={run}", small=False)
+    assert outcome.code == 130
+    assert outcome.err.startswith("interrupted; ")
+    assert capfd.readouterr().err.count("a second Ctrl-C ends it at once") == 1
+    assert (run / "checkpoints" / "last.ckpt").exists() == bool(steps)
+    monkeypatch.undo()
+    outcome = runs.train("resume=true", f"hydra.run.dir={run}", f"{arguments[0]}", small=False)
+    assert outcome.code == 0, outcome.err
+    assert (f"resuming after batch {steps}" in outcome.out) == bool(steps)
+    assert state_of(run)["scores"] == undisturbed["scores"]
 
 
 def test_before_the_first_batch(arguments, tmp_path, monkeypatch):
