@@ -140,7 +140,7 @@ class Table:
     @cache  # noqa: B019  a table lives as long as the program
     def body(self, metric: str) -> Body:
         """All cells by group (single first, few shots first) and row; the best of a column, and those that round to the
-        same, are marked.
+        same, are marked, unless all of them do.
         """
         body: Body = {}
         for row in self.rows:
@@ -148,9 +148,9 @@ class Table:
         for rows in body.values():
             for column in self.columns:
                 cells = [of[column] for of in rows.values() if column in of]
-                top = max((round(100 * cell.mean, 1) for cell in cells), default=None)
-                for cell in cells:
-                    cell.best = len(rows) > 1 and round(100 * cell.mean, 1) == top
+                shown = [round(100 * cell.mean, 1) for cell in cells]
+                for cell, value in zip(cells, shown, strict=True):
+                    cell.best = value == max(shown) and (min(shown) < value or len(shown) < len(rows))
         return body
 
     def cells(self, row: Row, metric: str) -> dict[Column, Cell]:

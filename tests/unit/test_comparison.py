@@ -161,6 +161,13 @@ def test_ties_within_rounding_are_all_best(write):
     assert marked == [True, True, False]
 
 
+def test_no_row_is_best_where_all_are_equal(write):
+    for method in "ab":
+        write(method, per_category={"bottle": {"image_auroc": 0.0}})
+    (table,) = tables(write)
+    assert [cells["bottle"].best for cells in table.body("image_auroc")["single"].values()] == [False, False]
+
+
 def test_missing_categories_and_null_metrics(write):
     write("a", ("bottle",))
     write("a", ("cable",))
