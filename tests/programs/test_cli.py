@@ -213,9 +213,9 @@ def test_experiments_are_found(tmp_path):
     assert (outcome.code, outcome.err) == (0, "")
     assert "max_epochs: 7" in outcome.out
     assert (HOME / "conf" / "experiments").resolve() == (ROOT / "experiments").resolve()
-    for file in (ROOT / "experiments").glob("*.yaml"):
-        budget = composed(f"+experiments={file.stem}", resolve=False)["trainer"]["max_steps"]
-        assert re.fullmatch(r"None|\d+|\$\{.*\}", str(budget)), file  # no comment that became part of the value
+    for name in choices("experiments"):
+        budget = composed(f"+experiments={name}", resolve=False)["trainer"]["max_steps"]
+        assert re.fullmatch(r"None|\d+|\$\{.*\}", str(budget)), name  # no comment that became part of the value
 
 
 def test_flags_after_overrides_and_between(tmp_path):
