@@ -1,4 +1,5 @@
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -13,6 +14,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if "ANOMALIB_LITE_CACHE" not in os.environ:
     os.environ["ANOMALIB_LITE_CACHE"] = tempfile.mkdtemp(prefix="anomalib_lite_cache_")
     atexit.register(shutil.rmtree, os.environ["ANOMALIB_LITE_CACHE"], ignore_errors=True)
+
+
+def pytest_collection_finish():
+    """What the imports have made stays: without it, each collection of garbage searches half as many objects."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

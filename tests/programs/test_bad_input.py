@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import timm
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
+from anomalib_lite.cli import schema, values
 from anomalib_lite.cli.annotations import check_types
 from anomalib_lite.errors import UserError
+from anomalib_lite.paths import HOME
 from tests.helpers.image_trees import make_mvtec, make_visa, save_image, save_mask
-from tests.helpers.run_programs import Outcome, evaluate, folder_data, python, result_of, train
+from tests.helpers.run_programs import Outcome, evaluate, folder_data, result_of, train
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +61,69 @@ def assert_refused(pattern: str, *arguments: str | Path, run_dir: Path, small: b
     assert ({run_dir, *run_dir.rglob("*")} if run_dir.exists() else set()) == before
 
 
-def assert_mended(*arguments: str | Path, run_dir: Path) -> None:
+def assert_accepted(*arguments: str | Path, run_dir: Path) -> None:
     """The same folder takes the corrected run, without resume=true."""
     assert result_of(*arguments, run_dir=run_dir)["timing"]["steps"] > 0
 
 
 # --- options ---
+
+VALUES = {
+    "backbone.layers=[]": r"backbone.layers=\[\]: give",
+    "backbone.layers=3": "backbone.layers=3: give",
+    "backbone.layers=[3,2]": "backbone.layers=.*ascending",
+    "seed=abc": "seed=abc: give a whole number",
+    "seed=-1": "seed=-1: give",
+    "seed=null": "seed=null: give",
+    "seed=1.5": "seed=1.5: give",
+    "seed=4294967296": "seed=4294967296: give",
+    "seed=true": "seed=true: give",
+    "data.batch_size=0": "data.batch_size=0: give a whole number from 1",
+    "data.batch_size=8.0": "data.batch_size=8.0: give",
+    "data.eval_batch_size=0": "data.eval_batch_size=0: give",
+    "data.image_size=3": "data.image_size=3: give",
+    "data.image_size=[32,32,3]": "data.image_size=.*give",
+    "data.workers=-1": "data.workers=-1: give",
+    "data.val_fraction=2": "data.val_fraction=2: give a share",
+    "data.check=foo": "data.check=foo: give fast, thorough or only",
+    "data.normalize=foo": "data.normalize=foo: give imagenet, none or backbone",
+    "data.value_range=[5,5]": r"data.value_range=\[5, 5\]: give \[low, high\] with low < high, or null",
+    "data.value_range=4095": "data.value_range=4095: give",
+    "data.drop_last=maybe": "data.drop_last=maybe: give true or false",
+    "data.category=[]": r"data.category=\[\]: give a name",
+    "trainer.max_epochs=-1": "trainer.max_epochs=-1: give",
+    "trainer.max_steps=0": "trainer.max_steps=0: give",
+    "trainer.log_every=0": "trainer.log_every=0: give",
+    "trainer.checkpoint_minutes=foo": "trainer.checkpoint_minutes=foo: give",
+    "scoring.image_score=best": "scoring.image_score=best: give max, mean",
+    "scoring.pixel_smooth=-1": "scoring.pixel_smooth=-1: give",
+    "scoring.quantile=2": "scoring.quantile=2: give",
+    "scoring.fpr_limits=[2]": "scoring.fpr_limits=.*give",
+    "hardware.devices=0": "hardware.devices=0: give",
+    "hardware.accelerator=tpu": "hardware.accelerator=tpu: give auto, cpu or gpu",
+    "hardware.precision=16": "hardware.precision=16: give",
+    "method.optimizer.lr=-1": "method.optimizer.lr=-1: give a number from 0$",
+    "method.optimizer.lr=abc": "method.optimizer.lr=abc: give a number from 0$",
+    "method.optimizer.lr=inf": "method.optimizer.lr=inf: give a number from 0$",
+    "resume=maybe": "resume=maybe: give true or false",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def configuration():
+    with initialize_config_dir(str(HOME / "conf"), version_base="1.3"):
+        return compose("train", ["data=folder", "data.root=DIR", "data.category=bottle"])
+
+
+@pytest.mark.parametrize("argument", VALUES)
+def test_value(argument, configuration):
+    """Refused by the rules of its key, which hold before a run begins; test_option goes through the whole program."""
+    given = configuration.copy()
+    OmegaConf.update(given, argument.partition("=")[0], values.read(values.as_typed(argument)))
+    cfg: Any = OmegaConf.to_container(given, resolve=True)
+    with pytest.raises(UserError, match=f"^{VALUES[argument]}"):
+        schema.check(cfg)
+
 
 OPTIONS = {
     "method=foo": "method=foo: .*choose from .*norm_occ",
@@ -77,9 +138,6 @@ OPTIONS = {
     "backbone.name=resnet81": "backbone.name=resnet81: .*did you mean resnet18",
     "backbone.name=resnet18.foo": "backbone.name=resnet18.foo: .*tv_in1k",
     "backbone.layers=[9]": r"backbone.layers=\[9\]: resnet18.tv_in1k has the layers 0 to 4; choose from these",
-    "backbone.layers=[]": r"backbone.layers=\[\]: give",
-    "backbone.layers=3": "backbone.layers=3: give",
-    "backbone.layers=[3,2]": "backbone.layers=.*ascending",
     "backbone.weights=null": "null: no such file; give a weights file, auto, or none",
     "backbone=none": "backbone=none: NormOCC needs a backbone",
     "data.foo=1": r"data.foo: no such option; data has .*batch_size.*\+data.foo=VALUE",
@@ -87,29 +145,11 @@ OPTIONS = {
     "method.nrm=1": "method.nrm: no such option; did you mean method.norm",
     "foo=1": "foo: no such option; the configuration has .*seed",
     "+method.foo=1": "NormOCC: can't be made from its options .*'foo'",
-    "seed=abc": "seed=abc: give a whole number",
-    "seed=-1": "seed=-1: give",
-    "seed=null": "seed=null: give",
-    "seed=1.5": "seed=1.5: give",
-    "seed=4294967296": "seed=4294967296: give",
-    "seed=true": "seed=true: give",
     "seed=1,2": "seed=1,2: several values; a sweep over the values needs --multirun",
     "method=ssae,norm_occ": "method=ssae,norm_occ: several values; a sweep over the values needs --multirun",
     "data.category=a,b": r"one value .* quotes: 'data.category=\"a,b\"'; a list .*: 'data.category=\[a,b\]'; a sweep",
     "data.root=/Böses,1e3": r"data.root=/Böses,1e3: several values; .* quotes: 'data.root=\"/Böses,1e3\"'; a sweep",
-    "data.batch_size=0": "data.batch_size=0: give a whole number from 1",
-    "data.batch_size=8.0": "data.batch_size=8.0: give",
-    "data.eval_batch_size=0": "data.eval_batch_size=0: give",
-    "data.image_size=3": "data.image_size=3: give",
-    "data.image_size=[32,32,3]": "data.image_size=.*give",
-    "data.workers=-1": "data.workers=-1: give",
-    "data.val_fraction=2": "data.val_fraction=2: give a share",
-    "data.check=foo": "data.check=foo: give fast, thorough or only",
-    "data.normalize=foo": "data.normalize=foo: give imagenet, none or backbone",
     "data.resample=foo": "data.resample=foo .*bilinear",
-    "data.value_range=[5,5]": r"data.value_range=\[5, 5\]: give \[low, high\] with low < high, or null",
-    "data.value_range=4095": "data.value_range=4095: give",
-    "data.drop_last=maybe": "data.drop_last=maybe: give true or false",
     "data.transform=[foo]": r"data.transform=\['foo'\] must be a list of albumentations",
     "data.transform=[{_target_: albumentations.HorizontalFlip, p: 0.5}]": "HorizontalFlip draws random numbers",
     "data.transform=[{_target_: albumentations.RandomRotate90, p: 1}]": "RandomRotate90 draws random numbers; move it",
@@ -128,19 +168,7 @@ OPTIONS = {
     "data.reader=foo": "data.reader=foo must be a _target_",
     "data.split=foo": "split=foo must be a _target_",
     "data.category=": "data.category is empty",
-    "data.category=[]": r"data.category=\[\]: give a name",
-    "trainer.max_epochs=-1": "trainer.max_epochs=-1: give",
     "trainer.max_epochs=null trainer.max_steps=null": "trainer.max_epochs and trainer.max_steps are both null",
-    "trainer.max_steps=0": "trainer.max_steps=0: give",
-    "trainer.log_every=0": "trainer.log_every=0: give",
-    "trainer.checkpoint_minutes=foo": "trainer.checkpoint_minutes=foo: give",
-    "scoring.image_score=best": "scoring.image_score=best: give max, mean",
-    "scoring.pixel_smooth=-1": "scoring.pixel_smooth=-1: give",
-    "scoring.quantile=2": "scoring.quantile=2: give",
-    "scoring.fpr_limits=[2]": "scoring.fpr_limits=.*give",
-    "hardware.devices=0": "hardware.devices=0: give",
-    "hardware.accelerator=tpu": "hardware.accelerator=tpu: give auto, cpu or gpu",
-    "hardware.precision=16": "hardware.precision=16: give",
     "method.target=foo": "method.target=foo: choose point, shell or zero",
     "method.p=3": "method.p=3: choose 1, 2 or inf$",
     "method.p=-inf": "method.p=-inf: choose 1, 2 or inf$",
@@ -151,9 +179,6 @@ OPTIONS = {
     "method.dim=0": "method.dim=0: give a whole number from 1",
     "method.squared=maybe": 'method.squared="maybe": give true or false',
     "method.dim=1.5": "method.dim=1.5: give a whole number, or null",
-    "method.optimizer.lr=-1": "method.optimizer.lr=-1: give a number from 0$",
-    "method.optimizer.lr=abc": "method.optimizer.lr=abc: give a number from 0$",
-    "method.optimizer.lr=inf": "method.optimizer.lr=inf: give a number from 0$",
     "+method.optimizer.foo=1": r"method.optimizer: .*'foo'; check its values \(lr=0.5, foo=1\)",
     "method=ssae +method.optimizer.betas=[0.9,high]": (
         r"method.optimizer.betas=\[0.9, 'high'\]: give a list of shares from 0, below 1, such as \[0.9,0.999\]$"
@@ -162,7 +187,6 @@ OPTIONS = {
     "method=recontrast method.variants.unified.optimizer.eps=small": (
         "method.variants.unified.optimizer.eps=small: give a number from 0$"
     ),
-    "resume=maybe": "resume=maybe: give true or false",
     "seed=${foo}": "seed: .*'foo' not found",
     "data.category=[a": r"no category '\[a'",
     "seed=[a": r"seed=\[a: can't be read",
@@ -195,7 +219,7 @@ def test_option(argument, data, tmp_path):
 @pytest.mark.parametrize("argument", ["method.target=foo", "data.batch_size=0", "backbone.layers=[9]"])
 def test_the_folder_takes_the_corrected_run(argument, data, tmp_path):
     assert_refused(re.escape(argument), *folder_data(data), argument, run_dir=tmp_path)
-    assert_mended(*folder_data(data), run_dir=tmp_path)
+    assert_accepted(*folder_data(data), run_dir=tmp_path)
     again = train(*folder_data(data), f"hydra.run.dir={tmp_path}")
     assert_one_line(again, "already holds a run: add resume=true")  # a run that was begun is not overwritten
 
@@ -211,7 +235,7 @@ def test_gpu_without_gpu(data, tmp_path):
     assert_refused(
         "hardware.accelerator=gpu: no GPU.*hardware=cpu", *folder_data(data), "hardware=gpu", run_dir=tmp_path
     )
-    assert_mended(*folder_data(data), run_dir=tmp_path)
+    assert_accepted(*folder_data(data), run_dir=tmp_path)
 
 
 def test_batch_size_that_devices_cant_share(data, tmp_path):
@@ -351,12 +375,12 @@ def test_spoilt_folder(case, tmp_path):
     assert_refused(pattern, *folder_data(tmp_path / "data"), run_dir=tmp_path / "run")
 
 
-def test_spoilt_folder_mended(tmp_path):
+def test_spoilt_folder_that_was_corrected(tmp_path):
     folder = make_mvtec(tmp_path / "data")
     mask_missing(folder)
     assert_refused("no mask", *folder_data(tmp_path / "data"), run_dir=tmp_path / "run")
     save_mask(folder / "ground_truth" / "broken" / "001_mask.png")
-    assert_mended(*folder_data(tmp_path / "data"), run_dir=tmp_path / "run")
+    assert_accepted(*folder_data(tmp_path / "data"), run_dir=tmp_path / "run")
 
 
 def test_damage_that_only_decoding_shows(tmp_path):
@@ -428,7 +452,7 @@ def test_weights(file, weights, data, tmp_path):
 def test_weights_without_an_unused_layer_are_fine(weights, data, tmp_path):
     path = f"backbone.weights={weights / 'without_layer3.safetensors'}"
     assert_refused("lacks", *folder_data(data), path, "backbone.layers=[2,3]", run_dir=tmp_path)
-    assert_mended(*folder_data(data), path, "backbone.layers=[1,2]", run_dir=tmp_path)
+    assert_accepted(*folder_data(data), path, "backbone.layers=[1,2]", run_dir=tmp_path)
 
 
 # --- a user's own method ---
@@ -456,13 +480,10 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_own_method_that_is_broken(case, data, tmp_path, monkeypatch):
+def test_own_method_that_is_broken(case, data, own_folder):
     code, pattern = BROKEN[case]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
-    arguments = own_method(tmp_path, code)
-    assert_refused(pattern, *arguments, *folder_data(data), run_dir=tmp_path / "run")
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    arguments = own_method(own_folder, code)
+    assert_refused(pattern, *arguments, *folder_data(data), run_dir=own_folder / "run")
 
 
 def test_own_configuration_that_is_no_yaml(data, tmp_path):
@@ -525,25 +546,20 @@ def test_evaluate_without_checkpoint(finished, tmp_path):
     assert_one_line(evaluate(*arguments), "config.json: damaged")
 
 
-# --- as processes of their own ---
-
-
-def test_no_weights_without_a_network(data, tmp_path):
-    """In a process of its own: the hub's client reads its settings when it is imported."""
-    arguments = ["backbone=resnet18", "hardware=cpu", "logger=csv", *folder_data(data), f"hydra.run.dir={tmp_path}"]
-    outcome = python(
-        "-m", "anomalib_lite.train", *arguments, HF_HOME=str(tmp_path / "empty"), HF_HUB_OFFLINE="1", timeout=180
-    )
-    assert_one_line(outcome, "backbone.weights=auto: the weights of resnet18.tv_in1k were not found.*local file")
+def test_no_weights_without_a_network(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    pattern = "backbone.weights=auto: the weights of resnet18.tv_in1k were not found.*local file"
+    assert_refused(pattern, *folder_data(data), "backbone.weights=auto", run_dir=tmp_path / "run")
 
 
 def test_traceback_on_request(data, tmp_path):
-    arguments = ["-m", "anomalib_lite.train", *folder_data(data), "data.batch_size=0", f"hydra.run.dir={tmp_path}"]
-    assert_one_line(python(*arguments), "data.batch_size=0: give")
-    shown = python(*arguments, "debug=true")
-    assert shown.code == 1
-    assert "Traceback" in shown.err
-    assert "data.batch_size=0: give" in shown.err
+    """The error itself leaves the program: Python then prints a traceback."""
+    with pytest.raises(UserError, match=r"^data.batch_size=0: give"):
+        train(*folder_data(data), "data.batch_size=0", "debug=true", f"hydra.run.dir={tmp_path}")
+
+
+# --- types of options ---
 
 
 class Options:

@@ -20,7 +20,7 @@ from anomalib_lite import compare, splits
 from anomalib_lite.cli import schema, values
 from anomalib_lite.paths import HOME
 from tests.helpers.image_trees import make_mvtec
-from tests.helpers.run_programs import ROOT, evaluate, predict, python, result_of, run, train
+from tests.helpers.run_programs import ROOT, Outcome, evaluate, predict, python, result_of, run, train
 
 HEAVY = ("torch", "lightning", "timm", "numpy", "albumentations", "wandb", "matplotlib")
 
@@ -37,10 +37,10 @@ def _no_hydra_left():
     GlobalHydra.instance().clear()
 
 
-def composed(*overrides: str, config_dir: Path | None = None) -> dict[str, Any]:
+def composed(*overrides: str, config_dir: Path | None = None, resolve: bool = True) -> dict[str, Any]:
     search = [f"hydra.searchpath=[file://{config_dir}]"] * bool(config_dir)
     with initialize_config_dir(str(HOME / "conf"), version_base="1.3"):
-        cfg: Any = OmegaConf.to_container(compose("train", [*overrides, *search]), resolve=True)
+        cfg: Any = OmegaConf.to_container(compose("train", [*overrides, *search]), resolve=resolve)
     return cfg
 
 
@@ -53,27 +53,35 @@ def cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"]], ids=" ".join)
+def imported(outcome: Outcome) -> set[str]:
+    """The packages that a process of `python -X importtime` has imported."""
+    names = re.findall(r"^import time:.*\| +(\S+)$", outcome.err, re.MULTILINE)
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--cfg job"])
 def test_answers_at_once(arguments, tmp_path):
-    """Under 1.5 s at best of three, of processor time: the machine may be busy."""
-    took = []
+    """Under 1.5 s at best of three, of processor time (the machine may be busy), and without what is heavy."""
     for _ in range(3):
         start = cpu_seconds()
-        outcome = python("-m", "anomalib_lite.train", *arguments, cwd=tmp_path)
-        took.append(cpu_seconds() - start)
+        outcome = python("-X", "importtime", "-m", "anomalib_lite.train", *arguments.split(), cwd=tmp_path)
+        took = cpu_seconds() - start
         assert outcome.code == 0, outcome.err
         assert "batch_size: 8" in outcome.out
-    assert min(took) < 1.5
+        assert "omegaconf" in imported(outcome)
+        assert not imported(outcome) & {*HEAVY, "pydantic"}
+        if took < 1.5:
+            break
+    assert took < 1.5
     assert not list(tmp_path.iterdir())  # nothing is left behind
 
 
-@pytest.mark.parametrize("arguments", ["--help", "--cfg job", "--info", "data.batch_size=0", "method=foo"])
+@pytest.mark.parametrize("arguments", ["--info", "data.batch_size=0", "method=foo"])
 def test_nothing_heavy_is_imported(arguments, tmp_path):
-    outcome = python("-X", "importtime", "-m", "anomalib_lite.train", *arguments.split(), cwd=tmp_path)
-    imported = set(re.findall(r"^import time:.*\| +(\S+)$", outcome.err, re.MULTILINE))
-    assert "omegaconf" in imported
-    assert not {name.partition(".")[0] for name in imported} & set(HEAVY)
-    assert ("pydantic" in imported) == ("data.batch_size=0" in arguments)
+    outcome = python("-X", "importtime", "-m", "anomalib_lite.train", arguments, cwd=tmp_path)
+    assert "omegaconf" in imported(outcome)
+    assert not imported(outcome) & set(HEAVY)
+    assert ("pydantic" in imported(outcome)) == ("data.batch_size=0" in arguments)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +91,7 @@ def test_missing_files_are_reported_before_torch_is_imported(arguments, tmp_path
     outcome = python("-X", "importtime", "-m", "anomalib_lite.train", *arguments.split(), cwd=tmp_path)
     assert outcome.code == 2
     assert re.search(r"^error: .*none.*: no such f", outcome.err, re.MULTILINE)
-    assert not re.search(r"\| +(torch|lightning)$", outcome.err, re.MULTILINE)
+    assert not imported(outcome) & {"torch", "lightning"}
 
 
 def test_help_lists_what_a_user_may_choose(tmp_path):
@@ -128,7 +136,7 @@ def test_help_of_evaluate(tmp_path):
     outcome = python("-X", "importtime", "-m", "anomalib_lite.evaluate", "--help", cwd=tmp_path)
     assert outcome.code == 0
     assert "run=DIR output=DIR" in outcome.out
-    assert not re.search(r"\| +(torch|lightning)$", outcome.err, re.MULTILINE)
+    assert not imported(outcome) & {"torch", "lightning"}
 
 
 # --- composition ---
@@ -136,11 +144,12 @@ def test_help_of_evaluate(tmp_path):
 
 @pytest.mark.parametrize("method", choices("method"))
 def test_everything_composes(method):
-    """Every pair of choices of two groups occurs: the data set and the hardware change from pair to pair."""
+    """Each method with a CNN, a transformer, and backbones of its own; with all methods every choice occurs."""
     first = choices("method").index(method)
-    for number, backbone in enumerate(choices("backbone"), start=first):
+    backbones = ["resnet50", "dinov2_small", *choices("backbone")[first :: len(choices("method"))]]
+    for number, backbone in enumerate(backbones, start=3 * first):
         data = choices("data")[number % len(choices("data"))]
-        hardware = choices("hardware")[(number + first) % len(choices("hardware"))]
+        hardware = choices("hardware")[number % len(choices("hardware"))]
         cfg = composed(f"method={method}", f"backbone={backbone}", f"data={data}", f"hardware={hardware}")
         assert set(cfg) >= {"data", "split", "hardware", "trainer", "backbone", "scoring", "logger", "method", "seed"}
         assert cfg["data"]["name"] == data
@@ -204,11 +213,9 @@ def test_experiments_are_found(tmp_path):
     assert (outcome.code, outcome.err) == (0, "")
     assert "max_epochs: 7" in outcome.out
     assert (HOME / "conf" / "experiments").resolve() == (ROOT / "experiments").resolve()
-    for file in (ROOT / "experiments").glob("*.yaml"):
-        outcome = train(f"+experiments={file.stem}", "--cfg", "job", small=False)
-        assert outcome.code == 0
-        for budget in re.findall(r"max_steps: (.*)", outcome.out):
-            assert re.fullmatch(r"null|\d+|\$\{.*\}", budget), file  # no comment that became part of the value
+    for name in choices("experiments"):
+        budget = composed(f"+experiments={name}", resolve=False)["trainer"]["max_steps"]
+        assert re.fullmatch(r"None|\d+|\$\{.*\}", str(budget)), name  # no comment that became part of the value
 
 
 def test_flags_after_overrides_and_between(tmp_path):
@@ -331,7 +338,7 @@ import torch
 from anomalib_lite.methods.base import AnomalyModule
 
 
-class MeanImage(AnomalyModule):
+class Mine(AnomalyModule):
     def __init__(self, power: float = 1.0, **context):
         super().__init__(**context)
         self.power = power
@@ -347,7 +354,7 @@ METHOD_YAML = """# @package _global_
 defaults:
   - override /backbone: none
 method:
-  _target_: mean_image.MeanImage
+  _target_: mine.Mine
   power: 2.0
   optimizer:
     _target_: torch.optim.SGD
@@ -361,19 +368,20 @@ trainer:
 
 
 @pytest.fixture
-def elsewhere(tmp_path) -> Path:
-    """A folder outside the checkout with a method, its configuration, and data."""
-    (tmp_path / "my_conf" / "method").mkdir(parents=True)
-    (tmp_path / "mean_image.py").write_text(METHOD)
-    (tmp_path / "my_conf" / "method" / "mine.yaml").write_text(METHOD_YAML)
-    make_mvtec(tmp_path / "data")
-    return tmp_path
+def elsewhere(own_folder) -> Path:
+    """The current folder, outside the checkout, with a method, its configuration, and data."""
+    (own_folder / "my_conf" / "method").mkdir(parents=True)
+    (own_folder / "mine.py").write_text(METHOD)
+    (own_folder / "my_conf" / "method" / "mine.yaml").write_text(METHOD_YAML)
+    make_mvtec(own_folder / "data")
+    return own_folder
 
 
-def test_method_from_outside(elsewhere, monkeypatch):
+def test_method_from_outside(elsewhere):
+    """A console script finds it in the current folder as well: tests/programs/test_wheel.py."""
     arguments = ["--config-dir", "my_conf", "method=mine", "data=folder", "data.root=data", "data.category=bottle"]
     arguments += ["data.image_size=32", "hardware=cpu", "logger=csv", "hydra.run.dir=run"]
-    outcome = python("-m", "anomalib_lite.train", *arguments, "method.power=1.5", cwd=elsewhere)
+    outcome = train(*arguments, "method.power=1.5", small=False)
     assert outcome.code == 0, outcome.err
     assert outcome.err == ""
     assert "mine on folder" in outcome.out
@@ -382,20 +390,11 @@ def test_method_from_outside(elsewhere, monkeypatch):
     assert (result["method"], result["backbone"], result["timing"]["steps"]) == ("mine", None, 6)
     assert 0 <= result["metrics"]["image_auroc"] <= 1
     assert "power: 1.5" in (elsewhere / "run" / ".hydra" / "config.yaml").read_text()
-    monkeypatch.chdir(elsewhere)
     again = evaluate("run=run", "output=again")
     assert again.code == 0, again.err
     same = OmegaConf.to_container(OmegaConf.load(elsewhere / "again" / "result.json"))
     assert isinstance(same, dict)
     assert same["metrics"] == result["metrics"]
-
-
-def test_console_script_finds_the_current_folder(elsewhere):
-    """A console script's sys.path begins with the script's folder, not with the current one."""
-    code = "import sys; sys.path[:] = [p for p in sys.path if p]; from anomalib_lite.train import main; main()"
-    arguments = ["--config-dir=my_conf", "method=mine", "data=folder", "data.root=data", "data.image_size=32"]
-    outcome = python("-c", code, *arguments, "hardware=cpu", "logger=csv", "hydra.run.dir=run", cwd=elsewhere)
-    assert outcome.code == 0, outcome.err
 
 
 def test_a_reader_that_goes_away(tmp_path):

@@ -2,20 +2,20 @@
 
 import csv
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+import anomalib_lite.compare
 from anomalib_lite.comparison.export import render
 from tests.helpers.run_programs import python
 from tests.helpers.written_runs import ODD, compare, sample_runs, tables
+from tests.programs.test_printing import closed_pipe, run_on
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 OFFLINE = (
@@ -49,13 +49,9 @@ def test_files_are_written_before_anything_is_printed(write, tmp_path):
     write("a")
     (write.root / "foreign").mkdir()
     (write.root / "foreign" / "result.json").write_text("{}")
-    reading, writing = os.pipe()
-    os.close(reading)
     files = {name: tmp_path / "new" / "folder" / name for name in ("csv", "latex", "markdown", "html", "plots")}
     options = [part for name, file in files.items() for part in (f"--{name}", str(file))]
-    command = [sys.executable, "-m", "anomalib_lite.compare", str(write.root), *options]
-    subprocess.run(command, stdout=writing, stderr=writing, check=False, timeout=120)
-    os.close(writing)
+    run_on(closed_pipe(), anomalib_lite.compare, write.root, *options)
     assert "</html>" in files["html"].read_text()
     assert all(file.read_text() for name, file in files.items() if name != "plots")
     assert (files["plots"] / "image_auroc.png").is_file()

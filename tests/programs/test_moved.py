@@ -17,6 +17,8 @@ from tests.helpers.image_trees import make_mvtec
 from tests.helpers.interrupt import interrupted_after
 from tests.helpers.written_runs import compare
 
+BACKBONE = "test_resnet.r160_in1k"  # the smallest one
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
@@ -30,13 +32,13 @@ def files(tmp_path):
     listed.parent.mkdir()
     listed.write_text("".join(f"bottle/train/good/{i:03d}.png\n" for i in range(4)))
     torch.manual_seed(0)
-    save_file(timm.create_model("resnet18", num_classes=0).state_dict(), tmp_path / "first" / "weights.safetensors")
+    save_file(timm.create_model(BACKBONE, num_classes=0).state_dict(), tmp_path / "first" / "weights.safetensors")
     return tmp_path / "first"
 
 
 def options(root: Path, files: Path) -> list[str]:
-    weights = f"backbone.weights={files / 'weights.safetensors'}"
-    return [*runs.folder_data(root), weights, "split=file", f"split.path={files / 'list.txt'}"]
+    backbone = [f"backbone.name={BACKBONE}", f"backbone.weights={files / 'weights.safetensors'}"]
+    return [*runs.folder_data(root), *backbone, "split=file", f"split.path={files / 'list.txt'}"]
 
 
 def scores_of(run: Path) -> list[list[str]]:

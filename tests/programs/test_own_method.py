@@ -39,7 +39,7 @@ KEYS = {
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_own_method_that_reads_a_missing_key(key, data, tmp_path, monkeypatch):
+def test_own_method_that_reads_a_missing_key(key, data, own_folder):
     place, switch, pattern = KEYS[key]
     code = f"""from anomalib_lite.methods.norm_occ import NormOCC\n\n
 class Mine(NormOCC):
@@ -48,10 +48,7 @@ class Mine(NormOCC):
         batch["{key}"]
         return super().{place}(batch, *args)
 """
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
-    assert_one_line(train(*own_method(tmp_path, code), *folder_data(data), "hydra.run.dir=run"), pattern)
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    assert_one_line(train(*own_method(own_folder, code), *folder_data(data), "hydra.run.dir=run"), pattern)
 
 
 BRIGHTNESS = """from anomalib_lite.methods.base import AnomalyModule\n\n
@@ -61,10 +58,8 @@ class Mine(AnomalyModule):
 """
 
 
-def test_a_run_of_an_own_method_resumes_from_another_folder(data, tmp_path, monkeypatch):
+def test_a_run_of_an_own_method_resumes_from_another_folder(data, own_folder, tmp_path, monkeypatch):
     """Its configuration names the folder of the module, also afterwards."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
     run, smooth = tmp_path / "run", "scoring.pixel_smooth=null"
     given = [*own_method(tmp_path, BRIGHTNESS), *folder_data(data), "backbone=none", smooth, f"hydra.run.dir={run}"]
     outcome = train(*given)
@@ -73,12 +68,11 @@ def test_a_run_of_an_own_method_resumes_from_another_folder(data, tmp_path, monk
     (run / "result.json").unlink()  # as of a run that was killed in its test
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path / "there")
-    monkeypatch.delitem(sys.modules, "mine")
+    sys.modules.pop("mine")
     outcome = train("resume=true", f"hydra.run.dir={run}", small=False)
     assert (outcome.code, outcome.err) == (0, "")
     assert json.loads((run / "result.json").read_text())["metrics"] == before["metrics"]
     assert json.loads((run / "checkpoints" / "config.json").read_text())["modules"] == {"mine": str(tmp_path)}
-    monkeypatch.delitem(sys.modules, "mine")
 
 
 def test_the_folders_of_own_modules(tmp_path, monkeypatch):
@@ -104,17 +98,14 @@ def test_the_folders_of_own_modules(tmp_path, monkeypatch):
     assert sys.path == [*path, str(tmp_path)]
 
 
-def test_predict_without_the_method_file(data, tmp_path, monkeypatch, capfd):
+def test_predict_without_the_method_file(data, own_folder, tmp_path, capfd):
     """Hydra's block about it, which would come more than once, is left out."""
     code = "from anomalib_lite.methods.padim import PaDiM\n\n\nclass Mine(PaDiM):\n    pass\n"
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
     assert train(*own_method(tmp_path, code), *folder_data(data), "hydra.run.dir=run").code == 0
     (tmp_path / "mine.py").write_text(code.replace("Mine", "MyMine"))
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    sys.modules.pop("mine")
     shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
     importlib.invalidate_caches()
     outcome = predict("run=run", f"input={data / 'bottle/test/good'}", "output=out")
     assert_one_line(outcome, r"mine.Mine: can't be imported \(mine has no Mine\); did you mean mine.MyMine\?")
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
     assert "Error getting" not in "".join(capfd.readouterr())

@@ -93,6 +93,14 @@ def predicted(run: Path, source: Path, output: Path, *more: str) -> dict[str, fl
     return scores_of(output)
 
 
+@pytest.fixture(scope="module")
+def whole(trained, photographs, tmp_path_factory) -> Path:
+    """The folder of a prediction of all photographs."""
+    folder = tmp_path_factory.mktemp("whole")
+    predicted(trained, photographs, folder)
+    return folder
+
+
 def threshold_of(run: Path, category: str = "bottle") -> float:
     return json.loads((run / "result.json").read_text())["thresholds"]["per_category"][category]["image"]
 
@@ -106,9 +114,8 @@ def pictures_in(folder: Path) -> dict[str, tuple[int, int]]:
 # --- any image ---
 
 
-def test_sizes_modes_and_formats(trained, photographs, tmp_path):
-    predicted(trained, photographs, tmp_path)
-    rows = rows_of(tmp_path / "scores.csv")
+def test_sizes_modes_and_formats(trained, whole):
+    rows = rows_of(whole / "scores.csv")
     assert list(rows[0]) == ["path", "score", "threshold", "decision", "ratio"]
     assert {row["path"] for row in rows} == set(PHOTOGRAPHS)
     threshold = threshold_of(trained)
@@ -117,22 +124,20 @@ def test_sizes_modes_and_formats(trained, photographs, tmp_path):
         assert row["decision"] == ("defective" if float(row["score"]) > threshold else "good")
         assert float(row["ratio"]) == float(row["score"]) / threshold
     sizes = {f"{name}.png": picture().size for name, picture in PHOTOGRAPHS.items()}
-    assert pictures_in(tmp_path / "heatmaps") == sizes
-    assert pictures_in(tmp_path / "overlays") == sizes
-    assert {path.name for path in tmp_path.iterdir()} == {"scores.csv", "report.html", "heatmaps", "overlays"}
+    assert pictures_in(whole / "heatmaps") == sizes
+    assert pictures_in(whole / "overlays") == sizes
+    assert {path.name for path in whole.iterdir()} == {"scores.csv", "report.html", "heatmaps", "overlays"}
 
 
-def test_a_single_image(trained, photographs, tmp_path):
-    every = predicted(trained, photographs, tmp_path / "all")
-    one = predicted(trained, photographs / "cmyk.jpg", tmp_path / "one")
-    assert one == pytest.approx({"cmyk.jpg": every["cmyk.jpg"]}, rel=1e-6)
-    assert pictures_in(tmp_path / "one" / "heatmaps") == {"cmyk.jpg.png": (60, 90)}
+def test_a_single_image(trained, photographs, whole, tmp_path):
+    one = predicted(trained, photographs / "cmyk.jpg", tmp_path)
+    assert one == pytest.approx({"cmyk.jpg": scores_of(whole)["cmyk.jpg"]}, rel=1e-6)
+    assert pictures_in(tmp_path / "heatmaps") == {"cmyk.jpg.png": (60, 90)}
 
 
 @pytest.mark.parametrize("options", [["batch_size=1"], ["batch_size=3"], ["workers=1", "batch_size=4"]])
-def test_batches_change_nothing(options, trained, photographs, tmp_path):
-    whole = predicted(trained, photographs, tmp_path / "whole")
-    assert predicted(trained, photographs, tmp_path / "batches", *options) == pytest.approx(whole, rel=1e-6)
+def test_batches_change_nothing(options, trained, photographs, whole, tmp_path):
+    assert predicted(trained, photographs, tmp_path, *options) == pytest.approx(scores_of(whole), rel=1e-6)
 
 
 def test_scores_are_those_of_the_run(trained, root, tmp_path):
@@ -141,12 +146,11 @@ def test_scores_are_those_of_the_run(trained, root, tmp_path):
     assert predicted(trained, root / "bottle" / "test", tmp_path) == pytest.approx(own, rel=1e-6)
 
 
-def test_again_is_the_same(trained, photographs, tmp_path):
-    for name in ("first", "second"):
-        predicted(trained, photographs, tmp_path / name)
-    files = [file.relative_to(tmp_path / "first") for file in (tmp_path / "first").rglob("*") if file.is_file()]
+def test_again_is_the_same(trained, photographs, whole, tmp_path):
+    predicted(trained, photographs, tmp_path)
+    files = [file.relative_to(whole) for file in whole.rglob("*") if file.is_file()]
     assert len(files) == 2 + 2 * len(PHOTOGRAPHS)
-    assert all((tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes() for file in files)
+    assert all((whole / file).read_bytes() == (tmp_path / file).read_bytes() for file in files)
 
 
 # --- damaged images ---
@@ -256,8 +260,8 @@ def test_quantile(trained, root, tmp_path):
     assert below.count("defective") == 9
 
 
-def test_own_threshold(trained, photographs, tmp_path):
-    scores = predicted(trained, photographs, tmp_path / "own")
+def test_own_threshold(trained, photographs, whole, tmp_path):
+    scores = scores_of(whole)
     limit = sorted(scores.values())[4]
     for name, threshold in (("middle", limit), ("zero", 0), ("below", -1.5)):
         predicted(trained, photographs, tmp_path / name, f"threshold={threshold!r}", "report=0")

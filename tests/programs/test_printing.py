@@ -95,7 +95,7 @@ def test_ascii(finished, tmp_path):
 def closed_pipe() -> io.TextIOWrapper:
     read, write = os.pipe()
     os.close(read)
-    return os.fdopen(write, "w", encoding="utf-8")
+    return os.fdopen(write, "w", 1, encoding="utf-8")
 
 
 STREAMS: dict[str, Callable[[], Any]] = {

@@ -30,6 +30,7 @@ NOT_RUN = {
     "pip install .": "test_wheel installs the package",
     "python -m anomalib_lite.train --config-dir": "test_the_method_of_the_readme_trains runs it",
     "python -m anomalib_lite.train resume=true": "test_resume_alone runs it",
+    "python -m anomalib_lite.export run=RUN output=part.onnx": "test_export exports runs with these two options",
 }
 #: options that make any training run small
 SMALL = [*runs.SMALL, "trainer.max_steps=2", "trainer.max_epochs=null", "method=norm_occ"]
@@ -135,16 +136,16 @@ def test_resume_alone(folder):
     assert outcome.code == 0, outcome.err
 
 
-def test_the_method_of_the_readme_trains(tmp_path):
-    make_mvtec(tmp_path / "data")
-    (tmp_path / "mine.py").write_text(block("python", "# mine.py"))
-    (tmp_path / "my_conf" / "method").mkdir(parents=True)
-    (tmp_path / "my_conf" / "method" / "mine.yaml").write_text(block("yaml", "my_conf/method/mine.yaml"))
-    command = block("sh", f"{PREFIX}train --config-dir").split()[1:]
-    small = ["data=folder", f"data.root={tmp_path / 'data'}", "data.image_size=64", "trainer.max_steps=3", "logger=csv"]
-    done = runs.python(*command, *small, f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
-    assert done.code == 0, done.err
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+def test_the_method_of_the_readme_trains(own_folder):
+    make_mvtec(own_folder / "data")
+    (own_folder / "mine.py").write_text(block("python", "# mine.py"))
+    (own_folder / "my_conf" / "method").mkdir(parents=True)
+    (own_folder / "my_conf" / "method" / "mine.yaml").write_text(block("yaml", "my_conf/method/mine.yaml"))
+    command = block("sh", f"{PREFIX}train --config-dir").strip()
+    small = ["hardware=cpu", "data.image_size=64", "trainer.max_steps=3", "logger=csv"]
+    outcome = program(command, "data=folder", "data.root=data", *small, "hydra.run.dir=run")
+    assert outcome.code == 0, outcome.err
+    result = json.loads((own_folder / "run" / "result.json").read_text())
     assert result["method"] == "mine"
     assert result["timing"]["steps"] == 3
 

@@ -267,7 +267,7 @@ def test_with_losses_of_held_out_images(arguments, undisturbed, tmp_path, stop_a
     assert_equal(state, undisturbed(arguments, held_out))
 
 
-@pytest.mark.parametrize("stops", [(2, 4, 8), (3, 6, 9), (1, 3, 5, 6, 7)])
+@pytest.mark.parametrize("stops", [(3, 6, 9), (1, 3, 5, 6, 7)])
 def test_stopped_again_and_again(arguments, undisturbed, tmp_path, stops):
     """Also at the ends of several epochs: Lightning's count of them then lags in the epochs that follow."""
     budget = "trainer.max_epochs=5"
@@ -400,7 +400,7 @@ def at_step(run: Path, step: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("moment", ["begun", "step 1", "step 3", "step 5", "half a checkpoint", "tested"])
+@pytest.mark.parametrize("moment", ["begun", "step 3", "step 5", "half a checkpoint", "tested"])
 def test_killed(arguments, undisturbed, tmp_path, moment):
     file = {"begun": "checkpoints/config.json", "half a checkpoint": "checkpoints/last.part", "tested": "scores.csv"}
     for attempt in range(5):  # a checkpoint is written in a moment, which may be missed nine times
@@ -414,9 +414,7 @@ def test_killed(arguments, undisturbed, tmp_path, moment):
             if moment != "half a checkpoint" or attempt == 4:
                 raise
     assert not is_finished(run)
-    resumed = process(arguments(run, "resume=true", "method.pause=0.05"))
-    resumed.join()
-    assert resumed.exitcode == 0
+    finish(arguments(run, "resume=true", "method.pause=0.05"))
     assert not list(run.rglob("*.part"))
     assert_equal(state_of(run), undisturbed(arguments, "method.pause=0.05"))
 

@@ -68,11 +68,8 @@ def assert_stopped(outcome: Any, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("batch", "numbers", "steps"),
-    [
-        (1, (TERM,), 1), (5, (TERM,), 5), (2, (USR1,), 2), (2, (USR2, USR2, TERM), 2), (4, (HUP,), 4), (9, (TERM,), 9),
-        (0, (TERM,), 9), (0, (USR1,), 9),
-    ],
-)  # fmt: skip
+    [(1, (TERM,), 1), (2, (USR2, USR2, TERM), 2), (4, (HUP,), 4), (9, (TERM,), 9), (0, (USR1,), 9)],
+)
 def test_train(batch, numbers, steps, arguments, undisturbed, send, tmp_path, monkeypatch):
     """Checkpoints are due every 5 minutes; the one of the signal's batch is there, and the run continues from it."""
     run = tmp_path / "run"

@@ -27,9 +27,14 @@ from tests.helpers.written_runs import compare
 METHODS = sorted(file.stem for file in (runs.ROOT / "conf" / "method").glob("*.yaml"))
 TRAINED = "norm_occ"  # a method with a budget, for what does not depend on the method
 BASE = (
-    "hardware=cpu", "backbone=resnet18", "backbone.weights=none", "data.image_size=32", "data.batch_size=4",
-    "logger=csv",
+    "hardware=cpu", "backbone=resnet18", "backbone.name=test_resnet.r160_in1k", "backbone.weights=none",
+    "data.image_size=32", "data.batch_size=4", "logger=csv", "hardware.measure_cost=false",
 )  # fmt: skip
+#: the smallest networks
+SMALL = {
+    "ssae": ("method.width=4",), "padim": ("method.dim=16",),
+    "dinomaly": ("backbone=dinov2_small", "backbone.name=test_vit", "backbone.layers=[1,2,3,4]", "method.warm_up=2"),
+}  # fmt: skip
 FILES = {
     ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "train.log", "checkpoints/last.ckpt",
     "checkpoints/config.json", "result.json", "scores.csv", "maps.npz", "metrics.csv", "figures/bottle.png",
@@ -55,11 +60,21 @@ def root(tmp_path_factory):
     return root
 
 
+def of(name: str) -> tuple[str, ...]:
+    """The arguments that choose a method, with the smallest network that it takes."""
+    return (f"method={name}", *SMALL.get(name, runs.NEEDS.get(name, ())))
+
+
+def start(run: Path, root: Path, *arguments: str, category: str = "bottle") -> runs.Outcome:
+    """`train` with these arguments, after those of BASE that choose nothing else given here."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    base = [option for option in BASE if option.partition("=")[0] not in given]
+    return runs.train(*base, *runs.folder_data(root, category), *arguments, f"hydra.run.dir={run}", small=False)
+
+
 def train(run: Path, root: Path, *arguments: str, category: str = "bottle") -> dict[str, Any]:
     """A run that must succeed; its result."""
-    cost = [] if any("measure_cost" in each for each in arguments) else ["hardware.measure_cost=false"]
-    options = [*BASE, *cost, *runs.folder_data(root, category), *arguments, f"hydra.run.dir={run}"]
-    outcome = runs.train(*options, small=False)
+    outcome = start(run, root, *arguments, category=category)
     assert outcome.code == 0, outcome.err
     return results.read_result(run)
 
@@ -78,7 +93,7 @@ def budget():
 def finished(method, budget, root, tmp_path_factory):
     """The folder of a finished run of the method."""
     run = tmp_path_factory.mktemp(method) / "run"
-    train(run, root, *runs.method(method), budget, "hardware.measure_cost=true")
+    train(run, root, *of(method), budget, "hardware.measure_cost=true")
     return run
 
 
@@ -216,8 +231,7 @@ def test_another_seed_gives_another_result(trained, root, tmp_path):
 
 def test_resuming_a_finished_run_does_nothing(finished, method, budget, root):
     before = {file: (finished / file).stat().st_mtime_ns for file in FILES - {"train.log"}}
-    options = [*BASE, *runs.folder_data(root), *runs.method(method), budget, "resume=true", f"hydra.run.dir={finished}"]
-    outcome = runs.train(*options, small=False)
+    outcome = start(finished, root, *of(method), budget, "resume=true", "hardware.measure_cost=true")
     assert outcome.code == 0
     assert "this run is finished" in outcome.out
     assert "AUROC" in outcome.out
@@ -269,7 +283,7 @@ def test_thresholds_come_from_normal_training_images(finished):
 @pytest.mark.parametrize("name", ["norm_occ", "patchcore", "ssae"])
 def test_one_model_for_two_categories(name, budget, root, tmp_path):
     """Other methods train on two categories in tests/methods/test_contract.py."""
-    result = train(tmp_path / "run", root, *runs.method(name), budget, category="[bottle,wood]")
+    result = train(tmp_path / "run", root, *of(name), budget, category="[bottle,wood]")
     assert result["setting"] == "unified"
     assert result["categories"] == list(result["per_category"]) == ["bottle", "wood"]
     assert list(result["thresholds"]["per_category"]) == ["bottle", "wood"]
@@ -286,7 +300,7 @@ def test_one_model_for_two_categories(name, budget, root, tmp_path):
 
 @pytest.mark.parametrize("name", ["norm_occ", "patchcore", "ssae"])
 def test_validation_on_held_out_training_images(name, budget, root, tmp_path):
-    arguments = (*runs.method(name), budget, "data.val_fraction=0.4")
+    arguments = (*of(name), budget, "data.val_fraction=0.4")
     result = train(tmp_path / "run", root, *arguments)
     assert result["data"]["train_counts"] == {"bottle": 6}
     assert set(result["validation"]) == METRICS
@@ -409,7 +423,7 @@ def strict(file: Path) -> Any:
 def test_an_infinite_option_is_text_in_a_runs_files(root, tmp_path):
     """method.p=inf is a number for Hydra; JSON has no such number. It and the text train, resume and evaluate alike."""
     shell = (*BASE, *runs.folder_data(root, "bottle"), "method=norm_occ", "method.target=shell", "trainer.max_steps=3")
-    shell = (*shell, "hardware.measure_cost=false", "trainer.checkpoint_minutes=0")
+    shell = (*shell, "trainer.checkpoint_minutes=0")
     sweep = runs.train("-m", *shell, "method.p=2,inf", "hydra/launcher=basic", f"hydra.sweep.dir={tmp_path / 'sweep'}")
     assert sweep.code == 0, sweep.err
     two, number = tmp_path / "sweep" / "0", tmp_path / "sweep" / "1"
@@ -433,8 +447,7 @@ def test_an_infinite_option_is_text_in_a_runs_files(root, tmp_path):
 
 def test_a_second_run_into_the_same_folder_is_refused(trained, root):
     before = (trained / "result.json").read_bytes()
-    options = [*BASE, *runs.folder_data(root), f"method={TRAINED}", "trainer.max_epochs=1"]
-    outcome = runs.train(*options, f"hydra.run.dir={trained}", small=False)
+    outcome = start(trained, root, f"method={TRAINED}", "trainer.max_epochs=1")
     assert outcome.code == 2
     assert re.fullmatch(r"error: .* already holds a run: add resume=true .*\n", outcome.err)
     assert (trained / "result.json").read_bytes() == before
