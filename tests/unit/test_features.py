@@ -254,7 +254,7 @@ def extract_until_killed(*arguments: str) -> None:
             os.truncate(file, file.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    cache_module.save_file = save
+    cache_module.save_file = save  # type: ignore[assignment]
     train(*arguments)
 
 
