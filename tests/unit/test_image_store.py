@@ -105,6 +105,7 @@ def evaluate(count: int, folder: Path, side: int = 64) -> tuple[int, int]:
         evaluation.on_test_batch_end(None, None, {"map": maps, "score": maps.amax((1, 2))}, batch, 0, TEST)  # type: ignore[arg-type]
     outputs = evaluation.gather({TEST: samples, NORMAL: [], 2: []}, Path())[TEST]
     held = tracemalloc.get_traced_memory()[0]
+    held += sum(batch.rows.nbytes for batch in outputs["maps"].batches)  # torch has allocated them, which is not traced
     tracemalloc.reset_peak()
     measure_categories(outputs, {"part": True}, [0.3], {"part": {"pixel": 1.0}})
     peak = tracemalloc.get_traced_memory()[1]
