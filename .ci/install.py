@@ -2,7 +2,8 @@
 
 uv does the work, because it is several times faster. uv does not read pip's settings: those that say where packages
 come from are translated to uv's variables. A variable that is set already wins. If uv is missing or fails, pip
-installs.
+installs. As pip does, uv compiles the packages: elsewhere the first import would, and where PYTHONDONTWRITEBYTECODE is
+set, as in many containers, every import (11 s of processor time for a training).
 """
 
 import ast
@@ -46,7 +47,8 @@ def main() -> int:
         # pip takes the best version of all indexes; uv's default is the first index that has the package
         strategy = ["--index-strategy", "unsafe-best-match"]
         command = [uv, "pip", "install", "--python", sys.executable, *strategy, *sys.argv[1:]]
-        if subprocess.run(command, env=pip_settings() | os.environ, check=False).returncode == 0:
+        environment = {"UV_COMPILE_BYTECODE": "1"} | pip_settings() | os.environ
+        if subprocess.run(command, env=environment, check=False).returncode == 0:
             return 0
         print("uv failed: pip installs instead", file=sys.stderr)
     return subprocess.run([*PIP, "install", *sys.argv[1:]], check=False).returncode

@@ -36,14 +36,22 @@ def start_ranks(program: str, options: list[str], ranks: int, *more: list[str]) 
     return started
 
 
-def in_processes(count: int, function: Any, *arguments: Any) -> None:
-    """`function(rank, *arguments)` in so many processes, all of which must succeed."""
-    started = [PROCESSES.Process(target=function, args=(rank, *arguments)) for rank in range(count)]
+def in_forks(count: int, function: Any, *arguments: Any) -> None:
+    """`function(rank, *arguments)` in so many processes, all of which must succeed.
+
+    They are forks of this process, which import nothing anew. A fork can't use torch's threads: the function sets their
+    number to 1.
+    """
+    forks = multiprocessing.get_context("fork")
+    started = [forks.Process(target=function, args=(rank, *arguments)) for rank in range(count)]
     for process in started:
         process.start()
     for process in started:
         process.join(90)
-    assert [process.exitcode for process in started] == [0] * count
+    codes = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+    assert codes == [0] * count
 
 
 def free_port() -> int:

@@ -23,6 +23,8 @@ SMALL = (
     "hardware=cpu", "backbone=resnet18", "backbone.weights=none", "data.image_size=32", "data.batch_size=4",
     "trainer.max_epochs=1", "logger=csv", "hardware.measure_cost=false",
 )  # fmt: skip
+#: a ResNet with a thirtieth of resnet18's weights: where the network does not matter, a run takes half the time
+TINY = "backbone.name=test_resnet.r160_in1k"
 #: what methods need on images of 32 to 48 pixels with resnet18's three levels; their own settings are for large grids
 NEEDS = {
     "recontrast": ("backbone.name=mobilenetv3_small_050",),  # a resnet18's decoder is 60 times as large

@@ -61,8 +61,8 @@ class Crash(Mean):
             raise RuntimeError("as asked")
         if self.how == "exit":
             raise SystemExit(5)
-        if self.how == "missing" and not os.path.exists("mended"):
-            raise UserError("mended: no such file")
+        if self.how == "missing" and not os.path.exists("marker"):
+            raise UserError("marker: no such file")
         if self.how == "segfault":
             os.kill(os.getpid(), 11)
 '''

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -17,67 +18,109 @@ from omegaconf import OmegaConf
 
 from anomalib_lite.sweeps import locks
 from anomalib_lite.sweeps.job import Job
+from tests.helpers.run_programs import Outcome
 from tests.helpers.user_folder import Started, assert_refused, in_process, result_of, state_of
 
 # --- what comes out ---
 
+ENDS = ("no", "exception", "exit", "segfault", "missing")
+SAME = ("seed=3", "data.val_fraction=0.3")
+VARIED = ("method=crash", f"method.how={','.join(ENDS)}", "data.category=bottle,cup", *SAME)
+HYDRA = ("hydra.launcher.jobs=2", "+hydra.job.env_set.SWEPT=yes", "hydra.sweep.subdir=${hydra:job.num}")
 
-def test_a_sweep_equals_single_runs(home, tmp_path):
-    """With a method of the user; the overrides may change their order; each job stores its own Hydra settings."""
-    arguments = ("seed=0,1", "data.category=bottle,cup", "data.val_fraction=0.3", "method.pause=0.01")
-    folder = (f'hydra.sweep.dir="{tmp_path / "a sweep"}"', "hydra.launcher.jobs=2", "+hydra.job.env_set.SWEPT=yes",
-              "hydra.sweep.subdir=${hydra:job.num}")  # fmt: skip
-    outcome = Started(home, "method=mean", *arguments, *folder).end()
-    assert outcome.code == 0, outcome.err
-    assert "4 of 4 done, best validation.image_auroc" in outcome.out
-    for number in range(4):
-        job, single = tmp_path / "a sweep" / str(number), tmp_path / f"single{number}"
-        own = [f"seed={number // 2}", f"data.category={('bottle', 'cup')[number % 2]}"]
-        same = ("hardware.threads=1", "method=mean", "data.val_fraction=0.3", "method.pause=0.01")
-        alone = in_process(*own, *same, f"hydra.run.dir={single}")
+
+@pytest.fixture(scope="module")
+def swept(home, tmp_path_factory) -> tuple[Path, Outcome]:
+    """The folder of a sweep from the command line, and what it printed: two jobs are done, eight fail."""
+    folder = tmp_path_factory.mktemp("swept") / "a sweep"
+    return folder, Started(home, *VARIED, *HYDRA, f'hydra.sweep.dir="{folder}"').end()
+
+
+def test_jobs_equal_single_runs(swept, tmp_path):
+    """With a method of the user; each job stores its own Hydra settings."""
+    folder, outcome = swept
+    assert "2 of 10 done, 8 failed, best validation.image_auroc" in outcome.out
+    for number, category in enumerate(("bottle", "cup")):
+        job, single = folder / str(number), tmp_path / category
+        own = ["method.how=no", f"data.category={category}", *SAME]
+        alone = in_process("method=crash", *own, "hardware.threads=1", f"hydra.run.dir={single}")
         assert alone.code == 0, alone.err
         assert state_of(job) == state_of(single)
         hydra: Any = OmegaConf.load(job / ".hydra" / "hydra.yaml")
         hydra = hydra.hydra
-        assert (hydra.job.num, hydra.mode, hydra.runtime.choices.method) == (number, "RUN", "mean")
+        assert (hydra.job.num, hydra.mode, hydra.runtime.choices.method) == (number, "RUN", "crash")
         assert (hydra.runtime.output_dir, hydra.sweep.dir) == (str(job), str(job.parent))
         assert hydra.job.env_set == {"SWEPT": "yes"}
         assert set(own) < set(hydra.overrides.task)
-        assert "mean on folder" not in outcome.out
-        assert "mean on folder" in (job / "output.log").read_text()
+        assert "crash on folder" not in outcome.out
+        assert "crash on folder" in (job / "output.log").read_text()
         assert (job / "train.log").is_file()
-    before = [(tmp_path / "a sweep" / str(n) / "result.json").stat().st_mtime_ns for n in range(4)]
-    swapped = in_process("-m", *folder, *reversed(arguments), "method=mean")
-    assert swapped.code == 0, swapped.err
-    assert swapped.out.count("4 done before") == 2  # at the start and at the end
-    assert before == [(tmp_path / "a sweep" / str(n) / "result.json").stat().st_mtime_ns for n in range(4)]
 
 
-def test_failures_stay_in_their_jobs(home, tmp_path):
-    """The next launch retries them, and evaluates again where a result was damaged."""
-    folder = f"hydra.sweep.dir={tmp_path / 'sweep'}"
-    arguments = ("data.category=bottle", "method=crash", "method.how=exception,exit,segfault,no,missing")
-    first = Started(home, *arguments, folder, "hydra.launcher.jobs=2").end()
-    assert first.code == 1
-    lines = first.err.splitlines()
-    assert len(lines) == 5
-    reasons = ("RuntimeError: as asked", "exit code 5|.", "killed by SIGSEGV", None, "mended: no such file")
-    for number, why in enumerate(reasons):
-        if why:
-            job = next(line for line in lines if line.startswith(f"error: job {number} ("))
-            assert re.search(rf"\): ({why}).*; see {tmp_path}/sweep/{number}/output.log$", job)
-    assert lines[-1].startswith("error: 4 of 5 jobs failed; the same command retries them")
-    assert "Traceback" not in first.err
-    assert f"5 jobs in {tmp_path / 'sweep'}: 4 failed, 1 done\n" in first.out
-    done = state_of(tmp_path / "sweep" / "3")
-    (tmp_path / "sweep" / "3" / "result.json").write_text("{")
-    Path("mended").touch()
-    second = in_process("-m", *arguments, folder, "hydra.launcher.jobs=2")
-    assert second.code == 1
-    assert "error: 3 of 5 jobs failed" in second.err
-    assert f"{tmp_path}/sweep/3/result.json: not readable as a result" in second.out
-    assert state_of(tmp_path / "sweep" / "3") == done
-    assert result_of(tmp_path / "sweep" / "4")["method"] == "crash"
+def test_failures_stay_in_their_jobs(swept):
+    folder, outcome = swept
+    assert outcome.code == 1
+    *lines, last = outcome.err.splitlines()
+    last_line = r"\d\d:.*"  # which says more than the exit code
+    reasons = ("RuntimeError: as asked", last_line, "killed by SIGSEGV", "marker: no such file")
+    for number, line in enumerate(lines, 2):
+        why = reasons[number // 2 - 1]
+        assert re.match(rf"error: job {number} \(.*\): ({why}).*; see {folder}/{number}/output.log$", line)
+    assert last.startswith("error: 8 of 10 jobs failed; the same command retries them")
+    assert "Traceback" not in outcome.err
+    assert re.search(rf"^10 jobs in {folder}: (2 done, 8 failed|8 failed, 2 done)$", outcome.out, re.MULTILINE)
+
+
+def test_the_next_launch(swept, tmp_path):
+    """It retries what failed, and evaluates again where a result was damaged; overrides may change their order."""
+    folder = shutil.copytree(swept[0], tmp_path / "a sweep")
+    done = state_of(folder / "0")
+    time = (folder / "1" / "result.json").stat().st_mtime_ns
+    (folder / "0" / "result.json").write_text("{")
+    Path("marker").touch()
+    outcome = in_process("-m", *HYDRA, *reversed(VARIED), f'hydra.sweep.dir="{folder}"')
+    assert outcome.code == 1
+    assert "error: 6 of 10 jobs failed" in outcome.err
+    assert f"{folder}/0/result.json: not readable as a result" in outcome.out
+    assert outcome.out.count("1 done before") == 2  # at the start and at the end
+    assert state_of(folder / "0") == done
+    assert (folder / "1" / "result.json").stat().st_mtime_ns == time
+    assert [result_of(folder / number)["method"] for number in "89"] == ["crash"] * 2
+
+
+SPACE = ("method.optimizer.lr=tag(log, interval(0.01, 10))", "data.batch_size=int(interval(2, 4))", "seed=3,4")
+
+
+@pytest.mark.parametrize(("sweeper", "jobs"), [("random", ()), ("tpe", ("hydra.sweeper.n_jobs=2",))])
+def test_a_search_continues(sweeper, jobs, tmp_path):
+    """More trials: the first ones stay. The best is what validation says."""
+    pytest.importorskip("optuna.storages.journal")
+    study = ("method=mean", "data.category=bottle", "data.val_fraction=0.3", "objective=validation.pixel_ap",
+             f"hydra/sweeper={sweeper}", *jobs, f"hydra.sweep.dir={tmp_path}", "hydra.launcher.jobs=2")  # fmt: skip
+    first = in_process("-m", *study, *SPACE, "hydra.sweeper.n_trials=2")
+    assert first.code == 0, first.err
+    jobs_before = json.loads((tmp_path / "sweep.json").read_text())["jobs"]
+    times = [(tmp_path / number / "result.json").stat().st_mtime_ns for number in "01"]
+    more = in_process("-m", *reversed(SPACE), *study, "hydra.sweeper.n_trials=3")
+    assert more.code == 0, more.err
+    assert more.out.count("2 done before") == 2  # at the start and at the end
+    assert f"3 jobs in {tmp_path}: 2 done before, 1 done\n" in more.out
+    assert times == [(tmp_path / number / "result.json").stat().st_mtime_ns for number in "01"]
+    entries = json.loads((tmp_path / "sweep.json").read_text())["jobs"]
+    assert [entry["folder"] for entry in entries] == ["0", "1", "2"]
+    assert entries[:2] == jobs_before
+    measured = [result_of(tmp_path / number)["validation"]["pixel_ap"] for number in "012"]
+    assert len(set(measured)) > 1
+    best: Any = OmegaConf.load(tmp_path / "optimization_results.yaml")
+    assert best.best_evaluated_result == max(measured)
+    assert {f"{key}={value}" for key, value in best.best_evaluated_params.items()} < set(
+        entries[measured.index(max(measured))]["overrides"]
+    )
+    assert f"best validation.pixel_ap {max(measured):.4f}: data.batch_size=" in more.out
+    fewer = in_process("-m", *study, *SPACE, "hydra.sweeper.n_trials=2")  # nothing is left to do
+    assert fewer.code == 0, fewer.err
+    assert f"best validation.pixel_ap {max(measured[:2]):.4f}: " in fewer.out
+    assert "validation" in more.out.split("in percent")[-1]  # a column of the table
 
 
 @pytest.mark.parametrize(
@@ -250,12 +293,18 @@ def test_interrupted_beside_another(home, undisturbed, tmp_path, number):
     ],
 )
 def test_refused(argument, message, tmp_path):
-    assert_refused(message, "method=mean", "seed=0,1", argument, f"hydra.sweep.dir={tmp_path}")
+    assert_refused(
+        message,
+        "method=mean",
+        "seed=0,1" if "subdir" in argument else "seed=0",
+        argument,
+        f"hydra.sweep.dir={tmp_path}",
+    )
     assert not (tmp_path / "0").exists()
 
 
 def test_more_gpus_than_there_are(tmp_path, monkeypatch):
-    arguments = ("method=mean", "seed=0,1", "hardware=auto", f"hydra.sweep.dir={tmp_path}")
+    arguments = ("method=mean", "seed=0", "hardware=auto", f"hydra.sweep.dir={tmp_path}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     assert_refused("3 jobs at a time with 1 GPUs each, but 2 are visible", *arguments, "hydra.launcher.jobs=3")
     assert_refused("1 jobs at a time with 3 GPUs each, but 2", *arguments, "hydra.launcher.gpus_per_job=3")
@@ -267,10 +316,10 @@ def test_folder_of_another_sweep(tmp_path):
     job = {"number": 0, "folder": "0", "overrides": ["method=mean", "seed=7"]}
     (tmp_path / "sweep.json").write_text(json.dumps({"jobs": [job]}))
     assert_refused(
-        "holds another sweep, with the job method=mean seed=7", "method=mean", "seed=0,1", f"hydra.sweep.dir={tmp_path}"
+        "holds another sweep, with the job method=mean seed=7", "method=mean", "seed=0", f"hydra.sweep.dir={tmp_path}"
     )
     (tmp_path / "sweep.json").write_text("{")
-    assert_refused("sweep.json: damaged", "method=mean", "seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    assert_refused("sweep.json: damaged", "method=mean", "seed=0", f"hydra.sweep.dir={tmp_path}")
 
 
 def test_folder_in_use(tmp_path, monkeypatch):
@@ -279,6 +328,6 @@ def test_folder_in_use(tmp_path, monkeypatch):
     held = os.open(tmp_path / "sweep.lock", os.O_RDWR)
     fcntl.flock(held, fcntl.LOCK_EX)
     assert_refused(
-        "another sweep works in it .process 7 on node3.", "method=mean", "seed=0,1", f"hydra.sweep.dir={tmp_path}"
+        "another sweep works in it .process 7 on node3.", "method=mean", "seed=0", f"hydra.sweep.dir={tmp_path}"
     )
     os.close(held)

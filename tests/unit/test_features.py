@@ -4,10 +4,10 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import resource
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.features.cache import FeatureFiles, image_key, key, on_network
 from anomalib_lite.features.precompute import as_rows, shapes_of, smallest_type
 from tests.helpers.image_trees import make_mvtec
-from tests.helpers.run_programs import ROOT, SMALL, folder_data, method, result_of, train
+from tests.helpers.run_programs import TINY, folder_data, method, result_of, train
 
 RESNET = "resnet18.tv_in1k"
 CPU = torch.device("cpu")
@@ -49,8 +49,23 @@ def cache(tmp_path):
 
 
 def run(root: Path, cache: Path, run_dir: Path, *arguments: str, category: str = "bottle"):
-    few = ("method=norm_occ", "trainer.max_epochs=1", "hardware.threads=1", f"cache.folder={cache}")
+    few = ("method=norm_occ", TINY, "trainer.max_epochs=1", "hardware.threads=1", f"cache.folder={cache}")
     return result_of(*folder_data(root, category), *few, *arguments, run_dir=run_dir)
+
+
+@pytest.fixture(scope="module")
+def usual(root, tmp_path_factory):
+    """The folder of a run, with the features that it has stored in `cache`."""
+    folder = tmp_path_factory.mktemp("usual")
+    run(root, folder / "cache", folder)
+    return folder
+
+
+@pytest.fixture
+def filled(usual, cache):
+    """The result of the usual run; the cache folder holds what it has stored."""
+    shutil.copytree(usual / "cache", cache)
+    return json.loads((usual / "result.json").read_text())
 
 
 def levels_of(count: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -127,12 +142,11 @@ def test_image_key(tmp_path):
 # --- runs that share it ---
 
 
-def test_runs_share_what_they_have_in_common(root, cache, tmp_path):
+def test_runs_share_what_they_have_in_common(root, cache, filled, tmp_path):
     """A category, then both of them, another method, another seed, another image, another size."""
-    both = "[bottle,cable]"
-    first, second = (run(root, cache, tmp_path / name)["cache"] for name in "12")
+    both, first = "[bottle,cable]", filled["cache"]
     assert {key: first[key] for key in ("used", "images", "computed")} == {"used": True, "images": 12, "computed": 12}
-    assert second == first | {"computed": 0}
+    assert run(root, cache, tmp_path / "2")["cache"] == first | {"computed": 0}
     assert run(root, cache, tmp_path / "3", category=both)["cache"]["computed"] == 9
     assert run(root, cache, tmp_path / "4", "method=norm_occ_closed_form", category=both)["cache"]["computed"] == 0
     assert run(root, cache, tmp_path / "5", "data.image_size=48")["cache"]["computed"] == 12
@@ -194,7 +208,7 @@ def test_a_method_that_needs_images_too(root, cache, tmp_path):
         ("warm", ()),
         ("without", ("cache.enabled=false", "hardware.feature_memory_gb=0")),
     ):
-        how = (*method("recontrast"), "trainer.max_epochs=1", "data.image_size=64", f"cache.folder={cache}", *more)
+        how = (*method("recontrast"), "hardware.threads=1", f"cache.folder={cache}", *more)
         found = result_of(*folder_data(root), *how, run_dir=tmp_path / name)["cache"]
         assert (found["used"], found.get("computed")) == {
             "cold": (True, 12), "warm": (True, 0), "without": (False, None),
@@ -204,9 +218,8 @@ def test_a_method_that_needs_images_too(root, cache, tmp_path):
     np.testing.assert_allclose(scores[0], scores[2], rtol=1e-2)
 
 
-def test_validation_images_are_not_taken_from_it(root, cache, tmp_path):
+def test_validation_images_are_not_taken_from_it(root, cache, filled, tmp_path):
     """Held-out images get an artificial defect under the path of a clean one that another run has left."""
-    run(root, cache, tmp_path / "all")
     how = ("data.val_fraction=0.5", "hardware.precision=32")
     one, two = (run(root, cache, tmp_path / n, *how, f"cache.enabled={n}") for n in ("true", "false"))
     assert one["validation"] == pytest.approx(two["validation"], abs=1e-9)
@@ -228,36 +241,38 @@ def test_jobs_of_a_sweep_share_it(root, cache, tmp_path):
 # --- a writer that is killed, files that are damaged, disks that are full ---
 
 
+def extract_until_killed(*arguments: str) -> None:
+    """A run in a fork of this process, with two images in a file. It is killed when its third file is half written."""
+    torch.set_num_threads(1)  # a fork can't use the threads of its parent
+    precompute.BATCH = precompute.CHUNK_IMAGES = 2
+    written = list[Path]()
+
+    def save(tensors: dict[str, torch.Tensor], file: Path, about: dict[str, str]) -> None:
+        save_file(tensors, file, about)
+        written.append(file)
+        if len(written) == 3:
+            os.truncate(file, file.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    cache_module.save_file = save  # type: ignore[assignment]
+    train(*arguments)
+
+
 def test_a_kill_loses_one_chunk_at_most(root, cache, tmp_path):
     """A run that is killed while it extracts features leaves whole files, and the next run computes the rest."""
-    program = tmp_path / "extract.py"
-    program.write_text(
-        "import sys, time\n"
-        "from anomalib_lite.features import cache, precompute\n"
-        "from anomalib_lite.train import main\n"
-        "precompute.BATCH = precompute.CHUNK_IMAGES = 2\n"
-        "write = cache.FeatureFiles.write\n"
-        "def slow(self, *args):\n"
-        "    write(self, *args)\n"
-        "    print('written', flush=True)\n"
-        "    time.sleep(0.5)\n"
-        "cache.FeatureFiles.write = slow\n"
-        "main()\n"
-    )
-    options = [*SMALL, *folder_data(root), "method=norm_occ", "hardware.threads=1", f"cache.folder={cache}"]
-    command = [sys.executable, str(program), *options, f"hydra.run.dir={tmp_path / 'killed'}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    for _ in range(3):
-        assert process.stdout is not None
-        while process.stdout.readline().strip() != "written":
-            assert process.poll() is None
-    process.kill()
-    process.wait()
-    files = list(cache.glob("*/*.safetensors"))
-    assert len(files) in (3, 4)
+    options = (*folder_data(root), "method=norm_occ", TINY, "hardware.threads=1", f"cache.folder={cache}")
+    arguments = (*options, f"hydra.run.dir={tmp_path / 'killed'}")
+    process = multiprocessing.get_context("fork").Process(target=extract_until_killed, args=arguments)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    incomplete = list(cache.glob("*/*.part.safetensors"))
+    assert len(incomplete) == 1
+    assert len(list(cache.glob("*/*.safetensors"))) == 2 + 1
     report = run(root, cache, tmp_path / "next")["cache"]
     assert report["used"]
-    assert report["computed"] == 12 - 2 * len(files)
+    assert report["computed"] == 12 - 2 * 2
+    assert not incomplete[0].exists()
 
 
 def hold_lock(cache: Path, seconds: float, locked: Any) -> None:
@@ -312,44 +327,36 @@ def test_ranks_meet_while_they_wait_for_the_lock(tmp_path, monkeypatch, rank):
     process.join()
 
 
-def damage(cache: Path, how: str) -> None:
-    file = next(cache.glob("*/*.safetensors"))
-    if how == "truncated":
-        os.truncate(file, file.stat().st_size - 1)
-    elif how == "a hole":
-        with file.open("r+b") as stream:
-            stream.seek(file.stat().st_size // 2)
-            stream.write(bytes(64))
-    elif how == "no header":
-        file.write_bytes(b"{")
-    else:
-        content = load_file(file)
-        save_file(content, file, {"about": json.dumps({"images": ["a"], "shapes": [[1, 1, 1]]})})
-
-
-@pytest.mark.parametrize("how", ["truncated", "a hole", "no header", "other metadata"])
-def test_damaged_files_are_computed_again(how, root, cache, tmp_path):
+def test_damaged_files_are_computed_again(root, cache, tmp_path, monkeypatch):
+    """Four files of three images: one is cut off, one has a hole, one has no header, one says that it holds others."""
+    monkeypatch.setattr(precompute, "BATCH", 3)
+    monkeypatch.setattr(precompute, "CHUNK_IMAGES", 3)
     right = run(root, cache, tmp_path / "1")
-    damage(cache, how)
+    cut_off, hole, no_header, other = cache.glob("*/*.safetensors")
+    os.truncate(cut_off, cut_off.stat().st_size - 1)
+    with hole.open("r+b") as stream:
+        stream.seek(hole.stat().st_size // 2)
+        stream.write(bytes(64))
+    no_header.write_bytes(b"{")
+    save_file(load_file(other), other, {"about": json.dumps({"images": ["a"], "shapes": [[1, 1, 1]]})})
     again = run(root, cache, tmp_path / "2")
     assert again["cache"]["computed"] == 12
     assert (tmp_path / "2" / "scores.csv").read_bytes() == (tmp_path / "1" / "scores.csv").read_bytes()
     assert again["metrics"] == right["metrics"]
-    warnings = (tmp_path / "2" / "train.log").read_text().count(" WARNING ")
-    assert warnings == (how != "other metadata")  # that file says that it holds other images
+    named = re.findall(r" WARNING .*/(\w+\.safetensors): damaged", (tmp_path / "2" / "train.log").read_text())
+    assert sorted(named) == sorted(file.name for file in (cut_off, hole, no_header))
     assert run(root, cache, tmp_path / "3")["cache"]["computed"] == 0
 
 
-def test_a_folder_that_cannot_be(root, tmp_path):
+def test_a_folder_that_cannot_be(root, filled, tmp_path):
     (tmp_path / "file").write_text("")
     result = run(root, tmp_path / "file" / "cache", tmp_path / "run")
     assert not result["cache"]["used"]
     assert (tmp_path / "run" / "train.log").read_text().count("the feature cache is not used: ") == 1
-    without = run(root, tmp_path / "file", tmp_path / "without", "cache.enabled=false")
-    assert result["metrics"] == pytest.approx(without["metrics"])
+    assert result["metrics"] == pytest.approx(filled["metrics"])
 
 
-def test_a_full_disk(root, cache, tmp_path, monkeypatch):
+def test_a_full_disk(root, usual, cache, tmp_path, monkeypatch):
     """No file may grow beyond what a small part of the features needs: as on a full disk, writing fails."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -374,13 +381,13 @@ def test_a_full_disk(root, cache, tmp_path, monkeypatch):
     assert not result["cache"]["used"]
     assert not list(cache.glob("*/*.safetensors"))
     assert (tmp_path / "run" / "train.log").read_text().count("the feature cache is not used: ") == 1
-    assert result["metrics"] == pytest.approx(run(root, cache, tmp_path / "right")["metrics"])
+    right = json.loads((usual / "result.json").read_text())
+    assert result["metrics"] == pytest.approx(right["metrics"])
 
 
-def test_what_was_used_longest_ago_goes_first(root, cache, tmp_path):
-    first = run(root, cache, tmp_path / "1")["cache"]["gb"]
+def test_what_was_used_longest_ago_goes_first(root, cache, filled, tmp_path):
     size = sum(file.stat().st_size for file in cache.glob("*/*.safetensors"))
-    assert first == pytest.approx(size / 2**30, abs=1e-3)
+    assert filled["cache"]["gb"] == pytest.approx(size / 2**30, abs=1e-3)
     run(root, cache, tmp_path / "2", "seed=1")
     old, new = sorted(cache.glob("*/*.safetensors"), key=lambda file: file.stat().st_mtime)
     os.utime(old, (1, 1))

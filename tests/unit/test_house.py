@@ -1,7 +1,10 @@
 """The rules of the package's structure: rooms, directions of imports, sizes, and one home for the names of files."""
 
 import ast
+import functools
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -31,10 +34,16 @@ FILES = sorted(path for folder_ in (PACKAGE, ROOT / "hydra_plugins") for path in
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
 
 
+@functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    """Everything that a file's syntax tree holds."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def imports(path: Path) -> set[tuple[str, str]]:
     """(module, name) of everything that a file imports from the package, wherever in the file."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("anomalib_lite"):
             found |= {(node.module or "", alias.name) for alias in node.names}
         elif isinstance(node, ast.Import):
@@ -105,7 +114,7 @@ def test_sizes():
     functions = [
         f"{path.relative_to(ROOT)}: {node.name}"
         for path in FILES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes(path)
         if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 70
     ]
     assert functions == []
@@ -118,10 +127,25 @@ def test_names_of_a_runs_files_have_one_home(name):
     homes = {
         path.relative_to(ROOT).as_posix()
         for path in FILES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes(path)
         if isinstance(node, ast.Constant) and node.value == literal
     }
     assert homes == {"anomalib_lite/runs/folder.py"}
+
+
+#: what the project's top level holds
+TOP = {
+    "anomalib_lite", "conf", "experiments", "hydra_plugins", "tests", "pyproject.toml", "constraints.txt", "Makefile",
+    "README.md", "LICENSE", ".ci", ".gitignore",
+}  # fmt: skip
+
+
+def test_nothing_else_was_committed():
+    """A test once wrote a folder named `"` into the checkout."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("this checkout is no git repository")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {name.partition("/")[0] for name in listed.split("\0") if name} - TOP == set()
 
 
 #: packages whose module has another name
@@ -138,7 +162,7 @@ def test_declared_packages_are_the_imported_ones():
     declared = {re.split(r"[><=;! ]", line)[0] for line in [*project["dependencies"], *optional]}
     imported = set()
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:

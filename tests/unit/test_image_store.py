@@ -105,6 +105,7 @@ def evaluate(count: int, folder: Path, side: int = 64) -> tuple[int, int]:
         evaluation.on_test_batch_end(None, None, {"map": maps, "score": maps.amax((1, 2))}, batch, 0, TEST)  # type: ignore[arg-type]
     outputs = evaluation.gather({TEST: samples, NORMAL: [], 2: []}, Path())[TEST]
     held = tracemalloc.get_traced_memory()[0]
+    held += sum(batch.rows.nbytes for batch in outputs["maps"].batches)  # torch has allocated them, which is not traced
     tracemalloc.reset_peak()
     measure_categories(outputs, {"part": True}, [0.3], {"part": {"pixel": 1.0}})
     peak = tracemalloc.get_traced_memory()[1]
@@ -118,8 +119,8 @@ def test_memory_hardly_grows_with_images(tmp_path, monkeypatch):
     monkeypatch.setattr("anomalib_lite.metrics.gather.MEMORY", 2**20)
     monkeypatch.setattr(vertices, "_SORTED", 2**17)
     evaluate(10, tmp_path)
-    few, many = evaluate(100, tmp_path), evaluate(500, tmp_path)
-    per_image = [(b - a) / 400 for a, b in zip(few, many, strict=True)]
+    few, many = evaluate(100, tmp_path), evaluate(250, tmp_path)
+    per_image = [(b - a) / 150 for a, b in zip(few, many, strict=True)]
     assert per_image[0] < 64 * 64 / 8 + 1500  # the map alone has 64 * 64 * 4
     assert (
         per_image[1] < 64 * 64 * 2

@@ -11,7 +11,7 @@ from sklearn import metrics as sk
 
 from anomalib_lite.metrics.functional import image_curves, image_metrics, pixel_curves, pixel_metrics
 from anomalib_lite.metrics.gather import GatheredSamples
-from tests.helpers.ranks import free_port, in_processes
+from tests.helpers.ranks import free_port, in_forks
 
 IMAGE = ["image_auroc", "image_ap", "image_f1max"]
 PIXEL = ["pixel_auroc", "pixel_ap", "pixel_f1max", "aupro_30", "aupro_05"]
@@ -369,4 +369,4 @@ def test_one_two_and_three_ranks():
     one, two = [[a + b]], [[[], a + b], [[10, 9, 1], [0, 2, 3, 4, 5, 6, 7, 8, 9]]]
     three = [[[], a, b], [a, [], b], [a, b, b]]
     worlds = [(free_port(), cases) for cases in (three, two, one)]
-    in_processes(3, rank_main, worlds)
+    in_forks(3, rank_main, worlds)

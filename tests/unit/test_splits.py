@@ -18,7 +18,7 @@ from anomalib_lite.data.sampler import TrainBatchSampler
 from anomalib_lite.errors import UserError
 from tests.helpers import real_images as real
 from tests.helpers.image_trees import make_mvtec, make_visa
-from tests.helpers.run_programs import Outcome, evaluate, folder_data, predict, result_of, run, train
+from tests.helpers.run_programs import TINY, Outcome, evaluate, folder_data, predict, result_of, run, train
 from tests.programs import test_resume
 
 FULL = {"mvtec": {c: n[0] for c, n in MVTEC.items()}, "visa": {c: n[0] for c, n in VISA.items()}}
@@ -477,11 +477,11 @@ def root(tmp_path_factory) -> Path:
     return root
 
 
-CLOSED = "method=norm_occ_closed_form"
+CLOSED = ("method=norm_occ_closed_form", TINY)
 
 
 def test_a_run_on_a_long_tail(root, tmp_path):
-    arguments = [*folder_data(root, "all"), CLOSED, "split=exp", "split.imbalance=4"]
+    arguments = [*folder_data(root, "all"), *CLOSED, "split=exp", "split.imbalance=4"]
     result = result_of(*arguments, run_dir=tmp_path / "run")
     assert result["data"]["train_counts"] == {"bottle": 8, "cable": 2, "screw": 4}
     split = result["split"]
@@ -508,9 +508,9 @@ def test_a_run_on_a_long_tail(root, tmp_path):
     assert {k: again[k] for k in ("split", "groups", "metrics", "data")} == {
         k: result[k] for k in ("split", "groups", "metrics", "data")
     }
-    one = result_of(*folder_data(root), CLOSED, "split=step100", run_dir=tmp_path / "one")
+    one = result_of(*folder_data(root), *CLOSED, "split=step100", run_dir=tmp_path / "one")
     assert (one["split"]["profile"], one["groups"], one["data"]["train_counts"]) == ("full", None, {"bottle": 8})
-    full = result_of(*folder_data(root), CLOSED, run_dir=tmp_path / "full")
+    full = result_of(*folder_data(root), *CLOSED, run_dir=tmp_path / "full")
     assert full["data"]["fingerprint"] == one["data"]["fingerprint"]
 
 
@@ -519,8 +519,8 @@ def test_a_run_on_a_file(root, tmp_path, monkeypatch):
     file = written(tmp_path / "split.json", jsonl(paths) + "\n" + jsonl(["cable/test/broken/000.png"], label=1))
     monkeypatch.chdir(tmp_path)
     arguments = [*folder_data(root, "[bottle,cable]"), "split=file", "split.path=split.json", "split.anomalous=true"]
-    arguments += ["method=norm_occ", "trainer.max_steps=3", "trainer.max_epochs=null", "data.balanced=true"]
-    refused = train(*arguments[:-4], "split.anomalous=false", CLOSED, f"hydra.run.dir={tmp_path / 'run'}")
+    arguments += ["method=norm_occ", "trainer.max_steps=3", "trainer.max_epochs=null", "data.balanced=true", TINY]
+    refused = train(*arguments[:-5], "split.anomalous=false", *CLOSED, f"hydra.run.dir={tmp_path / 'run'}")
     assert refused.code == 2
     assert re.fullmatch(r"(.* INFO .*\n)?error: .*split.json line 7: .* is defective; .*\n", refused.err)
     outcome = train(*arguments, f"hydra.run.dir={tmp_path / 'run'}")  # the folder is still free
@@ -566,8 +566,8 @@ def test_a_balanced_run_that_is_stopped_ends_as_if_undisturbed(root, tmp_path):
 @pytest.mark.parametrize("category", ["bottle", "all"])
 def test_a_run_with_few_shots(category, root, tmp_path):
     data = folder_data(root, category)
-    result = result_of(*data, CLOSED, "split=shots", "split.shots=3", "split.seed=2", run_dir=tmp_path / "run")
-    full = result_of(*data, CLOSED, run_dir=tmp_path / "full")
+    result = result_of(*data, *CLOSED, "split=shots", "split.shots=3", "split.seed=2", run_dir=tmp_path / "run")
+    full = result_of(*data, *CLOSED, run_dir=tmp_path / "full")
     counts = dict.fromkeys(result["categories"], 3)
     assert result["data"]["train_counts"] == result["split"]["counts"] == counts
     split = {key: result["split"][key] for key in ("name", "profile", "shots", "seed", "full_counts")}
@@ -587,13 +587,15 @@ def test_a_run_with_few_shots(category, root, tmp_path):
 
 def test_few_shots_with_folds_and_held_out_images(root, tmp_path):
     shots = [*folder_data(root), "split=shots", "split.shots=4"]
-    result = result_of(*shots, CLOSED, "method.folds=2", "data.val_fraction=0.5", run_dir=tmp_path / "run")
+    result = result_of(*shots, *CLOSED, "method.folds=2", "data.val_fraction=0.5", run_dir=tmp_path / "run")
     assert result["data"]["train_counts"] == {"bottle": 2}
     assert result["validation"]["image_auroc"] is not None
-    outcome = train(*shots, CLOSED, "method.folds=5", f"hydra.run.dir={tmp_path / 'folds'}")
+    outcome = train(*shots, *CLOSED, "method.folds=5", f"hydra.run.dir={tmp_path / 'folds'}")
     assert outcome.code == 2
     assert "error: method.folds=5: more folds than training images; give fewer, or 0\n" in outcome.err
-    one = result_of(*shots, "split.shots=1", "method=patchcore", "data.val_fraction=0.2", run_dir=tmp_path / "one")
+    one = result_of(
+        *shots, "split.shots=1", "method=patchcore", TINY, "data.val_fraction=0.2", run_dir=tmp_path / "one"
+    )
     assert one["data"]["train_counts"] == {"bottle": 1}
     assert "bottle: 1 training images are too few to validate on a share of them" in one["notes"]
 
@@ -619,14 +621,16 @@ def test_few_shots_with_folds_and_held_out_images(root, tmp_path):
     ],
 )
 def test_options_are_checked_before_training(root, tmp_path, arguments, message):
-    outcome = train(*folder_data(root, "all"), CLOSED, *arguments, f"hydra.run.dir={tmp_path / 'run'}")
+    outcome = train(*folder_data(root, "all"), *CLOSED, *arguments, f"hydra.run.dir={tmp_path / 'run'}")
     assert outcome.code == 2
     assert outcome.err.startswith(f"error: {message}"), outcome.err
     assert outcome.err.count("\n") == 1
 
 
 def test_a_single_training_image_is_told_before_training(root, tmp_path):
-    outcome = train(*folder_data(root, "all"), "split=step10", f"hydra.run.dir={tmp_path / 'run'}", "method=norm_occ")
+    outcome = train(
+        *folder_data(root, "all"), "split=step10", TINY, f"hydra.run.dir={tmp_path / 'run'}", "method=norm_occ"
+    )
     assert outcome.code == 0, outcome.err
     log = (tmp_path / "run" / "train.log").read_text()
     told = "split step10: 16 of 21 training images; head bottle 8, screw 7; tail cable 1"

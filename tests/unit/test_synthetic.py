@@ -124,14 +124,13 @@ def test_mistakes_are_named(tmp_path, small):
     assert json.loads((small / synthetic.STAMP).read_text())["version"] == synthetic.VERSION
 
 
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_mean_image_does_not_solve_it(category, seed):
+def test_mean_image_does_not_solve_it(category):
     """Difference to the mean training image, plain or smoothed, its maximum or mean: below 0.85 image AUROC."""
     jobs: list[tuple[str | None, int, int]] = []
     jobs += [(None, 0, i) for i in range(40)] + [(None, 1, i) for i in range(16)]
     jobs += [(kind, split, i) for name, kind, split in DEFECTS if name == category for i in range(8)]
-    images = np.stack([picture(category, kind, seed, 256, split, i)[0] for kind, split, i in jobs]).astype(np.float32)
+    images = np.stack([picture(category, kind, 0, 256, split, i)[0] for kind, split, i in jobs]).astype(np.float32)
     label = np.array([kind is not None for kind, _, _ in jobs[40:]])
     difference = np.abs(images[40:] - images[:40].mean(0)).mean(3)
     scores = {"mean": difference.mean((1, 2)), "max": difference.max((1, 2))}
