@@ -57,6 +57,18 @@ def expected(root, tmp_path_factory):
 
 
 @pytest.mark.parametrize("left", LEFT, ids=lambda left: "+".join(left))
+def test_variables_of_another_launch_are_removed(left, monkeypatch):
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.settle(hardware())
+    assert not set(ranks.VARIABLES) & os.environ.keys()
+
+
+@pytest.mark.parametrize(
+    "left",
+    [*LEFT[:2], *(left for left in LEFT if not left.keys() <= set(ranks.VARIABLES))],
+    ids=lambda left: "+".join(left),
+)
 def test_one_device_is_rank_0(left, root, expected, tmp_path, monkeypatch):
     """Train does what it does without the variables; so do evaluate and predict, and another seed is refused."""
     for name, value in left.items():
