@@ -1,5 +1,8 @@
 """Several CPU ranks: as launched from the command line, and as processes that something else has started."""
 
+import importlib.util
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import torch
 from anomalib_lite.runs import artifacts as results
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
-from tests.helpers.ranks import on_ranks, start_ranks
+from tests.helpers.ranks import PROCESSES, on_ranks, start_ranks
 
 BASE = (
     "backbone=resnet18", "backbone.weights=none", "data.image_size=48", "data.batch_size=4", "logger=csv",
@@ -38,6 +41,26 @@ def arguments(root: Path, run: Path, method: str, devices: int, category: str) -
     return [*BASE, *RANKS, f"hardware.devices={devices}", *options]
 
 
+def launch(program: str, *options: str, printed: Path, **environment: str) -> runs.Outcome:
+    """`python -m anomalib_lite.PROGRAM OPTIONS` in a process that has the imports already; the ranks that it starts are
+    new processes. Everything that they print is in the file `printed`."""
+    process: Any = PROCESSES.Process(target=as_command, args=(program, options, printed, environment))
+    process.start()
+    process.join(120)
+    return runs.Outcome(process.exitcode, printed.read_text(), "")
+
+
+def as_command(program: str, options: tuple[str, ...], printed: Path, environment: dict[str, str]) -> None:
+    with printed.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.environ.update(environment)
+    os.chdir(runs.ROOT)
+    sys.argv = ["", *options]
+    sys.modules["__main__"].__spec__ = importlib.util.find_spec(f"anomalib_lite.{program}")
+    importlib.import_module(f"anomalib_lite.{program}").main()
+
+
 @pytest.fixture(scope="module")
 def launched(root, tmp_path_factory):
     """A run on two ranks from the command line: Lightning starts the second one, whatever another launcher has left."""
@@ -47,8 +70,8 @@ def launched(root, tmp_path_factory):
     budget = ("trainer.max_epochs=2", "trainer.max_steps=null")
     cache = f"cache.folder={run.parent / 'cache'}"
     left: dict[str, Any] = {"RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "10.255.255.1", "NODE_RANK": "3"}
-    outcome = runs.python("-m", "anomalib_lite.train", *options, *budget, cache, cwd=runs.ROOT, **left)
-    assert outcome.code == 0, outcome.err
+    outcome = launch("train", *options, *budget, cache, printed=run.parent / "printed", **left)
+    assert outcome.code == 0, outcome.out
     return run
 
 
@@ -100,8 +123,8 @@ def test_two_ranks_measure_what_one_does(launched, on_one):
 
 def test_evaluate_launches_ranks(launched, on_one, tmp_path):
     options = (f"run={launched}", f"output={tmp_path / 'two'}", "hardware.devices=2")
-    outcome = runs.python("-m", "anomalib_lite.evaluate", *options, cwd=runs.ROOT)
-    assert outcome.code == 0, outcome.err
+    outcome = launch("evaluate", *options, printed=tmp_path / "printed")
+    assert outcome.code == 0, outcome.out
     assert_same_outcome(tmp_path / "two", on_one)
     assert files_of(tmp_path / "two") == files_of(on_one)
     assert outcome.out.count("category ") == 1

@@ -49,6 +49,10 @@ def root(tmp_path_factory):
     return make_mvtec(tmp_path_factory.mktemp("data"), train=6, good=2, defects={"broken": 2}).parent
 
 
+def small(root: Path) -> list[str]:
+    return [*runs.folder_data(root), "backbone.name=test_resnet.r160_in1k"]
+
+
 def options(**changes: Any) -> dict[str, Any]:
     return devices.lightning_options(HARDWARE | changes, multirun=False)
 
@@ -87,7 +91,7 @@ def test_two_equal_runs(method, root, tmp_path):
             (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
         )
 
-    given = (*runs.method(method), *runs.folder_data(root), "data.image_size=48", "hardware.deterministic=true")
+    given = (*runs.method(method), *small(root), "data.image_size=48", "hardware.deterministic=true")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AnomalyModule, "on_test_start", note, raising=False)
         results = [runs.result_of(*given, run_dir=tmp_path / name) for name in "ab"]
@@ -99,9 +103,9 @@ def test_two_equal_runs(method, root, tmp_path):
 
 
 def test_determinism_is_recorded_and_checked(root, tmp_path):
-    given = (*runs.folder_data(root), "hardware.deterministic=false")
+    given = (*small(root), "hardware.deterministic=false")
     assert runs.result_of(*given, run_dir=tmp_path / "a")["environment"]["deterministic"] is False
-    outcome = runs.train(*runs.folder_data(root), "hardware.deterministic=maybe", f"hydra.run.dir={tmp_path / 'b'}")
+    outcome = runs.train(*small(root), "hardware.deterministic=maybe", f"hydra.run.dir={tmp_path / 'b'}")
     assert outcome.code == 2
     assert outcome.err.startswith("error: hardware.deterministic=maybe: give auto, true or false")
 
@@ -207,13 +211,13 @@ def test_cost_and_figures_are_made_on_the_runs_device(root, tmp_path, monkeypatc
     monkeypatch.setattr(run_module, "write_with_extras", elsewhere)
     for name, at in (("measure_cost", 0), ("write_figures", -1), ("training_figure", -1)):
         monkeypatch.setattr(extras, name, note(name, at))
-    given = (*runs.folder_data(root), "hardware.measure_cost=true")
+    given = (*small(root), "hardware.measure_cost=true")
     runs.result_of(*given, run_dir=tmp_path / "run")
     assert asked == [torch.device("cpu")]
     assert seen == dict.fromkeys(("measure_cost", "write_figures", "training_figure"), "cpu:0")
 
 
 def test_the_device_of_the_cost_is_stored(root, tmp_path: Path):
-    timing = runs.result_of(*runs.folder_data(root), "hardware.measure_cost=true", run_dir=tmp_path / "run")["timing"]
+    timing = runs.result_of(*small(root), "hardware.measure_cost=true", run_dir=tmp_path / "run")["timing"]
     assert timing["device"].startswith("CPU (")
     assert timing["latency_ms"] > 0

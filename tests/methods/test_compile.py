@@ -20,7 +20,11 @@ def ssae(**options: Any) -> SSAE:
     return SSAE(width=4, image_size=(32, 32), precision=32, **options)
 
 
-MODELS = {"uniad": lambda **more: test_uniad.model(dropout=0.0, **more), "rlr": test_rlr.model, "ssae": ssae}
+MODELS = {
+    "uniad": lambda **more: test_uniad.model(dropout=0.0, layers=1, **more),
+    "rlr": lambda **more: test_rlr.model(layers=1, **more),
+    "ssae": ssae,
+}
 
 
 def loss_and_gradients(model: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -10,7 +10,10 @@ import torch
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
 
-BUDGET = ("data.val_fraction=0.5", "data.batch_size=2", "trainer.max_epochs=3", "trainer.log_every=2")
+BUDGET = (
+    "data.val_fraction=0.5", "data.batch_size=2", "trainer.max_epochs=3", "trainer.log_every=2",
+    "backbone.name=test_resnet.r160_in1k",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

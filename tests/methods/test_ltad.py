@@ -444,11 +444,12 @@ def arguments(root, checkpoints):
     """(kind) -> the command line of a run of three batches a phase."""
 
     def make(kind: str = "resnet18") -> list[str]:
-        tower = ["backbone.layers=[1,2]"] if kind == "resnet18" else [f"backbone.name={checkpoints[kind]}"]
-        layers = {"align": ["backbone.layers=[1,2]"], "clip": ["backbone.layers=[0,2]", "backbone.weights=auto"]}
+        tower = [f"backbone.name={checkpoints.get(kind, 'test_resnet.r160_in1k')}"]
+        two = ["backbone.layers=[1,2]"]
+        layers = {"resnet18": two, "align": two, "clip": ["backbone.layers=[0,2]", "backbone.weights=auto"]}
         return [
             *runs.method("ltad"), *runs.folder_data(root, "[bottle,metal_nut]"), f"backbone={kind}", *tower,
-            *layers.get(kind, []), *(["backbone.weights=auto"] if kind == "align" else []), "method.dim=16",
+            *layers[kind], *(["backbone.weights=auto"] if kind == "align" else []), "method.dim=16",
             "method.layers=1", "method.optimizer.lr=1e-3", "data.image_size=32", "method.fill=largest",
             "trainer.max_epochs=null", "trainer.max_steps=3", "trainer.log_every=1", "trainer.checkpoint_minutes=0",
         ]  # fmt: skip

@@ -141,11 +141,13 @@ def test_the_bank_holds_every_copy_and_an_image_is_scored_without_its_own(tmp_pa
     assert own.max() < 1e-3 < others.mean()
 
 
-@pytest.mark.parametrize("method", ["patchcore", "norm_occ_closed_form", "rad"])
-@pytest.mark.parametrize(("preset", "copies"), [("rotations_45", 8), ("rotations_random", 31)])
+@pytest.mark.parametrize(("method", "preset", "copies"), [
+    ("patchcore", "rotations_45", 8), ("norm_occ_closed_form", "rotations_45", 8), ("rad", "rotations_random", 31),
+])  # fmt: skip
 def test_rotations_of_few_shots(method, preset, copies, tmp_path):
     make_mvtec(tmp_path / "data", "bottle")
     few = [*folder_data(tmp_path / "data"), f"method={method}", "split=shots", "split.shots=2"]
+    few.append("backbone.name=test_resnet.r160_in1k")
     result = result_of(*few, f"augment={preset}", run_dir=tmp_path / "turned")
     plain = result_of(*few, run_dir=tmp_path / "plain")
     assert result["metrics"] != plain["metrics"]

@@ -1,6 +1,5 @@
-"""ReContrast against a literal reading of its specification in float64, and whole runs on drawn data."""
+"""ReContrast against a literal reading of its specification in float64."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +18,6 @@ from anomalib_lite.methods.batch_norm import StableNorm, synchronise
 from anomalib_lite.methods.recontrast import ReContrast, cosine_loss
 from anomalib_lite.methods.reverse_distillation import Bottleneck, Decoder, blocks_of
 from tests.helpers import run_programs as runs
-from tests.helpers.image_trees import make_mvtec
 from tests.helpers.ranks import PROCESSES
 from tests.programs.test_resume import assert_equal
 
@@ -42,7 +40,7 @@ def variants() -> dict[str, Any]:
     return numbers(CONFIG["method"]["variants"])
 
 
-def make(name="resnet18", size=64, scoring=None, **options: Any) -> ReContrast:
+def make(name=TINY, size=32, scoring=None, **options: Any) -> ReContrast:
     torch.manual_seed(0)
     backbone = Backbone(name, [1, 2, 3], "none", "32")
     for module in backbone.modules():  # statistics and weights that are no identity
@@ -171,7 +169,7 @@ def batch_of(images):
 ])  # fmt: skip
 def test_pairs_loss_and_gradients(variant, encoder_bn, step):
     """At α = −3, −1 and 1: nothing is easy, a little, and most."""
-    model = at_step(make(variant=variant, encoder_bn=encoder_bn).double(), step)
+    model = at_step(make(size=64, variant=variant, encoder_bn=encoder_bn).double(), step)
     images, act = images_of(), F.gelu if variant == "unified" else torch.relu
     before = {k: v.clone() for k, v in model.state_dict().items() if "running" in k or "tracked" in k}
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -208,17 +206,17 @@ def test_mining_cuts_gradients_where_it_should_and_nothing_else():
 
 
 def test_alpha():
-    model = make(TINY, 32)  # 100 batches, warm-up 10 %
+    model = make()  # 100 batches, warm-up 10 %
     assert [model.alpha(step) for step in (0, 5, 10, 11, 99)] == pytest.approx([-3, -1, 1, 1, 1])
-    stable = make(TINY, 32, variant="stable")
+    stable = make(variant="stable")
     assert [stable.alpha(step) for step in (0, 10, 20, 99)] == pytest.approx([-3, -1, 1, 1])
-    assert make(TINY, 32, mining=None).alpha(7) is None
+    assert make(mining=None).alpha(7) is None
 
 
 def test_the_encoder_learns_only_through_its_own_half():
     """With the decoder's batch norm in evaluation mode the halves do not meet."""
-    model = make().double().eval()
-    weights = list(model.encoder.parameters())
+    model = make(size=64).double().eval()
+    weights = [p for p in model.encoder.parameters() if p.requires_grad]
 
     def added(pairs):
         return torch.stack([cosine_loss(target, r, None) for target, r in pairs]).sum()
@@ -232,7 +230,7 @@ def test_the_encoder_learns_only_through_its_own_half():
 
 @pytest.mark.parametrize("variant", ["one_class", "unified"])
 def test_map_and_scores(variant):
-    model = make(variant=variant).double().eval()
+    model = make(size=64, variant=variant).double().eval()
     images = images_of()
     with torch.no_grad():
         found = model.score(batch_of(images))
@@ -285,7 +283,7 @@ def test_mirrored_blocks(name, ratio, counts):
 
 def test_initial_weights():
     """Convolutions kaiming-normal by fan out, transposed ones as torch makes them, heads with bias, E_t as E_f."""
-    model: Any = make()
+    model: Any = make("resnet18")
     weight = model.bottleneck.first[2][0].weight
     assert float(weight.std()) == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.02)
     assert float(model.heads[0][2].weight.std()) == pytest.approx((2 / 256) ** 0.5, rel=0.02)
@@ -303,7 +301,7 @@ def test_initial_weights():
     ("one_class", 1e-8, False), ("unified", 1e-10, True), ("stable", 1e-10, False),
 ])  # fmt: skip
 def test_groups_and_rates(variant, eps, amsgrad):
-    model = make(TINY, 32, variant=variant)
+    model = make(variant=variant)
     made = model.configure_optimizers()
     optimizer = made["optimizer"] if isinstance(made, dict) else made
     rest, encoder = optimizer.param_groups
@@ -326,10 +324,10 @@ def test_groups_and_rates(variant, eps, amsgrad):
 
 
 def test_variant_by_categories():
-    assert make(TINY, 32, categories=["a"]).variant == "one_class"
-    assert make(TINY, 32, categories=["a", "b"]).variant == "unified"
-    assert make(TINY, 32, categories=["a", "b"], variant="one_class").variant == "one_class"
-    chosen = make(TINY, 32, categories=["a", "b"], scoring={"image_score": "max"})
+    assert make(categories=["a"]).variant == "one_class"
+    assert make(categories=["a", "b"]).variant == "unified"
+    assert make(categories=["a", "b"], variant="one_class").variant == "one_class"
+    chosen = make(categories=["a", "b"], scoring={"image_score": "max"})
     assert chosen.scoring["image_score"] == "max"  # given by the user: stays
     assert chosen.scoring["pixel_smooth"] == {"sigma": 4, "size": 5}
 
@@ -341,7 +339,7 @@ def test_variant_by_categories():
 ])  # fmt: skip
 def test_mistakes(options, message):
     with pytest.raises(UserError, match=message):
-        make(**{"name": TINY, "size": 32} | options)
+        make(**options)
 
 
 def test_modes_of_batch_norm():
@@ -349,10 +347,10 @@ def test_modes_of_batch_norm():
         parts = {"E_f": model.backbone, "E_t": model.encoder, "decoder": model.decoder}
         return {name: any(m.training for m in part.modules()) for name, part in parts.items()}
 
-    assert modes(make(TINY, 32)) == {"E_f": False, "E_t": False, "decoder": True}
-    assert modes(make(TINY, 32, encoder_bn="train")) == {"E_f": False, "E_t": True, "decoder": True}
-    assert modes(make(TINY, 32, variant="stable")) == {"E_f": False, "E_t": True, "decoder": True}
-    model = make(TINY, 32, encoder_bn="train").eval()
+    assert modes(make()) == {"E_f": False, "E_t": False, "decoder": True}
+    assert modes(make(encoder_bn="train")) == {"E_f": False, "E_t": True, "decoder": True}
+    assert modes(make(variant="stable")) == {"E_f": False, "E_t": True, "decoder": True}
+    model = make(encoder_bn="train").eval()
     assert not any(modes(model).values())
     assert modes(model.train())["E_t"]
 
@@ -366,7 +364,7 @@ def test_modes_of_batch_norm():
 )
 def test_channels_last_only_where_it_is_faster(precision, device, fast):
     """What a batch norm and a transposed convolution inside the trained networks see: it must be one format."""
-    model: Any = make(TINY, 32, precision=precision)
+    model: Any = make(precision=precision)
     seen: list[torch.Tensor] = []
     model.lay_out(torch.device(device))
     for part in (model.encoder.net.blocks[1][0].bn1, model.bottleneck.blocks[0].body[0], model.decoder.stages[0][0]):
@@ -411,17 +409,17 @@ def test_stable_norm():
 
 @pytest.mark.parametrize(
     ("pause", "rests"),
-    [(2, [False] * 5 + [True, True, False, False, False, True, True]), (0, [False] * 12)],
+    [(2, [False, False, False, True, True, False, True]), (0, [False] * 7)],
 )
 def test_stable_resets_and_rests(pause, rests):
-    model = make(TINY, 32, variant="stable")
+    model = make(variant="stable")
     stable = model.own["stable"]
     assert (stable["min_var"], stable["eps"], stable["reset_every"], stable["pause"]) == (5e-4, 1e-6, 500, 100)
-    stable |= {"reset_every": 5, "pause": pause}
+    stable |= {"reset_every": 3, "pause": pause}
     optimizer = model.configure_optimizers()
     decoder, encoder = (group["params"][0] for group in optimizer.param_groups)
     images, age, rested = images_of(2, 32).float(), [], []
-    for step in range(12):
+    for step in range(7):
         at_step(model, step)
         model.training_step(batch_of(images), step).backward()
         before = encoder.detach().clone()
@@ -430,59 +428,8 @@ def test_stable_resets_and_rests(pause, rests):
         optimizer.zero_grad()
         age.append(int(optimizer.state[decoder]["step"]))
         rested.append(torch.equal(before, encoder))
-    assert age == [1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1, 2]
+    assert age == [1, 2, 3, 1, 2, 3, 1]
     assert rested == rests
-
-
-# --- whole runs ---
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    make_mvtec(root, "bottle", train=7)
-    make_mvtec(root, "tile", train=5)
-    return root
-
-
-@pytest.fixture
-def arguments(root):
-    def make(run: Path, *more: str, category: str = "bottle") -> list[str]:
-        return [
-            "hardware=cpu", "hardware.threads=1", "logger=csv", "method=recontrast",
-            *runs.folder_data(root, category), f"backbone.name={TINY}",
-            "backbone.weights=none", "data.image_size=32", "data.batch_size=4", "data.eval_batch_size=4",
-            "trainer.max_steps=6", "trainer.log_every=1", "trainer.checkpoint_minutes=0",
-            *more, f"hydra.run.dir={run}",
-        ]  # fmt: skip
-
-    return make
-
-
-KINDS = {
-    "one_class": ("method.encoder_bn=train",),
-    "unified": ("category=[bottle,tile]", "data.drop_last=true"),
-    "stable": ("method.variant=stable", "method.variants.stable.stable.reset_every=3",
-               "method.variants.stable.stable.pause=2"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_a_run_of_each_variant(arguments, tmp_path, kind):
-    """The trained encoder changes, its frozen copy does not."""
-    options = [x for x in KINDS[kind] if not x.startswith("category")]
-    category = "[bottle,tile]" if kind == "unified" else "bottle"
-    run = tmp_path / "undisturbed"
-    outcome = runs.train(*arguments(run, *options, category=category), small=False)
-    assert outcome.code == 0, outcome.err
-    weights = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    result = json.loads((run / "result.json").read_text())
-    assert result["variant"] == kind
-    assert result["timing"]["steps"] == 6
-    score = result["protocol"]["scoring"]["image_score"]
-    assert score == ("max" if kind == "one_class" else 0.01)
-    before, after = (weights[f"{part}.net.conv_stem.weight"] for part in ("backbone", "encoder"))
-    assert not torch.equal(before, after)
 
 
 # --- several devices ---
@@ -501,7 +448,7 @@ def of_ranks(rank: int, ranks: int) -> dict[str, Any]:
     """Loss, gradients and statistics of the stable variant and of E_t's own batch norm, on this rank's images."""
     found = {}
     for kind in ({"variant": "stable"}, {"variant": "one_class", "encoder_bn": "train"}):
-        model = at_step(make(TINY, **kind).double(), 7)
+        model = at_step(make(size=64, **kind).double(), 7)
         model = synchronise(model, torch.device("cpu")) if ranks > 1 else model  # type: ignore[assignment]
         loss = model.training_step(batch_of(images_of(4).chunk(ranks)[rank]), 0)
         loss.backward()

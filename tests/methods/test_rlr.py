@@ -489,6 +489,7 @@ def root(tmp_path_factory):
 def arguments(root):
     return [
         "method=rlr", *runs.folder_data(root, "[bottle,wood]"), "backbone=resnet18", "backbone.layers=[1,2]",
+        "backbone.name=test_resnet.r160_in1k",
         "data.image_size=48", "method.windows=[5,3]", "method.dims=[16,16]", "method.heads=2", "method.layers=2",
         "trainer.max_epochs=2", "trainer.log_every=1", "trainer.checkpoint_minutes=0",
     ]  # fmt: skip

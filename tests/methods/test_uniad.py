@@ -294,6 +294,7 @@ def root(tmp_path_factory):
 def arguments(root):
     return [
         "method=uniad", *runs.folder_data(root, "[bottle,wood]"), "backbone=resnet18", "backbone.layers=[1,2]",
+        "backbone.name=test_resnet.r160_in1k",
         "data.image_size=48", "data.batch_size=4", "method.dim=16", "method.hidden=16", "method.layers=1",
         "method.neighbours=3", "trainer.max_epochs=3", "trainer.log_every=1", "trainer.checkpoint_minutes=0",
         "method.drop.at=0.7", "method.optimizer.lr=1e-2",
