@@ -11,7 +11,6 @@ from tests.helpers.interrupt import assert_same_run, interrupted_after
 from tests.helpers.run_programs import folder_data, result_of, train
 
 CORRUPT = "+data.corrupt={_target_: anomalib_lite.data.corruptions.corrupt, _partial_: true}"
-TINY = "backbone.name=test_resnet.r160_in1k"
 CHANGES = {
     "augment": ["data.augment=[{_target_: albumentations.VerticalFlip, p: 1}]"],
     "corrupt": [CORRUPT.lstrip("+")],
@@ -33,7 +32,7 @@ def scores(root, tmp_path_factory):
 
     def run(method: str, *options: str) -> bytes:
         folder = place / str(len(list(place.iterdir())))
-        common = [*folder_data(root), f"method={method}", f"cache.folder={place / 'cache'}", TINY]
+        common = [*folder_data(root), f"method={method}", f"cache.folder={place / 'cache'}"]
         result_of(*common, *options, run_dir=folder)
         return (folder / "scores.csv").read_bytes()
 
@@ -54,7 +53,7 @@ def test_a_resumed_run_computes_features_with_its_backbone(cache, root, tmp_path
     """The weights file is not read again: the checkpoint has the backbone, before features are computed."""
     weights = tmp_path / "weights.safetensors"
     save_file(timm.create_model("test_resnet.r160_in1k", pretrained=False).state_dict(), weights)
-    options = [*folder_data(root), "method=norm_occ", "trainer.max_epochs=2", TINY, f"backbone.weights={weights}"]
+    options = [*folder_data(root), "method=norm_occ", "trainer.max_epochs=2", f"backbone.weights={weights}"]
     options += ["trainer.checkpoint_minutes=0", "trainer.log_every=1"]
     for name, stop in (("whole", None), ("resumed", 2)):
         more = [f"cache.enabled={cache}", f"cache.folder={tmp_path / name / 'cache'}"]
@@ -92,6 +91,6 @@ def test_a_method_of_ones_own_may_look_at_images(root, tmp_path, monkeypatch):
     yaml = "# @package _global_\ndefaults: [norm_occ]\nmethod:\n  _target_: looks.Looks\n"
     (tmp_path / "conf" / "method" / "looks.yaml").write_text(yaml)
     monkeypatch.chdir(tmp_path)
-    common = [*folder_data(root), f"cache.folder={tmp_path / 'cache'}", TINY]
+    common = [*folder_data(root), f"cache.folder={tmp_path / 'cache'}"]
     result = result_of(f"--config-dir={tmp_path / 'conf'}", "method=looks", *common, run_dir=tmp_path / "run")
     assert result["cache"]["used"]

@@ -54,7 +54,7 @@ def test_a_folder_and_its_normalisation(root, model, tmp_path, monkeypatch):
 
 
 def test_imagenets_own_numbers_share_a_table_with_the_default(root, tmp_path):
-    result = result_of(*folder_data(root), "data.normalize=backbone", run_dir=tmp_path / "run")
+    result = result_of(*folder_data(root), "backbone=resnet18", "data.normalize=backbone", run_dir=tmp_path / "run")
     assert "normalize" not in result["protocol"]["data"]
 
 

@@ -137,7 +137,7 @@ OPTIONS = {
     "backbone.name=foo": "backbone.name=foo: ",
     "backbone.name=resnet81": "backbone.name=resnet81: .*did you mean resnet18",
     "backbone.name=resnet18.foo": "backbone.name=resnet18.foo: .*tv_in1k",
-    "backbone.layers=[9]": r"backbone.layers=\[9\]: resnet18.tv_in1k has the layers 0 to 4; choose from these",
+    "backbone.layers=[9]": r"backbone.layers=\[9\]: test_resnet.r160_in1k has the layers 0 to 4; choose from these",
     "backbone.weights=null": "null: no such file; give a weights file, auto, or none",
     "backbone=none": "backbone=none: NormOCC needs a backbone",
     "data.foo=1": r"data.foo: no such option; data has .*batch_size.*\+data.foo=VALUE",
@@ -445,14 +445,14 @@ WEIGHTS = {
 
 @pytest.mark.parametrize("file", WEIGHTS)
 def test_weights(file, weights, data, tmp_path):
-    path = f"backbone.weights={weights / file}"
-    assert_refused(WEIGHTS[file], *folder_data(data), path, "backbone.layers=[2,3]", run_dir=tmp_path)
+    given = ("backbone=resnet18", f"backbone.weights={weights / file}", "backbone.layers=[2,3]")
+    assert_refused(WEIGHTS[file], *folder_data(data), *given, run_dir=tmp_path)
 
 
 def test_weights_without_an_unused_layer_are_fine(weights, data, tmp_path):
-    path = f"backbone.weights={weights / 'without_layer3.safetensors'}"
-    assert_refused("lacks", *folder_data(data), path, "backbone.layers=[2,3]", run_dir=tmp_path)
-    assert_accepted(*folder_data(data), path, "backbone.layers=[1,2]", run_dir=tmp_path)
+    given = (*folder_data(data), "backbone=resnet18", f"backbone.weights={weights / 'without_layer3.safetensors'}")
+    assert_refused("lacks", *given, "backbone.layers=[2,3]", run_dir=tmp_path)
+    assert_accepted(*given, "backbone.layers=[1,2]", run_dir=tmp_path)
 
 
 # --- a user's own method ---
@@ -550,7 +550,7 @@ def test_no_weights_without_a_network(data, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     pattern = "backbone.weights=auto: the weights of resnet18.tv_in1k were not found.*local file"
-    assert_refused(pattern, *folder_data(data), "backbone.weights=auto", run_dir=tmp_path / "run")
+    assert_refused(pattern, *folder_data(data), "backbone=resnet18", "backbone.weights=auto", run_dir=tmp_path / "run")
 
 
 def test_traceback_on_request(data, tmp_path):

@@ -35,6 +35,7 @@ OPTIONS = {
     "ssae": ("method.width=4",),
     "rlr": ("method.windows=[3,3,1]",),
     "norm_occ": ("data.resample=lanczos", "scoring.image_score=0.01"),
+    "patchcore": ("backbone=resnet18",),  # weights that int8 makes smaller
 }
 
 

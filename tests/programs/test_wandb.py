@@ -125,7 +125,7 @@ def table(logged, row, key: str) -> list[dict]:
 def test_the_run_says_what_it_is(logged, read):
     run = read["run"]
     assert (run.project, run.display_name, run.job_type) == ("anomalib_lite", "norm_occ folder unified seed 0", "train")
-    assert list(run.tags) == ["norm_occ", "folder", "unified", "full", "resnet18.tv_in1k"]
+    assert list(run.tags) == ["norm_occ", "folder", "unified", "full", "test_resnet.r160_in1k"]
     assert run.run_group == ""
     stored = json.loads((logged[0] / "checkpoints" / "config.json").read_text())
     config = {key: value for key, value in read["config"].items() if not key.startswith("_")}

@@ -28,7 +28,7 @@ from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.features.cache import FeatureFiles, image_key, key, on_network
 from anomalib_lite.features.precompute import as_rows, shapes_of, smallest_type
 from tests.helpers.image_trees import make_mvtec
-from tests.helpers.run_programs import TINY, folder_data, method, result_of, train
+from tests.helpers.run_programs import folder_data, method, result_of, train
 
 RESNET = "resnet18.tv_in1k"
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def cache(tmp_path):
 
 
 def run(root: Path, cache: Path, run_dir: Path, *arguments: str, category: str = "bottle"):
-    few = ("method=norm_occ", TINY, "trainer.max_epochs=1", "hardware.threads=1", f"cache.folder={cache}")
+    few = ("method=norm_occ", "trainer.max_epochs=1", "hardware.threads=1", f"cache.folder={cache}")
     return result_of(*folder_data(root, category), *few, *arguments, run_dir=run_dir)
 
 
@@ -260,7 +260,7 @@ def extract_until_killed(*arguments: str) -> None:
 
 def test_a_kill_loses_one_chunk_at_most(root, cache, tmp_path):
     """A run that is killed while it extracts features leaves whole files, and the next run computes the rest."""
-    options = (*folder_data(root), "method=norm_occ", TINY, "hardware.threads=1", f"cache.folder={cache}")
+    options = (*folder_data(root), "method=norm_occ", "hardware.threads=1", f"cache.folder={cache}")
     arguments = (*options, f"hydra.run.dir={tmp_path / 'killed'}")
     process = multiprocessing.get_context("fork").Process(target=extract_until_killed, args=arguments)
     process.start()

@@ -18,7 +18,7 @@ from anomalib_lite.data.sampler import TrainBatchSampler
 from anomalib_lite.errors import UserError
 from tests.helpers import real_images as real
 from tests.helpers.image_trees import make_mvtec, make_visa
-from tests.helpers.run_programs import TINY, Outcome, evaluate, folder_data, predict, result_of, run, train
+from tests.helpers.run_programs import Outcome, evaluate, folder_data, predict, result_of, run, train
 from tests.programs import test_resume
 
 FULL = {"mvtec": {c: n[0] for c, n in MVTEC.items()}, "visa": {c: n[0] for c, n in VISA.items()}}
@@ -477,7 +477,7 @@ def root(tmp_path_factory) -> Path:
     return root
 
 
-CLOSED = ("method=norm_occ_closed_form", TINY)
+CLOSED = ("method=norm_occ_closed_form",)
 
 
 def test_a_run_on_a_long_tail(root, tmp_path):
@@ -519,7 +519,7 @@ def test_a_run_on_a_file(root, tmp_path, monkeypatch):
     file = written(tmp_path / "split.json", jsonl(paths) + "\n" + jsonl(["cable/test/broken/000.png"], label=1))
     monkeypatch.chdir(tmp_path)
     arguments = [*folder_data(root, "[bottle,cable]"), "split=file", "split.path=split.json", "split.anomalous=true"]
-    arguments += ["method=norm_occ", "trainer.max_steps=3", "trainer.max_epochs=null", "data.balanced=true", TINY]
+    arguments += ["method=norm_occ", "trainer.max_steps=3", "trainer.max_epochs=null", "data.balanced=true"]
     refused = train(*arguments[:-5], "split.anomalous=false", *CLOSED, f"hydra.run.dir={tmp_path / 'run'}")
     assert refused.code == 2
     assert re.fullmatch(r"(.* INFO .*\n)?error: .*split.json line 7: .* is defective; .*\n", refused.err)
@@ -593,9 +593,7 @@ def test_few_shots_with_folds_and_held_out_images(root, tmp_path):
     outcome = train(*shots, *CLOSED, "method.folds=5", f"hydra.run.dir={tmp_path / 'folds'}")
     assert outcome.code == 2
     assert "error: method.folds=5: more folds than training images; give fewer, or 0\n" in outcome.err
-    one = result_of(
-        *shots, "split.shots=1", "method=patchcore", TINY, "data.val_fraction=0.2", run_dir=tmp_path / "one"
-    )
+    one = result_of(*shots, "split.shots=1", "method=patchcore", "data.val_fraction=0.2", run_dir=tmp_path / "one")
     assert one["data"]["train_counts"] == {"bottle": 1}
     assert "bottle: 1 training images are too few to validate on a share of them" in one["notes"]
 
@@ -628,9 +626,7 @@ def test_options_are_checked_before_training(root, tmp_path, arguments, message)
 
 
 def test_a_single_training_image_is_told_before_training(root, tmp_path):
-    outcome = train(
-        *folder_data(root, "all"), "split=step10", TINY, f"hydra.run.dir={tmp_path / 'run'}", "method=norm_occ"
-    )
+    outcome = train(*folder_data(root, "all"), "split=step10", f"hydra.run.dir={tmp_path / 'run'}", "method=norm_occ")
     assert outcome.code == 0, outcome.err
     log = (tmp_path / "run" / "train.log").read_text()
     told = "split step10: 16 of 21 training images; head bottle 8, screw 7; tail cable 1"

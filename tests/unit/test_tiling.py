@@ -230,7 +230,7 @@ def scores_of(folder: Path) -> dict[str, float]:
 def test_trained_evaluated_predicted(method, root, tmp_path):
     run = tmp_path / "run"
     more = ["data.val_fraction=0.5", "method.coreset=1"] if method == "patchcore" else ["trainer.max_epochs=9"]
-    command = [*runs.method(method), *runs.folder_data(root), TILES, runs.TINY, *more]
+    command = [*runs.method(method), *runs.folder_data(root), TILES, *more]
     result = runs.result_of(*command, run_dir=run)
     assert result["protocol"]["data"]["tiling"] == {"size": [32, 32], "overlap": 8}
     assert result["protocol"]["data"]["map_size"] == "original"
@@ -279,7 +279,7 @@ def test_trained_evaluated_predicted(method, root, tmp_path):
 
 def test_a_tile_as_large_as_the_image_changes_nothing(root, tmp_path):
     """To the last bit, where every network sees the same batches; but such runs do not share a table."""
-    common = [*runs.folder_data(root), runs.TINY, "data.image_size=72", "data.eval_batch_size=1", "cache.enabled=false"]
+    common = [*runs.folder_data(root), "data.image_size=72", "data.eval_batch_size=1", "cache.enabled=false"]
     common += ["hardware.feature_memory_gb=0"]
     for name, more in (
         ("patchcore", []),
@@ -311,7 +311,7 @@ def test_two_ranks_are_one_device(method, rel, root, tmp_path):
 def test_every_method(method, root, tmp_path):
     """Two steps, held-out images and their loss, figures; predictions are what was evaluated."""
     run = tmp_path / "run"
-    needs = [runs.TINY, *runs.method(method), *(["method.width=4"] if method == "ssae" else [])]
+    needs = [*runs.method(method), *(["method.width=4"] if method == "ssae" else [])]
     budget = ["trainer.max_epochs=null", "trainer.max_steps=2", "data.val_fraction=0.5", "data.batch_size=2"]
     result = runs.result_of(*needs, *runs.folder_data(root), TILES, *budget, "scoring.image_smooth=2", run_dir=run)
     assert not [note for note in result["notes"] if "left out" in note]
@@ -327,7 +327,7 @@ def test_one_model_of_two_categories(method, tmp_path):
     make_mvtec(tmp_path, "bottle", train=3, good=1, defects={"broken": 1}, size=72)
     make_mvtec(tmp_path, "tile", train=3, good=1, defects={"crack": 1}, size=40)
     run, both = tmp_path / "run", runs.folder_data(tmp_path, "[bottle,tile]")
-    result = runs.result_of(*runs.method(method), *both, TILES, runs.TINY, "data.balanced=true", run_dir=run)
+    result = runs.result_of(*runs.method(method), *both, TILES, "data.balanced=true", run_dir=run)
     assert result["setting"] == "unified"
     assert {name: found["images"] for name, found in result["thresholds"]["per_category"].items()} == {
         "bottle": 3, "tile": 3,
