@@ -211,16 +211,16 @@ def test_a_sparse_projection_keeps_distances_on_average():
 
 def test_the_coreset_of_drawn_and_projected_patches(tmp_path):
     make_mvtec(tmp_path / "data", "bottle")
-    options = (*folder_data(tmp_path / "data"), "method=patchcore", "method.max_patches=60", "method.project=8")
-    result_of(*options, run_dir=tmp_path / "run")
+    options = ("method=patchcore", "backbone=resnet18", "method.max_patches=60", "method.project=8")
+    result_of(*folder_data(tmp_path / "data"), *options, run_dir=tmp_path / "run")
     bank = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]["bank"]
-    assert bank.shape == (6, 384)
+    assert bank.shape == (6, 384)  # of 60 patches a tenth; layers 2 and 3 have 128 and 256 channels
 
 
 def test_a_run(tmp_path):
     root = tmp_path / "data"
     make_mvtec(root, "bottle")
-    how = ("method=patchcore", "hardware.precision=32")
+    how = ("method=patchcore", "backbone=resnet18", "hardware.precision=32")
     result = result_of(*folder_data(root), *how, run_dir=tmp_path / "run")
     assert result["timing"]["steps"] == 0
     bank = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]["bank"]
