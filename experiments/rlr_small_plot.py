@@ -1,6 +1,6 @@
-"""Table and held-out losses of rlr_small's runs below the given folders: python experiments/rlr_small_plot.py DIR...
+"""Table and held-out losses of rlr_small's runs: python experiments/rlr_small_plot.py PICTURE.png DIR...
 
-The table goes to the standard output, the plot to experiments/rlr_small.png.
+The table of the runs below the folders goes to the standard output, the plot to the picture.
 """
 
 import csv
@@ -17,7 +17,8 @@ METRICS = ("image_auroc", "pixel_auroc", "aupro_30")
 
 
 def main() -> None:
-    runs = [file.parent for folder in sys.argv[1:] for file in sorted(Path(folder).rglob("result.json"))]
+    picture, *folders = map(Path, sys.argv[1:])
+    runs = [file.parent for folder in folders for file in sorted(folder.rglob("result.json"))]
     results = {run: json.loads((run / "result.json").read_text()) for run in runs}
     categories = sorted({category for result in results.values() for category in result["categories"]})
     print(f"| method | batches | {' | '.join(categories)} | mean | training, testing (s) |")
@@ -38,7 +39,7 @@ def main() -> None:
         axis.plot(*zip(*rows, strict=True), lw=1.2)
         axis.set(xlabel="batch", ylabel="loss on held-out training images", title=method, yscale="log")
         axis.grid(alpha=0.3, which="both")
-    figure.savefig(Path(__file__).with_name("rlr_small.png"), dpi=110)
+    figure.savefig(picture, dpi=110)
 
 
 def show(metrics: dict[str, float]) -> str:
