@@ -400,9 +400,9 @@ def at_step(run: Path, step: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("moment", ["begun", "step 3", "step 5", "half a checkpoint", "tested"])
+@pytest.mark.parametrize("moment", ["started", "step 3", "step 5", "half a checkpoint", "tested"])
 def test_killed(arguments, undisturbed, tmp_path, moment):
-    file = {"begun": "checkpoints/config.json", "half a checkpoint": "checkpoints/last.part", "tested": "scores.csv"}
+    file = {"started": "checkpoints/config.json", "half a checkpoint": "checkpoints/last.part", "tested": "scores.csv"}
     for attempt in range(5):  # a checkpoint is written in a moment, which may be missed nine times
         run = tmp_path / str(attempt) / "run"
         started = process(arguments(run, "method.pause=0.05"))
