@@ -3,7 +3,7 @@
 uv does the work, because it is several times faster. uv does not read pip's settings: those that say where packages
 come from are translated to uv's variables. A variable that is set already wins. If uv is missing or fails, pip
 installs. As pip does, uv compiles the packages: elsewhere the first import would, and where PYTHONDONTWRITEBYTECODE is
-set, as in many containers, every import (11 s of processor time for a training).
+set, as in many containers, every import (12 s of processor time for a training).
 """
 
 import ast
