@@ -9,7 +9,8 @@ input=PATH      an image, a folder (searched with its subfolders), or a pattern 
 output=DIR      a folder for scores.csv (path, score, threshold, decision, ratio), report.html, heatmaps/ and overlays/;
                 it must hold no scores.csv yet
 category=NAME   the category whose thresholds are used; needed for a model of several categories
-quantile=0.99   thresholds at this quantile over the run's normal training images (default: as in the run)
+quantile=0.99   thresholds at this quantile over the run's normal training images, or over its held-out images if
+                that is larger (default: as in the run)
 threshold=0.5   a threshold of your own for the scores, in place of a quantile
 report=50       number of images on the page report.html at most, highest scores first; 0: no page
 watch=true      (or --watch) score the images in the folder, then new ones as they arrive, until Ctrl-C or SIGTERM; the
@@ -75,6 +76,7 @@ def predict(options: dict[str, Any]) -> None:
     source = "of your own"
     if options["threshold"] is None:
         source = f"{limits['quantile']:g} quantile of {limits['images']} normal training images"
+        source += f" or of {limits['held_out']} held-out ones, whichever is larger" if limits.get("held_out") else ""
     else:
         limits["image"] = float(options["threshold"])
     about = {

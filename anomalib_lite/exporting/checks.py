@@ -11,7 +11,7 @@ from anomalib_lite.data.samples import Sample
 from anomalib_lite.errors import UserError
 from anomalib_lite.exporting.files import Scorer, scores_of
 from anomalib_lite.metrics.functional import image_metrics
-from anomalib_lite.runs.artifacts import NORMAL_KEYS, read_maps, read_scores
+from anomalib_lite.runs.artifacts import read_normal, read_scores
 
 NORMAL_IMAGES = 64  # of the training images that calibrate and check a file
 SAME = 1e-3  # relative difference of scores that no float32 file exceeds; more is a fault
@@ -39,11 +39,13 @@ def largest_difference(found: np.ndarray, expected: np.ndarray) -> float:
 
 def room(run: Path, thresholds: dict[str, dict[str, float]]) -> float:
     """How far scores may move: TOLERANCE of the way from the median normal score to the threshold, of all categories
-    the least. Both come from the run's normal training images.
+    the least. Both come from the run's normal images.
     """
-    normal = read_maps(run, NORMAL_KEYS.values())
-    scores, categories = normal[NORMAL_KEYS["scores"]], normal[NORMAL_KEYS["categories"]]
-    ways = [limits["image"] - np.median(scores[categories == name]) for name, limits in thresholds.items()]
+    normal = read_normal(run)
+    ways = [
+        limits["image"] - np.median(normal["scores"][normal["categories"] == name])
+        for name, limits in thresholds.items()
+    ]
     return TOLERANCE * float(min(ways))
 
 

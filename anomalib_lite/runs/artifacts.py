@@ -15,10 +15,10 @@ from anomalib_lite.runs import folder
 
 SCHEMA = 1
 MAP_SIZE = 64
-#: columns of the normal training images, from which thresholds at other quantiles follow; their keys in maps.npz
+#: columns of the normal training and held-out images, from which thresholds follow; their keys in maps.npz
 NORMAL_KEYS = {
     "scores": "normal/scores", "map_max": "normal/peaks", "map_median": "normal/medians",
-    "categories": "normal/categories",
+    "categories": "normal/categories", "held_out": "normal/held_out",
 }  # fmt: skip
 
 
@@ -61,12 +61,7 @@ def thresholds_of(run: Path, category: str | None, quantile: float | None) -> di
     if quantile is not None:
         if isinstance(quantile, bool) or not isinstance(quantile, int | float) or not 0 < quantile <= 1:
             raise UserError(f"quantile={quantile}: give a share above 0 and at most 1")
-        try:
-            with np.load(run / folder.MAPS, allow_pickle=False) as file:
-                normal = {column: file[key] for column, key in NORMAL_KEYS.items()}
-        except Exception as error:  # of a damaged archive: BadZipFile, zlib.error, KeyError, ...
-            raise UserError(f"{run / folder.MAPS}: not readable, so quantile= can't be changed ({error})") from error
-        stored = thresholds(normal, quantile)
+        stored = thresholds(read_normal(run), quantile)
     chosen = {"category": category or names[0], "quantile": stored["quantile"]}
     return chosen | stored["per_category"][category or names[0]]
 
@@ -142,3 +137,16 @@ def read_maps(run: Path, keys: Iterable[str]) -> dict[str, np.ndarray]:
             return {key: stored[key] for key in keys if key in stored.files}
     except Exception as error:  # zipfile, zlib and NumPy raise different classes for a damaged archive
         raise UserError(f"{file}: not readable ({getattr(error, 'strerror', None) or error})") from error
+
+
+def read_normal(run: Path) -> dict[str, np.ndarray]:
+    """The columns of a run's normal images, which thresholds follow from. Raise UserError if maps.npz lacks them."""
+    stored = read_maps(run, NORMAL_KEYS.values())
+    normal = {column: stored[key] for column, key in NORMAL_KEYS.items() if key in stored}
+    if "scores" in normal:  # runs of before had no thresholds from held-out images
+        normal.setdefault("held_out", np.zeros(len(normal["scores"]), bool))
+    if len(normal) < len(NORMAL_KEYS):
+        raise UserError(
+            f"{run / folder.MAPS}: not readable (it lacks the scores of normal images); evaluate the run's own data"
+        )
+    return normal

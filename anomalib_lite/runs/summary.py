@@ -153,10 +153,19 @@ def drawn_from(
 
 
 def normal_columns(outputs: dict[int, dict[str, Any]]) -> dict[str, np.ndarray]:
-    """`scores`, `map_max`, `map_median` and `categories` of the normal training images, [N] each."""
-    training = outputs[NORMAL]
-    good = training["labels"] == 0  # a split may admit defective training images
-    return {name: training[name][good] for name in ("scores", "map_max", "map_median", "categories")}
+    """`scores`, `map_max`, `map_median`, `categories` and `held_out` of the normal training images and the held-out
+    images, [N] each."""
+    parts = []
+    for loader in (NORMAL, HELD_OUT):
+        if loader in outputs:
+            columns = outputs[loader]
+            good = (
+                columns["labels"] == 0
+            )  # a split may admit defective training images; some held-out ones are corrupted
+            held_out = columns.get("held_out", np.full(len(good), loader == HELD_OUT))
+            names = ("scores", "map_max", "map_median", "categories")
+            parts.append({name: columns[name][good] for name in names} | {"held_out": held_out[good]})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def environment(cfg: dict[str, Any], model: AnomalyModule, device: torch.device) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def summary_lines(run: Path, result: dict[str, Any]) -> list[str]:
     parts.append(f"peak memory {max(timing['peak_memory_mb'].values()) / 1024:.1f} GiB")
     lines.append(", ".join(parts))
     lines.append(f"trained {timing['steps']} steps in {timing['fit_s']:.1f} s, tested in {timing['test_s']:.1f} s")
-    threshold = f"at the threshold ({result['thresholds']['quantile']:g} quantile of normal training images)"
+    threshold = f"at the threshold ({result['thresholds']['quantile']:g} quantile of {result['thresholds']['from']})"
     for category, found in result["decisions"]["per_category"].items():
         named = ((found["defective_found"], "defective images found"), (found["good_flagged"], "good ones flagged"))
         shares = ", ".join(f"{100 * share:.0f} % of {what}" for share, what in named if share is not None)

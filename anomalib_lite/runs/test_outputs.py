@@ -30,7 +30,7 @@ class Evaluation(L.Callback):
             TEST: GatheredSamples("scores", "labels", "maps", "masks", folder=folder),
             # the maximum of a normal map for the pixels' threshold, its median for the colours of heat maps
             NORMAL: GatheredSamples("scores", "labels", "map_max", "map_median"),
-            HELD_OUT: GatheredSamples("scores", "labels", "maps", "masks", folder=folder),
+            HELD_OUT: GatheredSamples("scores", "labels", "maps", "masks", "map_max", "map_median", folder=folder),
         }
         self.bar: ProgressBar | None = None
 
@@ -50,7 +50,7 @@ class Evaluation(L.Callback):
         maps = outputs["map"]  # [B, H, W], or a list of B maps [H_i, W_i]
         numbers = {"index": batch["index"], "labels": batch["label"], "scores": outputs["score"]}
         numbers["finite"] = per_image(lambda x: torch.isfinite(x).all(1), maps)
-        if dataloader_idx == NORMAL:
+        if dataloader_idx != TEST:
             numbers["map_max"] = per_image(lambda x: x.amax(1), maps)
             numbers["map_median"] = per_image(median, maps)
         # one copy from the device for all numbers; float64 holds them exactly
@@ -71,8 +71,9 @@ class Evaluation(L.Callback):
         Every rank must call it, also one without a batch, for which Lightning calls no hook.
 
         Returns:
-            On rank 0, {loader: {column: values}} with the columns of `metrics.per_category`, of NORMAL `map_max` and
-            `map_median` [N] instead of `maps` and `masks`; of loaders with samples and of TEST. Empty on other ranks.
+            On rank 0, {loader: {column: values}} of loaders with samples and of TEST, with the columns of
+            `metrics.per_category`. NORMAL has `map_max` and `map_median` [N] instead of `maps` and `masks`; HELD_OUT
+            has all four. Empty on other ranks.
         """
         if self.bar:
             self.bar.close()

@@ -182,7 +182,8 @@ def test_tables_of_categories_and_notes():
         "labels": np.array([0, 0, 0, 1, 0, 1]), "scores": np.array([amap.max() for amap in maps]),
         "paths": np.array(list("012345")), "maps": maps, "masks": masks,
     }  # fmt: skip
-    normal = {"categories": np.array(["a", "b"]), "scores": np.ones(2), "map_max": np.ones(2), "map_median": np.ones(2)}
+    normal = {name: np.ones(2) for name in ("scores", "map_max", "map_median")}
+    normal |= {"categories": np.array(["a", "b"]), "held_out": np.zeros(2, bool)}
     limits = thresholds(normal, 0.99)["per_category"]
     found, _, _, notes = measure_categories(outputs, {"a": True, "b": True}, [0.3], limits)
     expected = aupimo(maps[:4], masks[:4], np.array([0, 0, 0, 1]))
@@ -198,6 +199,28 @@ def test_tables_of_categories_and_notes():
     mean, partial = mean_metrics(found)
     assert mean["aupimo"] == found["a"]["aupimo"]
     assert partial == ["some means are not over all 2 categories, but over those that have the metric: 1 for aupimo"]
+
+
+def test_thresholds_from_held_out_images():
+    """The larger quantile counts, of image scores and of maps' maxima apart; category b has no held-out image."""
+    rng = np.random.default_rng(7)
+    normal: dict[str, Any] = {name: rng.random(50) for name in ("scores", "map_max", "map_median")}
+    normal |= {"categories": np.array(["a"] * 40 + ["b"] * 10), "held_out": np.arange(50) >= 30}
+    normal["held_out"][40:] = False
+    normal["scores"][30:40] += 1
+    found = thresholds(normal, 0.9)
+    expected = {
+        "image": np.quantile(normal["scores"][30:40], 0.9),
+        "pixel": max(np.quantile(normal["map_max"][:30], 0.9), np.quantile(normal["map_max"][30:40], 0.9)),
+        "background": np.median(normal["map_median"][:40]), "images": 30, "held_out": 10,
+    }  # fmt: skip
+    assert found["per_category"]["a"] == pytest.approx(expected)
+    normal["scores"][30:40] -= 2  # lower than those of training images
+    expected["image"] = np.quantile(normal["scores"][:30], 0.9)
+    assert thresholds(normal, 0.9)["per_category"]["a"] == pytest.approx(expected)
+    assert found["per_category"]["b"]["image"] == pytest.approx(np.quantile(normal["scores"][40:], 0.9))
+    assert (found["per_category"]["b"]["images"], found["per_category"]["b"]["held_out"]) == (10, 0)
+    assert found["from"] == "normal training images or of held-out ones, whichever is larger"
 
 
 def test_one_pass_measures_what_separate_calls_do():
