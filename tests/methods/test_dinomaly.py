@@ -136,6 +136,12 @@ def test_gradient_scaling_against_brute_force(kind):
         torch.testing.assert_close(a, b.detach(), atol=1e-12, rtol=1e-9)
 
 
+def test_a_power_that_is_no_whole_number():
+    """A distance that rounding makes slightly negative has no such power."""
+    factors = inp_former(power=2.5).gradient_scale(torch.tensor([[-2e-7, 0.1, 0.3]]))
+    torch.testing.assert_close(factors, (torch.tensor([[0, 0.1, 0.3]]) / (0.4 / 3)) ** 2.5)
+
+
 def float_of(x: torch.Tensor) -> float:
     return x.flatten()[0].item()
 

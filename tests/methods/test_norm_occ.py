@@ -264,6 +264,14 @@ def test_zero_collapses_and_a_norm_does_not():
     assert left["zero"] < 1e-3 * left["point"]
 
 
+def test_a_collapsed_projection_has_a_gradient():
+    """Squares of numbers below 1e-23 are 0 in float32, and a square root has no gradient there."""
+    model = fitted(NormOCC, make_images(), target="zero", squared=False, precision="32")
+    model.project.weight.data.mul_(1e-30)
+    model.loss(next(batches(make_images(), IMAGES))).backward()
+    assert model.project.weight.grad.isfinite().all()
+
+
 def moments(phi):
     return phi.T @ phi / len(phi), phi.mean(0)
 
