@@ -23,7 +23,7 @@ from anomalib_lite.methods.transformer import ReconstructionTransformer, jitter,
 
 
 class UniAD(AnomalyModule):
-    """UniAD's transformer reconstructs features; the norm of a token's error is its score (section 3.1).
+    """UniAD's transformer reconstructs features; the norm of a token's error is its score.
 
     Args:
         dim, layers (of encoder and decoder each), heads, hidden (of the feed-forward networks), dropout: transformer.
