@@ -107,7 +107,6 @@ class NormOCC(NormFeatures):
         self.register_buffer("loss_before", torch.zeros(()))  # training
         self.register_buffer("loss_sum", torch.zeros(()))  # of this epoch's batches
         self.register_buffer("ended", torch.tensor(False))
-        self.stopped_early = False
         self.register_load_state_dict_pre_hook(complete)
 
     @torch.no_grad()

@@ -109,7 +109,7 @@ class UniAD(AnomalyModule):
         optimizer, drop = super().configure_optimizers(), self.drop
         if drop is None or not isinstance(optimizer, torch.optim.Optimizer):
             return optimizer
-        return with_drop(optimizer, drop, lambda: self.total_steps)
+        return with_drop(optimizer, drop, self.total_steps)
 
 
 def tokens_of(joined: Tensor) -> Tensor:

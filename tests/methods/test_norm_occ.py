@@ -6,26 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.moments import descent_time
 from anomalib_lite.methods.norm_occ import NormOCC, NormOCCClosedForm, descent
 from anomalib_lite.methods.patches import patch_features, projection
+from tests.helpers.feature_levels import ChannelLevels
 
 IMAGES, CHANNELS, SIDE = 12, (3, 2), 4
-
-
-class Levels(nn.Module):
-    """Stands where the backbone does: gives the two feature maps that the image's channels hold."""
-
-    def __init__(self):
-        super().__init__()
-        self.channels = list(CHANNELS)
-
-    def forward(self, images):
-        first, second = images.split(CHANNELS, 1)
-        return [first, second[..., ::2, ::2]]
 
 
 def make_images(seed=0):
@@ -44,7 +32,7 @@ def batches(images, size):
 
 def fitted(method, images, size=5, **options: Any):
     torch.manual_seed(0)
-    model = method(backbone=Levels(), **options)
+    model = method(backbone=ChannelLevels(), **options)
     data = SimpleNamespace(fit_dataloader=lambda: batches(images, size))
     model.trainer = SimpleNamespace(datamodule=data, strategy=SimpleNamespace(lightning_module=model))
     model.transfer_batch_to_device = lambda batch, device, index: batch
@@ -54,7 +42,7 @@ def fitted(method, images, size=5, **options: Any):
 
 def patches(images):
     """φ of every position in float64, [N, C]."""
-    features = patch_features(Levels()(images.double()))
+    features = patch_features(ChannelLevels()(images.double()))
     return features.movedim(1, -1).reshape(-1, sum(CHANNELS)).numpy()
 
 
@@ -158,7 +146,7 @@ def test_a_global_feature_is_the_mean_of_each_level(method):
     model = fitted(method, images, norm=0.3, global_feature=True, precision="32")
 
     def phi(images):
-        return np.concatenate([level.double().numpy().mean((2, 3)) for level in Levels()(images)], 1)
+        return np.concatenate([level.double().numpy().mean((2, 3)) for level in ChannelLevels()(images)], 1)
 
     s, mu = moments(phi(images))
     values, axes = np.linalg.eigh(s)
@@ -193,7 +181,7 @@ def test_the_point_target_is_a_seeded_direction():
     assert torch.equal(same.direction, again.direction)
     assert float(same.direction.norm()) == pytest.approx(1, rel=1e-6)
     assert torch.equal(same.radius, again.radius)
-    assert not torch.equal(same.direction, NormOCC(backbone=Levels()).direction)
+    assert not torch.equal(same.direction, NormOCC(backbone=ChannelLevels()).direction)
 
 
 def test_the_radius_is_kept_once_it_is_known():
@@ -432,4 +420,4 @@ def test_a_distance_that_is_not_squared_is_learned_with_the_default_rate(target)
 )
 def test_options_that_mean_nothing(method, options, message):
     with pytest.raises(UserError, match=message):
-        method(backbone=Levels(), **options)
+        method(backbone=ChannelLevels(), **options)
