@@ -12,6 +12,7 @@ from anomalib_lite.methods.moments import descent_time
 from anomalib_lite.methods.norm_occ import NormOCC, NormOCCClosedForm, descent
 from anomalib_lite.methods.patches import patch_features, projection
 from tests.helpers.feature_levels import ChannelLevels
+from tests.methods.test_rlr import literal_pool
 
 IMAGES, CHANNELS, SIDE = 12, (3, 2), 4
 
@@ -52,16 +53,6 @@ def maps_of(model, images):
         return model.anomaly_map(batch).double().numpy()
 
 
-def literal_pool(level):
-    """3×3 average with zeros outside, counted."""
-    n, c, h, w = level.shape
-    padded = np.zeros((n, c, h + 2, w + 2))
-    padded[..., 1:-1, 1:-1] = level
-    return np.stack(
-        [[padded[..., y : y + 3, x : x + 3].mean((2, 3)) for x in range(w)] for y in range(h)], 0
-    ).transpose(2, 3, 0, 1)
-
-
 def literal_resize(level, height, width):
     """Bilinear, pixel centres at halves, borders repeated."""
     n, c, h, w = level.shape
@@ -81,7 +72,7 @@ def literal_resize(level, height, width):
 def test_patch_features_literally():
     rng = np.random.default_rng(0)
     levels = [rng.normal(size=shape) for shape in ((2, 3, 8, 6), (2, 5, 4, 3), (2, 2, 3, 5))]
-    pooled = [literal_pool(level) for level in levels]
+    pooled = [np.stack([literal_pool(image) for image in level]) for level in levels]
     expected = np.concatenate([pooled[0], *(literal_resize(x, 8, 6) for x in pooled[1:])], 1)
     found = patch_features([torch.from_numpy(x) for x in levels]).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-12)
