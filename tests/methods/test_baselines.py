@@ -209,6 +209,17 @@ def test_rad_refuses_a_bank_that_does_not_fit(monkeypatch):
     assert 2**20 < rad.free_memory(torch.device("cpu")) < 2**50
 
 
+@pytest.mark.parametrize("method", [SubspaceAD, PaDiM, RAD])
+def test_bf16_rounds_no_distance(method):
+    """Under hardware.precision=bf16 the whole test runs in an autocast context: cosines near 1 would be 1."""
+    images = make_images(CNN)
+    model = fitted(method, CNN, images, precision="bf16", **{"dim": 3} if method is PaDiM else {})
+    batch = {"image": images, "index": torch.arange(IMAGES)}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = model.predict_step(batch, 0)["map"]
+    assert torch.equal(found, model.score(batch)["map"])
+
+
 # --- RD4AD ---
 
 
