@@ -23,6 +23,7 @@ way from the median normal score to the threshold; otherwise nothing is written.
 images before and after is printed. It decides nothing.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def export(options: dict[str, Any]) -> None:
     silence_libraries()
     if output.suffix == ".onnx":
         files.check_installed()
-        if files.hides_a_module(output.stem):
+        if output.stem in {*sys.stdlib_module_names, "numpy", "onnxruntime", "PIL"}:
             raise UserError(
                 f"output={output}: its runner {output.stem}.py would hide a module of this name; choose another name"
             )

@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +118,3 @@ def opened(file: Path) -> Scorer:
 def scores_of(scorer: Scorer, images: Iterable[np.ndarray]) -> np.ndarray:
     """Scores [N] of images uint8 [H_i, W_i, 3], one by one."""
     return np.array([scorer(image[None])[0][0] for image in images], np.float64)
-
-
-def hides_a_module(name: str, used: Sequence[str] = ("numpy", "onnxruntime", "PIL")) -> bool:
-    """Whether a runner of this name would be imported in place of a module that it uses itself."""
-    return name in sys.stdlib_module_names or name in used

@@ -54,7 +54,7 @@ def create_for_sizes(
     """
     normed = {"feature_cls": NormedGetter} if norm else {}
     net = create(name, layers, weights, **normed)
-    own = _own_size(net)
+    own = tuple((net.pretrained_cfg.get("input_size") or (3, 224, 224))[-2:])
     fixed = bool(net.pretrained_cfg.get("fixed_input_size"))
     sizes = list(sizes) or [own if fixed else (128, 128)]
     try:
@@ -75,10 +75,6 @@ def create_for_sizes(
     near = [(h, w) for h, w in whole if flexible is not None and (h, w) != size and _takes(flexible, name, (h, w))]
     give = " or ".join(_shown(other) for other in near or [own])
     raise UserError(f"data.image_size={_shown(size)}: {name} can't take this size ({reason}); give {give}")
-
-
-def _own_size(net: Any) -> Size:
-    return tuple((net.pretrained_cfg.get("input_size") or (3, 224, 224))[-2:])
 
 
 def _shown(size: Size) -> str:

@@ -95,21 +95,6 @@ class _Drop(torch.autograd.Function):
         return kept(grad, noise, ctx.p).mul_(scale(ctx.p)), None
 
 
-class _ReLUDrop(torch.autograd.Function):
-    """Dropout of max(x, 0). The gradient passes where the result is positive."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        out, ctx.p = kept(x, random_noise(x), p).clamp_min_(0).mul_(scale(p)), p
-        ctx.save_for_backward(out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (out,) = ctx.saved_tensors
-        return torch.ops.aten.threshold_backward(grad, out, 0).mul_(scale(ctx.p)), None
-
-
 def drop(x: Tensor, p: float) -> Tensor:
     """Dropout. On CPUs p is rounded to a multiple of 1/65536."""
     return _Drop.apply(x, p) if x.device.type == "cpu" else F.dropout(x, p)
@@ -120,15 +105,6 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         return drop(x, self.p) if self.training and self.p else x
-
-
-class ReLUDropout(Dropout):
-    """Dropout of max(x, 0)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.p and x.device.type == "cpu":
-            return _ReLUDrop.apply(x, self.p)
-        return super().forward(x.relu())
 
 
 class _Attend(torch.autograd.Function):

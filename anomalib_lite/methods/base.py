@@ -42,6 +42,7 @@ class AnomalyModule(L.LightningModule):
       whose features are stored are not decoded, and their batches come without these keys;
     - `clip`, set in the constructor: the largest norm of a step's gradient;
     - `networks()`: what method.compile=true compiles, each called with tensors of one shape in all batches;
+    - `on_save_checkpoint(checkpoint)`, which adds plain Python values and tensors (it is loaded with weights_only);
     - `unused_parameters = True`: a training step may leave some weights unused, which several devices must know;
     - `own_image_score = True`: `anomaly_map` returns (maps, image scores [B]) for scoring.image_score=own.
 
@@ -183,7 +184,10 @@ class AnomalyModule(L.LightningModule):
         return levels[:half], [level.flatten(2).mT for level in levels[half:]]
 
     def autocast(self) -> torch.autocast:
-        """A context for operations that tolerate bf16: bf16 if hardware.precision and the device allow it."""
+        """A context for operations that tolerate bf16: bf16 if hardware.precision and the device allow it.
+
+        In test and prediction, operations outside of it are computed in float32.
+        """
         self.autocasted = True
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.low_precision(self.device))
 
@@ -257,9 +261,8 @@ class AnomalyModule(L.LightningModule):
         if raw.shape[-2:] != size:
             raw = resize(raw[:, None], size)[:, 0]
         pixels, image = self.scoring["pixel_smooth"], self.scoring["image_smooth"]
-        with torch.autocast(raw.device.type, enabled=False):  # hardware.precision=bf16 would round scores to 8 bits
-            maps = smooth(raw, pixels)
-            for_score = maps if image in ("same", pixels) else smooth(raw, image)
+        maps = smooth(raw, pixels)
+        for_score = maps if image in ("same", pixels) else smooth(raw, image)
         return {"map": maps, "score": image_scores(for_score, self.scoring["image_score"])}
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
@@ -269,10 +272,9 @@ class AnomalyModule(L.LightningModule):
         return super().transfer_batch_to_device(rest, device, dataloader_idx) | masks
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        return self.score(batch | {"is_train_image": dataloader_idx == 1})  # loader 1 has the training images
+        is_train_image = dataloader_idx == 1  # loader 1 has the training images
+        return self.predict_step(batch | {"is_train_image": is_train_image}, batch_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        return self.score(batch)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Subclasses add plain Python values and tensors only: checkpoints are loaded with weights_only."""
+        with torch.autocast(self.device.type, enabled=False):  # hardware.precision=bf16 would round distances to 8 bits
+            return self.score(batch)

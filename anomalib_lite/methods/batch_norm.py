@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 
+from anomalib_lite.data.sampler import rank_and_world
+
 
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
@@ -23,20 +25,16 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
 
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def sum_over_ranks(x: Tensor) -> Tensor:
     """The sum of all ranks' tensors, with gradient."""
-    return x if world_size() == 1 else _SumOverRanks.apply(x)
+    return x if rank_and_world()[1] == 1 else _SumOverRanks.apply(x)
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     """(x [B, C, …] minus its mean, mean [C], biased variance [C], number of values per channel) over the batches of all
     ranks, which have the same size. Computed in at least float32, with gradient."""
     axes, shape = [i for i in range(x.dim()) if i != 1], [1, -1] + [1] * (x.dim() - 2)
-    values, ranks = x.to(torch.promote_types(x.dtype, torch.float32)), world_size()
+    values, ranks = x.to(torch.promote_types(x.dtype, torch.float32)), rank_and_world()[1]
     mean = sum_over_ranks(values.mean(axes)) / ranks
     centred = values - mean.view(shape)
     var = sum_over_ranks(centred.square().mean(axes)) / ranks

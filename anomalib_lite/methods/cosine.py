@@ -12,7 +12,9 @@ def products(target: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def cosine(dot: Tensor, target2: Tensor, reconstruction2: Tensor) -> Tensor:
-    return dot / (target2.sqrt() * reconstruction2.sqrt()).clamp_min(1e-8)
+    """⟨t, r⟩ / (‖t‖‖r‖). A reconstruction of zeros has the cosine 0 and a finite gradient."""
+    smallest = torch.finfo(reconstruction2.dtype).tiny
+    return dot / (target2.sqrt() * reconstruction2.clamp_min(smallest).sqrt()).clamp_min(1e-8)
 
 
 def distance(target: Tensor, reconstruction: Tensor) -> Tensor:

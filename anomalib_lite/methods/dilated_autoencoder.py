@@ -1,7 +1,4 @@
-"""The network of the self-supervised autoencoder (arXiv 2206.11723): dilated, with convex combinations as skips.
-
-Details follow re-implementations, since the paper's own were not available; our own choices are marked.
-"""
+"""The network of the self-supervised autoencoder, whose details `ssae` explains: dilated, with convex combinations."""
 
 import torch
 import torch.nn.functional as F

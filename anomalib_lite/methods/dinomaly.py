@@ -59,11 +59,6 @@ def bottleneck(dim: int, dropout: float, narrow: int | None) -> nn.Sequential:
     )
 
 
-def easy_share(step: int, share: float, warm_up: int) -> float:
-    """p = min(share · step / warm_up, share): the share of positions that lose gradient at this step."""
-    return min(share * step / warm_up, share)
-
-
 def threshold(distances: Tensor, p: float) -> Tensor:
     """The smallest of the k = int(n(1 − p)) largest of n distances, but of one at least; a scalar."""
     k = max(1, int(distances.numel() * (1 - p)))
@@ -136,7 +131,8 @@ class Dinomaly(GroupedReconstruction):
     def gradient_scale(self, distances: Tensor) -> Tensor | None:
         if self.mining is None:
             return None
-        p = easy_share(self.trainer.global_step, self.mining["share"], int(self.mining["warm_up"]))
+        share, warm_up = self.mining["share"], int(self.mining["warm_up"])
+        p = min(share * self.trainer.global_step / warm_up, share)
         return torch.ones_like(distances).masked_fill(distances < threshold(distances, p), self.mining["factor"])
 
     def parameter_groups(self) -> list[Any]:

@@ -94,4 +94,5 @@ class INPFormer(GroupedReconstruction):
             return outputs, self.coherence * coherence(tokens, prototypes.to(tokens.dtype))
 
     def gradient_scale(self, distances: Tensor) -> Tensor | None:
+        distances = distances.clamp_min(0)  # rounding gives −1e-7, which has no power such as 2.5
         return (distances / distances.mean()) ** self.power if self.power else None

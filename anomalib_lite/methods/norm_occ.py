@@ -107,7 +107,6 @@ class NormOCC(NormFeatures):
         self.register_buffer("loss_before", torch.zeros(()))  # training
         self.register_buffer("loss_sum", torch.zeros(()))  # of this epoch's batches
         self.register_buffer("ended", torch.tensor(False))
-        self.stopped_early = False
         self.register_load_state_dict_pre_hook(complete)
 
     @torch.no_grad()
@@ -156,8 +155,8 @@ class NormOCC(NormFeatures):
         """Distance of every patch to the target, [B, h, w]."""
         if self.target == "shell":
             return (torch.linalg.vector_norm(self.projected(batch).float(), self.p, dim=1) - self.radius) ** 2
-        squares = self.offset(batch).float().square().sum(1)
-        return squares if self.squared else squares.sqrt()
+        offset = self.offset(batch).float()
+        return offset.square().sum(1) if self.squared else torch.linalg.vector_norm(offset, dim=1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.loss(batch)

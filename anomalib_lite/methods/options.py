@@ -4,9 +4,9 @@ from anomalib_lite.errors import UserError
 
 
 def check_counts(**counts: int | None) -> None:
-    """Raise UserError for the first option that is below 1; None is a value of its own."""
+    """Raise UserError for the first option that is no whole number, or below 1; None is a value of its own."""
     for name, count in counts.items():
-        if count is not None and count < 1:
+        if count is not None and (not isinstance(count, int) or count < 1):
             raise UserError(f"method.{name}={count}: give a whole number from 1")
 
 

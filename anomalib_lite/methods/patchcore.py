@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from anomalib_lite.data.sampler import rank_and_world
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
 from anomalib_lite.methods.coreset import greedy_coreset, sparse_projection
@@ -75,16 +76,15 @@ class PatchCore(AnomalyModule):
     @torch.no_grad()
     def on_fit_start(self) -> None:
         """The first rank picks; the others get its bank."""
-        if not (dist.is_available() and dist.is_initialized()):
-            self.bank, self.owners = self.picked()
-            return
-        bank, owners = self.picked() if dist.get_rank() == 0 else (self.bank, self.owners)
-        count = torch.tensor(len(bank), device=self.device)
-        dist.broadcast(count, 0)
-        if dist.get_rank():
-            bank, owners = bank.new_empty(int(count), bank.shape[1]), owners.new_empty(int(count))
-        dist.broadcast(bank, 0)
-        dist.broadcast(owners, 0)
+        rank, world = rank_and_world()
+        bank, owners = (self.bank, self.owners) if rank else self.picked()
+        if world > 1:
+            count = torch.tensor(len(bank), device=self.device)
+            dist.broadcast(count, 0)
+            if rank:
+                bank, owners = bank.new_empty(int(count), bank.shape[1]), owners.new_empty(int(count))
+            dist.broadcast(bank, 0)
+            dist.broadcast(owners, 0)
         self.bank, self.owners = bank, owners
 
     def picked(self) -> tuple[Tensor, Tensor]:

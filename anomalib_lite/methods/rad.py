@@ -1,7 +1,8 @@
-"""RAD (ICML 2026): retrieval of similar training images, then of their patches at about the same position.
+"""RAD: retrieval-based anomaly detection (Zhang et al., ICML 2026, arXiv 2601.22763).
 
-There is no training: a bank holds class and patch tokens of all training images, in bf16. One bank serves several
-classes without labels. The authors choose k and r for every data set on test results; here they are fixed.
+Similar training images are retrieved, then their patches at about the same position. There is no training: a bank holds
+class and patch tokens of all training images, in bf16. One bank serves several classes without labels. The authors
+choose k and r for every data set on test results; here they are fixed.
 
 Our reading: a backbone without a class token is represented by the mean over positions of its last level. Levels of
 other grids are compared on their own grids, and their maps are resized to the first one's.

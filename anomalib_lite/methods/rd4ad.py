@@ -55,7 +55,7 @@ class RD4AD(AnomalyModule):
         return self.losses(batch)
 
     def anomaly_map(self, batch: Batch) -> Tensor:
-        """Channel-wise cosine distances at the input's size, summed over levels (equations 3 and 4)."""
+        """Channel-wise cosine distances at the input's size, summed over levels (equations 1 and 3)."""
         maps = [distance(*pair)[:, None] for pair in self.pairs(batch)]
         size = [side * self.reduction for side in maps[0].shape[-2:]]
         return torch.cat([resize(x, size, align_corners=True) for x in maps], 1).sum(1)

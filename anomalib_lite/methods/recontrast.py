@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anomalib_lite.data.sampler import rank_and_world
 from anomalib_lite.errors import UserError
 from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.methods.base import AnomalyModule, Batch
-from anomalib_lite.methods.batch_norm import stabilise, sum_over_ranks, world_size
+from anomalib_lite.methods.batch_norm import stabilise, sum_over_ranks
 from anomalib_lite.methods.cosine import cosine, distance, products
 from anomalib_lite.methods.options import check_from_0
 from anomalib_lite.methods.resizing import resize
@@ -167,7 +168,7 @@ class ReContrast(AnomalyModule):
         groups = [{"params": rest}, {"params": encoder, "lr": self.encoder_lr}]
         optimizer = self.make_optimizer(groups, **self.own["optimizer"])
         drop = self.own["lr_drop"]
-        return optimizer if optimizer is None or drop is None else with_drop(optimizer, drop, lambda: self.total_steps)
+        return optimizer if optimizer is None or drop is None else with_drop(optimizer, drop, self.total_steps)
 
     def networks(self) -> list[nn.Module]:
         return [self.encoder.net, self.bottleneck, self.decoder]
@@ -222,6 +223,6 @@ def cosine_loss(target: Tensor, reconstruction: Tensor, alpha: float | None) -> 
 
 def mean_and_deviation(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased deviation of [P, B, H, W] over B, H and W of all ranks, each of which has as many values."""
-    axes, count = (-3, -2, -1), x.shape[-3:].numel() * world_size()
+    axes, count = (-3, -2, -1), x.shape[-3:].numel() * rank_and_world()[1]
     mean = sum_over_ranks(x.sum(axes, keepdim=True)) / count
     return mean, (sum_over_ranks((x - mean).square().sum(axes, keepdim=True)) / (count - 1)).sqrt()

@@ -1,4 +1,5 @@
-"""RLR: learning feature reconstruction from learnable references (He et al., ECCV 2024, arXiv 2403.11561).
+"""RLR: learning unified reference representation for unsupervised multi-class anomaly detection (He et al., ECCV 2024,
+arXiv 2403.11561).
 
 A transformer reconstructs the frozen features of a level. Its layers see the image only through attention to a
 learnable reference, one vector per position, which all images and classes share. Features without a match in the

@@ -13,20 +13,13 @@ def per_step(optimizer: torch.optim.Optimizer, rate: Callable[[int], float]) -> 
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def with_drop(
-    optimizer: torch.optim.Optimizer, drop: dict[str, float], total_steps: Callable[[], int]
-) -> dict[str, Any]:
-    """Return Lightning's dictionary of an optimizer whose rates drop once, after a share of the budget.
+def with_drop(optimizer: torch.optim.Optimizer, drop: dict[str, float], total_steps: int) -> dict[str, Any]:
+    """Lightning's dictionary of an optimizer whose rates drop once, after a share of the budget of `total_steps`.
 
-    Args:
-        drop: {at: share of the budget, factor: multiplier of all learning rates from there on}.
-        total_steps: gives the budget in batches. It is read after the first batch, when the budget is known.
+    `drop` is {at: share of the budget, factor: multiplier of all learning rates from there on}.
     """
-
-    def rate(step: int) -> float:
-        return drop["factor"] if step and step >= int(drop["at"] * total_steps()) else 1.0
-
-    return per_step(optimizer, rate)
+    first = max(1, int(drop["at"] * total_steps))
+    return per_step(optimizer, lambda step: drop["factor"] if step >= first else 1.0)
 
 
 def warm_up_then_cosine(step: int, total: int, warm_up: int, final: float) -> float:

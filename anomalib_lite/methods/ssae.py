@@ -16,6 +16,7 @@ from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
 from anomalib_lite.methods.dilated_autoencoder import SKIPS, Autoencoder
 from anomalib_lite.methods.held_out import mean_loss
+from anomalib_lite.methods.options import check_counts, check_from_0
 from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.scoring import smooth
 
@@ -85,17 +86,10 @@ class SSAE(AnomalyModule):
             raise UserError(f"method.skip={skip}: choose {', '.join(SKIPS)}")
         if not 0 <= corrupted_weight <= 1:
             raise UserError(f"method.corrupted_weight={corrupted_weight}: give a share from 0 to 1")
-        if noise < 0:
-            raise UserError(f"method.noise={noise}: give a standard deviation from 0, in units of [0, 1]")
+        check_from_0(noise=noise)
         if log_offset is not None and log_offset <= 0:
             raise UserError(f"method.log_offset={log_offset}: give a number above 0, such as 0.1, or null")
-        for name, value in (
-            ("width", width),
-            ("eval_every", eval_every),
-            ("patience", 1 if patience is None else patience),
-        ):
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"method.{name}={value}: give a whole number from 1")
+        check_counts(width=width, eval_every=eval_every, patience=patience)
         self.weight, self.patience, self.eval_every = corrupted_weight, patience, eval_every
         self.noise, self.log_offset, self.calibrate = noise, log_offset, calibrate
         side = min(self.image_size)

@@ -1,8 +1,10 @@
-"""SubspaceAD (CVPR 2026): the principal components of normal patch features, without training.
+"""SubspaceAD: training-free few-shot anomaly detection via subspace modeling (Lendering et al., CVPR 2026, arXiv
+2602.23013).
 
-What the components of normal patches do not explain of a patch is its score. A transformer's blocks, which have one
-shape, are averaged, as published. A CNN's levels are pooled, resized and concatenated, as for norm_occ_closed_form (our
-choice): so this method is the control of that one, which weights all components softly instead of dropping some.
+What the principal components of normal patches do not explain of a patch is its score. A transformer's blocks, which
+have one shape, are averaged, as published. A CNN's levels are pooled, resized and concatenated, as for
+norm_occ_closed_form (our choice): so this method is the control of that one, which weights all components softly
+instead of dropping some.
 """
 
 from typing import Any

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
-from anomalib_lite.methods.attention import Attention, Dropout, Grid, ReLUDropout, project
+from anomalib_lite.methods.attention import Attention, Dropout, Grid, project
 from anomalib_lite.methods.base import AnomalyModule
 
 
@@ -79,9 +79,9 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def feed_forward(
-    dim: int, hidden: int, activation: nn.Module, layer: Callable[[int, int], nn.Module] = linear
+    dim: int, hidden: int, activation: nn.Module, dropout: float = 0.0, layer: Callable[[int, int], nn.Module] = linear
 ) -> nn.Sequential:
-    return nn.Sequential(layer(dim, hidden), activation, nn.Identity(), layer(hidden, dim))  # stored runs have ffn.3
+    return nn.Sequential(layer(dim, hidden), activation, Dropout(dropout), layer(hidden, dim))
 
 
 class EncoderLayer(nn.Module):
@@ -90,7 +90,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, dim: int, heads: int, hidden: int, dropout: float):
         super().__init__()
         self.attention = Attention(dim, heads, dropout)
-        self.ffn = feed_forward(dim, hidden, ReLUDropout(dropout))
+        self.ffn = feed_forward(dim, hidden, nn.ReLU(), dropout)
         self.norm1, self.norm2, self.drop = nn.LayerNorm(dim), nn.LayerNorm(dim), Dropout(dropout)
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
@@ -107,7 +107,7 @@ class QueryDecoderLayer(nn.Module):
         super().__init__()
         self.query = nn.Parameter(torch.randn(length, dim))
         self.to_memory, self.to_previous = Attention(dim, heads, dropout), Attention(dim, heads, dropout)
-        self.ffn = feed_forward(dim, hidden, ReLUDropout(dropout))
+        self.ffn = feed_forward(dim, hidden, nn.ReLU(), dropout)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
         self.drop = Dropout(dropout)
 

@@ -23,7 +23,7 @@ from anomalib_lite.methods.transformer import ReconstructionTransformer, jitter,
 
 
 class UniAD(AnomalyModule):
-    """UniAD's transformer reconstructs features; the norm of a token's error is its score (section 3.1).
+    """UniAD's transformer reconstructs features; the norm of a token's error is its score.
 
     Args:
         dim, layers (of encoder and decoder each), heads, hidden (of the feed-forward networks), dropout: transformer.
@@ -109,7 +109,7 @@ class UniAD(AnomalyModule):
         optimizer, drop = super().configure_optimizers(), self.drop
         if drop is None or not isinstance(optimizer, torch.optim.Optimizer):
             return optimizer
-        return with_drop(optimizer, drop, lambda: self.total_steps)
+        return with_drop(optimizer, drop, self.total_steps)
 
 
 def tokens_of(joined: Tensor) -> Tensor:

@@ -20,8 +20,6 @@ from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.schedules import per_step, warm_up_then_cosine
 from anomalib_lite.methods.transformer import feed_forward
 
-NORM_EPS = 1e-8  # of all layer norms of the decoder
-
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
     """A linear layer with weights from N(0, 0.01²), cut at ±0.03, and zero bias."""
@@ -32,7 +30,7 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def norm(dim: int) -> nn.LayerNorm:
-    return nn.LayerNorm(dim, NORM_EPS)
+    return nn.LayerNorm(dim, eps=1e-8)
 
 
 def mlp(dim: int) -> nn.Sequential:

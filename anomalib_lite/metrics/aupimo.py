@@ -1,7 +1,7 @@
 """AUPIMO: how much of each defect is found while good images have next to no false positives."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -43,10 +43,10 @@ def aupimo(maps: Images, masks: Images, labels: Array, bounds: tuple[float, floa
 def image_areas(pixels: Pixels, labels: Array, bounds: tuple[float, float] = BOUNDS) -> dict[int, float]:
     """AUPIMO_i of each defective image i with a defective pixel; empty where `enough_pixels` is false."""
     defective = [i for i in np.flatnonzero(labels).tolist() if pixels.mask(i).any()]
-    normal = NormalMaps(pixels, np.flatnonzero(np.logical_not(labels)))
-    if not defective or not enough_pixels(normal.sizes, bounds):
+    normal = np.flatnonzero(np.logical_not(labels)).tolist()
+    if not defective or not enough_pixels([pixels.mask(i).size for i in normal], bounds):
         return {}
-    rates = _Rates(normal, bounds[1])
+    rates = _Rates(pixels, normal, bounds[1])
     pairs = ((i, *pixels[i]) for i in defective)
     return {i: _area(amap[mask != 0], rates, bounds) for i, amap, mask in pairs}
 
@@ -58,28 +58,22 @@ def enough_pixels(sizes: Sequence[int], bounds: tuple[float, float] = BOUNDS) ->
     return (bounds[1] - bounds[0]) * sum(sizes) > FEWEST_LEVELS
 
 
-class NormalMaps:
-    """The maps of good images, which are read one by one, and their numbers of pixels."""
-
-    def __init__(self, pixels: Pixels, rows: Array):
-        self.pixels, self.rows = pixels, rows
-        self.sizes = [pixels.mask(i).size for i in rows]
-
-    def __iter__(self) -> Iterator[Array]:
-        return (self.pixels[i][0] for i in self.rows)
-
-
 class _Rates:
-    """The shared false positive rate at thresholds from `least` on, which reaches the upper bound."""
+    """The shared false positive rate at thresholds from `least` on, which reaches the upper bound.
 
-    def __init__(self, normal: NormalMaps, upper: float):
-        self.images = len(normal.sizes)
+    Args:
+        rows: positions of the good images, whose maps are read one by one.
+    """
+
+    def __init__(self, pixels: Pixels, rows: Sequence[int], upper: float):
+        self.images = len(rows)
         if upper * self.images < 1:  # at its k-th highest score, one image alone brings the mean to the bound
-            self.least = max(_highest(amap, int(upper * self.images * amap.size)) for amap in normal)
+            self.least = max(_highest(pixels[i][0], upper * self.images) for i in rows)
         else:
-            self.least = min(amap.min() for amap in normal)
+            self.least = min(pixels[i][0].min() for i in rows)
         scores: dict[int, list[Array]] = {}
-        for amap in normal:
+        for i in rows:
+            amap = pixels[i][0]
             scores.setdefault(amap.size, []).append(amap[amap >= self.least])
         #: by rising size, so that sums do not depend on the order of the images
         self.scores = [(size, np.sort(np.concatenate(scores[size]))) for size in sorted(scores)]
@@ -90,9 +84,10 @@ class _Rates:
         return sum(count / size for size, count in counts) / self.images
 
 
-def _highest(amap: Array, k: int) -> Any:
-    """The score of a map [H, W] that k others are not below."""
-    return np.partition(amap, amap.size - 1 - k, axis=None)[amap.size - 1 - k]
+def _highest(amap: Array, share: float) -> Any:
+    """The score of a map [H, W] that this share of its pixels is not below."""
+    place = amap.size - 1 - int(share * amap.size)
+    return np.partition(amap, place, axis=None)[place]
 
 
 def _area(scores: Array, rates: _Rates, bounds: tuple[float, float]) -> float:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from anomalib_lite.data.sampler import rank_and_world
 from anomalib_lite.metrics.image_store import MEMORY, ImageStore
 
 #: what can be collected per image: the type in which it is stored, and whether it is an image [H, W] or a number
@@ -68,7 +69,7 @@ class GatheredSamples:
         if name in self.numbers:
             self.numbers[name] += values.tolist()
             return
-        self.images[name].limit = MEMORY // _ranks()
+        self.images[name].limit = MEMORY // rank_and_world()[1]
         self.images[name].add(values.numpy())
 
     def gather(self) -> dict[str, Any] | None:
@@ -81,10 +82,11 @@ class GatheredSamples:
         """
         shapes = {name: [batch.shape for batch in store.batches] for name, store in self.images.items()}
         own = self.positions, self.numbers, shapes
-        plans: list[Any] = [own] * _ranks()
-        if len(plans) > 1:
+        rank, world = rank_and_world()
+        plans: list[Any] = [own] * world
+        if world > 1:
             dist.all_gather_object(plans, own)
-            if dist.get_rank() > 0:
+            if rank > 0:
                 for store in self.images.values():
                     for number in range(len(store.batches)):
                         _send(torch.from_numpy(store.batch(number)))
@@ -93,10 +95,10 @@ class GatheredSamples:
         gathered.positions = [position for positions, _, _ in plans for position in positions]
         gathered.numbers = {name: [x for _, numbers, _ in plans for x in numbers[name]] for name in self.numbers}
         gathered.images = {name: store.extended() for name, store in self.images.items()}
-        for rank, (_, _, sent) in list(enumerate(plans))[1:]:
+        for source, (_, _, sent) in list(enumerate(plans))[1:]:
             for name in self.images:
                 for shape in sent[name]:
-                    gathered._add(name, _receive(shape, FIELDS[name][0], rank))
+                    gathered._add(name, _receive(shape, FIELDS[name][0], source))
         return gathered._in_order()
 
     def _in_order(self) -> dict[str, Any]:
@@ -108,10 +110,6 @@ class GatheredSamples:
 
 def _dtype(name: str) -> Any:
     return torch.empty(0, dtype=FIELDS[name][0]).numpy().dtype
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _device() -> torch.device:

@@ -1,10 +1,8 @@
 """Many images [H_i, W_i] that are stored once: in memory up to a limit, and what comes later in a temporary file."""
 
 import copy
-import ctypes
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomalib_lite.errors import UserError
+from anomalib_lite.methods.tiles import return_freed_memory
 
 Array = NDArray[Any]
 MEMORY = 2**30  # bytes
-_TRIMMED = 2**28  # bytes that are added between two calls of `trim`
+_TRIMMED = 2**28  # bytes that are added between two calls of `return_freed_memory`
 
 
 class _Batch(NamedTuple):
@@ -58,7 +57,7 @@ class ImageStore(Sequence[Array]):
         if rows is not None:
             self.used += rows.nbytes
             if self.used % _TRIMMED < rows.nbytes:
-                trim()
+                return_freed_memory()  # the next batch often fits into no gap that one before has left
             if self.used > self.limit:
                 offset, rows = self._write(rows), np.empty((0, rows.shape[1]), rows.dtype)
         self.places += [(len(self.batches), row) for row in range(len(images))]
@@ -114,13 +113,3 @@ class ImageStore(Sequence[Array]):
                 "scoring.map_size"
             ) from error
         return offset
-
-
-def trim() -> None:
-    """Give the gaps in the heap back to the system.
-
-    What is kept of a batch lies between what is not, and the next batch often fits into no gap. Without this, gaps of
-    several GiB remain after many batches. Only glibc needs and has it.
-    """
-    if sys.platform == "linux":
-        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # elsewhere int(0): nothing

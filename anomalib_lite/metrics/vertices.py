@@ -120,9 +120,9 @@ def pixel_vertices(pixels: Pixels, groups: Sequence[Sequence[int] | Array] | Non
         positives = [_joined([part[:2] for part in parts], pixels.dtype) for parts in found]
         normal = [np.concatenate([part[2] for part in parts]) for parts in found]
         negatives = [int(counts.sum()) for counts in normal]
-        whole = _falling_steps(_joined(positives, pixels.dtype))
+        whole = _falling_steps(*_joined(positives, pixels.dtype))
         kinds = [
-            _falling_steps(_joined([positives[0], each], pixels.dtype)) for each in positives[1:] if len(groups) > 2
+            _falling_steps(*_joined([positives[0], each], pixels.dtype)) for each in positives[1:] if len(groups) > 2
         ]
         del positives, found
         counts, good = _Counts(whole.keys, sum(negatives)), list[Array]()
@@ -227,22 +227,18 @@ class _Counts:
                 self.above[:, chunk] += found.astype(self.above.dtype)
 
 
-def _falling_steps(positives: Positives) -> _Steps:
-    scores, areas = _falling(*positives)
-    return _Steps(scores, np.reciprocal(areas, dtype=float))
-
-
-def _falling(scores: Array, areas: Array) -> tuple[Array, Array]:
-    """Positives by falling score and, where tied, by rising area, so that their order in the input changes nothing."""
+def _falling_steps(scores: Array, areas: Array) -> _Steps:
+    """From positives, by falling score and, where tied, by rising area: their order in the input changes nothing."""
     if scores.dtype != np.float32:
         order = np.lexsort((areas, -scores))
-        return scores[order], areas[order]
+        return _Steps(scores[order], np.reciprocal(areas[order], dtype=float))
     # both in one integer, which NumPy sorts several times faster than pairs
     key = _flip((scores + np.float32(0)).view(np.uint32)).astype(np.uint64)  # + 0 turns -0 into 0
     key <<= np.uint64(32)
     key |= areas.astype(np.uint32)
     key.sort()
-    return _flip((key >> np.uint64(32)).astype(np.uint32)).view(np.float32), key.astype(np.uint32)
+    falling = _flip((key >> np.uint64(32)).astype(np.uint32)).view(np.float32)
+    return _Steps(falling, np.reciprocal(key.astype(np.uint32), dtype=float))
 
 
 def _flip(bits: Array) -> Array:

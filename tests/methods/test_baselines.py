@@ -17,27 +17,9 @@ from anomalib_lite.methods.patches import patch_features
 from anomalib_lite.methods.rad import RAD
 from anomalib_lite.methods.rd4ad import RD4AD
 from anomalib_lite.methods.subspace_ad import SubspaceAD
+from tests.helpers.feature_levels import ChannelLevels
 
 IMAGES, SIDE = 7, 4
-
-
-class Levels(nn.Module):
-    """Stands where the backbone does: levels are parts of the image's channels, the `halved` ones at half the size.
-
-    Class and register tokens are the first pixels of the last row.
-    """
-
-    frozen = True
-
-    def __init__(self, channels: tuple[int, ...] = (3, 2), halved: tuple[int, ...] = (1,), tokens: int = 0):
-        super().__init__()
-        self.channels, self.halved, self.tokens, self.class_token = list(channels), halved, tokens, tokens > 0
-        self.reductions = [2 if i in halved else 1 for i in range(len(channels))]
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        parts = images.split(self.channels, 1)
-        maps = [x[..., ::2, ::2] if i in self.halved else x for i, x in enumerate(parts)]
-        return maps + [x[:, :, -1:, : self.tokens] for x in maps] * bool(self.tokens)
 
 
 CNN, VIT, CLASS = ((3, 2), (1,)), ((5, 5, 5), ()), ((5, 5), (), 2)  # CLASS: with a class token and a register token
@@ -55,7 +37,7 @@ def make_images(kind: Any, seed: int = 0, count: int = IMAGES) -> Tensor:
 def fitted(method: Any, kind: Any, images: Tensor, **options: Any) -> Any:
     """The method, fitted to batches of 3 images."""
     torch.manual_seed(0)
-    model = method(backbone=Levels(*kind), image_size=(SIDE, SIDE), **options)
+    model = method(backbone=ChannelLevels(*kind), image_size=(SIDE, SIDE), **options)
     parts = [images[i : i + 3] for i in range(0, len(images), 3)]
     index = torch.arange(len(images)).split(3)
     batches = [{"image": part, "index": at} for part, at in zip(parts, index, strict=True)]
@@ -80,7 +62,7 @@ def scored(model: Any, images: Tensor, is_train_image: bool = False) -> np.ndarr
 
 def patches_of(kind: Any, images: Tensor) -> np.ndarray:
     """[N·h·w, C] in float64: the mean of a transformer's levels, a CNN's levels beside each other."""
-    levels = Levels(*kind)(images.double())
+    levels = ChannelLevels(*kind)(images.double())
     features = sum(levels) / len(levels) if kind is VIT else patch_features(levels)
     return features.movedim(1, -1).flatten(0, 2).numpy()
 
@@ -122,7 +104,7 @@ def mahalanobis(images: np.ndarray, x: np.ndarray, regularisation: float) -> flo
 
 def embeddings(model: PaDiM, images: Tensor) -> np.ndarray:
     """The chosen channels at every position, [N, h, w, d] in float64; the second level is half as large."""
-    first, second = (level.numpy() for level in Levels(*CNN)(images.double()))
+    first, second = (level.numpy() for level in ChannelLevels(*CNN)(images.double()))
     joined = np.empty((len(images), 5, SIDE, SIDE))
     for y in range(SIDE):
         for x in range(SIDE):
@@ -164,7 +146,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 def literal_rad(kind: Any, train: Tensor, images: Tensor, k: int, r: int, without: bool) -> np.ndarray:
     """Every image, position and neighbour in a loop, with patches of the bank rounded to bf16."""
-    backbone = Levels(*kind)
+    backbone = ChannelLevels(*kind)
     count = len(kind[0])
 
     def parts(image: Tensor) -> tuple[list[Tensor], np.ndarray]:
@@ -227,6 +209,17 @@ def test_rad_refuses_a_bank_that_does_not_fit(monkeypatch):
     assert 2**20 < rad.free_memory(torch.device("cpu")) < 2**50
 
 
+@pytest.mark.parametrize("method", [SubspaceAD, PaDiM, RAD])
+def test_bf16_rounds_no_distance(method):
+    """Under hardware.precision=bf16 the whole test runs in an autocast context: cosines near 1 would be 1."""
+    images = make_images(CNN)
+    model = fitted(method, CNN, images, precision="bf16", **{"dim": 3} if method is PaDiM else {})
+    batch = {"image": images, "index": torch.arange(IMAGES)}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = model.predict_step(batch, 0)["map"]
+    assert torch.equal(found, model.score(batch)["map"])
+
+
 # --- RD4AD ---
 
 
@@ -262,6 +255,7 @@ def test_rd4ad_loss_and_map_are_cosines():
     [
         (SubspaceAD, {"variance": 1}, r"method\.variance=1: give a share above 0"),
         (SubspaceAD, {"folds": 1}, r"method\.folds=1: give 0"),
+        (RAD, {"k": 1.5}, "method.k=1.5: give a whole number from 1"),
         (RAD, {"k": 0}, r"method\.k=0: give a whole number from 1"),
         (PaDiM, {"dim": 6}, r"method\.dim=6: the levels have 5 channels together"),
         (PaDiM, {"dim": 3, "regularisation": 0}, r"method\.regularisation=0: give a number above 0"),

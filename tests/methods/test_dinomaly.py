@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from anomalib_lite.errors import UserError
-from anomalib_lite.methods.dinomaly import Dinomaly, LinearAttention, easy_share, threshold
+from anomalib_lite.methods.dinomaly import Dinomaly, LinearAttention
 from anomalib_lite.methods.inp_former import Extractor, GuidedBlock, INPFormer, coherence
 from anomalib_lite.methods.schedules import warm_up_then_cosine
 from anomalib_lite.methods.scoring import image_scores
@@ -89,11 +89,9 @@ def at_step(model: Any, step: int) -> Any:
 def test_k_and_threshold(step, k):
     """Of a batch of 16 at 28²: p is 0, 0.45, 0.9 and stays; int(n(1 − p)) of 12,544."""
     distances = torch.rand(16, 784, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    p = min(0.9 * step / 1000, 0.9)
-    assert easy_share(step, 0.9, 1000) == pytest.approx(p)
-    assert int(12544 * (1 - p)) == k
     ranked = sorted(distances.flatten().tolist(), reverse=True)
-    assert float(threshold(distances, easy_share(step, 0.9, 1000))) == ranked[k - 1]
+    factors = at_step(dinomaly(), step).gradient_scale(distances)
+    assert torch.equal(factors == 0.1, distances < ranked[k - 1])
 
 
 def unscaled_gradient(target: torch.Tensor, found: torch.Tensor, groups: int) -> torch.Tensor:
@@ -134,6 +132,12 @@ def test_gradient_scaling_against_brute_force(kind):
     loss.backward()
     for a, b in zip(sorted(seen, key=float_of), sorted(wanted, key=float_of), strict=True):
         torch.testing.assert_close(a, b.detach(), atol=1e-12, rtol=1e-9)
+
+
+def test_a_power_that_is_no_whole_number():
+    """A distance that rounding makes slightly negative has no such power."""
+    factors = inp_former(power=2.5).gradient_scale(torch.tensor([[-2e-7, 0.1, 0.3]]))
+    torch.testing.assert_close(factors, (torch.tensor([[0, 0.1, 0.3]]) / (0.4 / 3)) ** 2.5)
 
 
 def float_of(x: torch.Tensor) -> float:

@@ -6,26 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.moments import descent_time
 from anomalib_lite.methods.norm_occ import NormOCC, NormOCCClosedForm, descent
 from anomalib_lite.methods.patches import patch_features, projection
+from tests.helpers.feature_levels import ChannelLevels
+from tests.methods.test_rlr import literal_pool
 
 IMAGES, CHANNELS, SIDE = 12, (3, 2), 4
-
-
-class Levels(nn.Module):
-    """Stands where the backbone does: gives the two feature maps that the image's channels hold."""
-
-    def __init__(self):
-        super().__init__()
-        self.channels = list(CHANNELS)
-
-    def forward(self, images):
-        first, second = images.split(CHANNELS, 1)
-        return [first, second[..., ::2, ::2]]
 
 
 def make_images(seed=0):
@@ -44,7 +33,7 @@ def batches(images, size):
 
 def fitted(method, images, size=5, **options: Any):
     torch.manual_seed(0)
-    model = method(backbone=Levels(), **options)
+    model = method(backbone=ChannelLevels(), **options)
     data = SimpleNamespace(fit_dataloader=lambda: batches(images, size))
     model.trainer = SimpleNamespace(datamodule=data, strategy=SimpleNamespace(lightning_module=model))
     model.transfer_batch_to_device = lambda batch, device, index: batch
@@ -54,7 +43,7 @@ def fitted(method, images, size=5, **options: Any):
 
 def patches(images):
     """φ of every position in float64, [N, C]."""
-    features = patch_features(Levels()(images.double()))
+    features = patch_features(ChannelLevels()(images.double()))
     return features.movedim(1, -1).reshape(-1, sum(CHANNELS)).numpy()
 
 
@@ -62,16 +51,6 @@ def maps_of(model, images):
     with torch.no_grad():
         batch = {"image": images, "path": [f"x{i}" for i in range(len(images))]}
         return model.anomaly_map(batch).double().numpy()
-
-
-def literal_pool(level):
-    """3×3 average with zeros outside, counted."""
-    n, c, h, w = level.shape
-    padded = np.zeros((n, c, h + 2, w + 2))
-    padded[..., 1:-1, 1:-1] = level
-    return np.stack(
-        [[padded[..., y : y + 3, x : x + 3].mean((2, 3)) for x in range(w)] for y in range(h)], 0
-    ).transpose(2, 3, 0, 1)
 
 
 def literal_resize(level, height, width):
@@ -93,7 +72,7 @@ def literal_resize(level, height, width):
 def test_patch_features_literally():
     rng = np.random.default_rng(0)
     levels = [rng.normal(size=shape) for shape in ((2, 3, 8, 6), (2, 5, 4, 3), (2, 2, 3, 5))]
-    pooled = [literal_pool(level) for level in levels]
+    pooled = [np.stack([literal_pool(image) for image in level]) for level in levels]
     expected = np.concatenate([pooled[0], *(literal_resize(x, 8, 6) for x in pooled[1:])], 1)
     found = patch_features([torch.from_numpy(x) for x in levels]).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-12)
@@ -158,7 +137,7 @@ def test_a_global_feature_is_the_mean_of_each_level(method):
     model = fitted(method, images, norm=0.3, global_feature=True, precision="32")
 
     def phi(images):
-        return np.concatenate([level.double().numpy().mean((2, 3)) for level in Levels()(images)], 1)
+        return np.concatenate([level.double().numpy().mean((2, 3)) for level in ChannelLevels()(images)], 1)
 
     s, mu = moments(phi(images))
     values, axes = np.linalg.eigh(s)
@@ -193,7 +172,7 @@ def test_the_point_target_is_a_seeded_direction():
     assert torch.equal(same.direction, again.direction)
     assert float(same.direction.norm()) == pytest.approx(1, rel=1e-6)
     assert torch.equal(same.radius, again.radius)
-    assert not torch.equal(same.direction, NormOCC(backbone=Levels()).direction)
+    assert not torch.equal(same.direction, NormOCC(backbone=ChannelLevels()).direction)
 
 
 def test_the_radius_is_kept_once_it_is_known():
@@ -262,6 +241,14 @@ def test_zero_collapses_and_a_norm_does_not():
             optimizer.step()
         left[target] = maps_of(model, make_images(1)).mean()
     assert left["zero"] < 1e-3 * left["point"]
+
+
+def test_a_collapsed_projection_has_a_gradient():
+    """Squares of numbers below 1e-23 are 0 in float32, and a square root has no gradient there."""
+    model = fitted(NormOCC, make_images(), target="zero", squared=False, precision="32")
+    model.project.weight.data.mul_(1e-30)
+    model.loss(next(batches(make_images(), IMAGES))).backward()
+    assert model.project.weight.grad.isfinite().all()
 
 
 def moments(phi):
@@ -424,4 +411,4 @@ def test_a_distance_that_is_not_squared_is_learned_with_the_default_rate(target)
 )
 def test_options_that_mean_nothing(method, options, message):
     with pytest.raises(UserError, match=message):
-        method(backbone=Levels(), **options)
+        method(backbone=ChannelLevels(), **options)

@@ -205,6 +205,15 @@ def test_mining_cuts_gradients_where_it_should_and_nothing_else():
     assert torch.equal(cosine_loss(t, r, None), cosine_loss(t, r, 0.3))
 
 
+def test_a_reconstruction_of_zeros_has_a_finite_gradient():
+    """As of a decoder whose last ReLU has died; the root of its norm has none."""
+    zeros = torch.zeros(1, 2, 3, 4, 4, requires_grad=True)
+    loss = cosine_loss(torch.randn(1, 2, 3, 4, 4), zeros, 0.3).sum()
+    loss.backward()
+    assert loss == 1
+    assert torch.isfinite(zeros.grad).all()  # type: ignore[arg-type]
+
+
 def test_alpha():
     model = make()  # 100 batches, warm-up 10 %
     assert [model.alpha(step) for step in (0, 5, 10, 11, 99)] == pytest.approx([-3, -1, 1, 1, 1])

@@ -14,9 +14,7 @@ from anomalib_lite.methods import attention
 from anomalib_lite.methods.attention import Attention, LocalWindow
 from anomalib_lite.methods.rlr import RLR, Layer, Level, error
 from anomalib_lite.methods.transformer import jitter, largest_window, near, sine_positions
-from tests.helpers import run_programs as runs
 from tests.helpers.feature_levels import Levels, batch
-from tests.helpers.image_trees import make_mvtec
 
 CHANNELS = (6, 10)
 
@@ -472,44 +470,6 @@ def test_learns_to_reconstruct_normal_features_and_not_others():
     with torch.no_grad():
         normal, odd = (float(rlr.anomaly_map(x).mean()) for x in (images(8, 0.3), other))
     assert odd > 3 * normal
-
-
-# --- runs ---
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    make_mvtec(root, "bottle", train=4, good=2, defects={"broken": 2})
-    make_mvtec(root, "wood", train=3, good=2, defects={"scratch": 2})
-    return root
-
-
-@pytest.fixture(scope="module")
-def arguments(root):
-    return [
-        "method=rlr", *runs.folder_data(root, "[bottle,wood]"), "backbone=resnet18", "backbone.layers=[1,2]",
-        "backbone.name=test_resnet.r160_in1k",
-        "data.image_size=48", "method.windows=[5,3]", "method.dims=[16,16]", "method.heads=2", "method.layers=2",
-        "trainer.max_epochs=2", "trainer.log_every=1", "trainer.checkpoint_minutes=0",
-    ]  # fmt: skip
-
-
-def test_a_unified_run(arguments, tmp_path):
-    result = runs.result_of(*arguments, run_dir=tmp_path / "whole")
-    assert result["timing"]["steps"] == 4  # 7 images in batches of 4, two epochs
-    assert result["setting"] == "unified"
-    assert set(result["per_category"]) == {"bottle", "wood"}
-    assert result["protocol"]["scoring"]["image_smooth"] == 4
-    assert result["protocol"]["scoring"]["pixel_smooth"] is None
-    assert result["protocol"]["data"]["transform"][0]["filter"] == "lanczos"
-
-
-def test_the_published_configuration_composes(root):
-    outcome = runs.train("method=rlr", *runs.folder_data(root), "--cfg", "job", small=False)
-    assert outcome.code == 0, outcome.err
-    for line in ("tf_efficientnet_b6.aa_in1k", "resample: lanczos", "max_epochs: 200", "lr: 0.0001", "batch_size: 4"):
-        assert line in outcome.out
 
 
 def test_fused_adam_is_adam():

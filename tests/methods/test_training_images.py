@@ -66,17 +66,6 @@ def test_a_resumed_run_computes_features_with_its_backbone(cache, root, tmp_path
     assert_same_run(tmp_path / "resumed", tmp_path / "whole")
 
 
-def test_fixed_token_grids_refuse_crops_of_another_size(root, tmp_path):
-    from tests.helpers import run_programs as runs
-
-    options = [*runs.method("uniad"), *folder_data(root), *CHANGES["crops"], f"hydra.run.dir={tmp_path / 'run'}"]
-    outcome = runs.train(*options)
-    assert outcome.code == 2
-    assert "data.texture_size" in outcome.err
-    assert outcome.err.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_method_of_ones_own_may_look_at_images(root, tmp_path, monkeypatch):
     """frozen_features = True alone gives `image` beside the stored features, as the README's example has it."""
     (tmp_path / "conf" / "method").mkdir(parents=True)

@@ -65,12 +65,12 @@ def test_gaps_are_given_back_while_images_are_added(limit, tmp_path, monkeypatch
     trimmed: list[int] = []
     store = ImageStore(np.float32, tmp_path, limit)
     monkeypatch.setattr(image_store, "_TRIMMED", 3000)
-    monkeypatch.setattr(image_store, "trim", lambda: trimmed.append(store.used))
+    monkeypatch.setattr(image_store, "return_freed_memory", lambda: trimmed.append(store.used))
     for _ in range(40):
         store.add(np.zeros((2, 10, 10), np.float32))
     assert [used // 3000 for used in trimmed] == list(range(1, 11))
     monkeypatch.undo()
-    image_store.trim()
+    image_store.return_freed_memory()
 
 
 def test_metrics_of_maps_in_a_file(tmp_path, monkeypatch):
