@@ -72,9 +72,8 @@ def remove_empty_folders() -> Iterator[None]:
     except BaseException:
         for folder in _new_folders:
             with contextlib.suppress(OSError):  # also: not empty
-                if all(each.name == SWEEP_RECORD or each.suffix == ".lock" for each in folder.iterdir()):
-                    for each in folder.iterdir():
-                        each.unlink()
+                if [each.name for each in folder.iterdir()] == [SWEEP_RECORD]:
+                    (folder / SWEEP_RECORD).unlink()
                 folder.rmdir()
         raise
 

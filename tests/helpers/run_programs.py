@@ -151,6 +151,28 @@ def restored() -> Iterator[None]:
         Singleton._instances.pop(HydraConfig, None)
 
 
+HOLD = """import pathlib, sys
+from anomalib_lite.runs.claim import claimed
+with claimed(pathlib.Path(sys.argv[1]), "x", sys.argv[2]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def holding(folder: Path, name: str = ".running") -> Iterator[subprocess.Popen[str]]:
+    """A process that has claimed the folder, which is made if it does not exist."""
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", HOLD, str(folder), name]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
+        try:
+            yield holder
+        finally:
+            holder.kill()
+
+
 def python(*arguments: str | Path, cwd: Path | None = None, timeout: float = 120, **environment: str) -> Outcome:
     """`python ARGUMENTS` as a process of its own, with the checkout's package wherever it runs."""
     done = subprocess.run(

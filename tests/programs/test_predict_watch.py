@@ -5,8 +5,6 @@ import csv
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +16,7 @@ from anomalib_lite.errors import UserError
 from anomalib_lite.runs import watching
 from anomalib_lite.runs.prediction_table import GrowingTable, Prediction
 from tests.helpers.image_trees import save_image
-from tests.helpers.run_programs import ROOT, Outcome, predict
+from tests.helpers.run_programs import Outcome, holding, predict
 
 
 @pytest.fixture(autouse=True)
@@ -175,10 +173,6 @@ def test_refused(place, trained, tmp_path):
         assert re.search(message, outcome.err), outcome.err
 
 
-HOLD = "import sys, time; from pathlib import Path; from anomalib_lite.runs.claim import claimed\n"
-HOLD += "with claimed(Path(sys.argv[1]), 'output'): print('held', flush=True); time.sleep(60)"
-
-
 def test_a_table_is_never_lost(tmp_path):
     """What is no table of ours is refused and stays; half a first row is nothing yet; other line ends are read."""
     file = tmp_path / "scores.csv"
@@ -207,16 +201,7 @@ def test_a_table_is_never_lost(tmp_path):
 
 
 def test_one_watch_at_a_time(place, tmp_path):
-    (tmp_path / "out").mkdir()
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, tmp_path / "out"], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
+    with holding(tmp_path / "out") as holder:
         outcome = predict(*place, "watch=true")
-    finally:
-        holder.kill()
-        holder.wait()
     assert outcome.code == 2
     assert re.search(rf"out: process {holder.pid} on .* works in this folder", outcome.err)
