@@ -24,8 +24,8 @@ from anomalib_lite.data.cores import cores, threads
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import write_text
 from anomalib_lite.runs.claim import claimed
-from anomalib_lite.runs.early_checks import check_inputs
 from anomalib_lite.runs.folder import is_run
+from anomalib_lite.runs.inputs import check_inputs
 from anomalib_lite.sweeps.forks import ForkedJobs
 from anomalib_lite.sweeps.job import Job, as_typed, check_whole, key_of, without_value
 from anomalib_lite.sweeps.view import View, print_end, print_interrupted
