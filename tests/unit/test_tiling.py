@@ -56,20 +56,10 @@ def test_tiles_cover_every_pixel(size, overlap):
         assert len(starts) == 1 + np.ceil((length - 32) / (32 - overlap))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"size": 32, "overlap": 32}, r"data.tiling.overlap=32: give a number from 0, below the tile's 32"),
-        ({"size": [64, 32], "overlap": 40}, r"data.tiling.overlap=40: give a number from 0, below the tile's 32"),
-        (
-            {"size": 64, "image_size": [80, 48]},
-            r"data.tiling.image_size: 80×48 pixels are smaller than a tile of 64×64.*",
-        ),
-    ],
-)
-def test_impossible_tiles(options, message):
-    with pytest.raises(UserError, match=f"^{message}$"):
-        Tiling(**options)
+def test_images_below_the_size_of_a_tile():
+    message = "^data.tiling.image_size: 80×48 pixels are smaller than a tile of 64×64"
+    with pytest.raises(UserError, match=message):
+        Tiling(size=64, image_size=[80, 48])
 
 
 # --- blending ---
