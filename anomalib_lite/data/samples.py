@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from anomalib_lite.data.image_files import read_header, read_values, to_uint8
-from anomalib_lite.data.masks import read_mask
-from anomalib_lite.data.saturation import Saturation
+from anomalib_lite.data.masks import Saturation, read_mask
 
 
 @dataclass(frozen=True)

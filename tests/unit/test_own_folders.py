@@ -160,7 +160,7 @@ def test_faulty_folders(phone):
         ("", "a.png,c,good,train,a.png", "a normal image with a mask"),
         ("", "a.png,c,crack,train,", "no normal training images of 'c'"),
         ("", "a.png,c,good,train", "line 2: 5 fields are needed"),
-        ("", "a.png,c,good,train,\na.png,c,bad,test,", "line 3: a.png is in line 2 already"),
+        ("", "a.png,c,good,train,\na.png,c,bad,test,", "line 3: .*a.png is in .* line 2 already"),
         ("", "../x.png,c,good,train,", "missing|leads out"),
     ],
 )
@@ -180,4 +180,4 @@ def test_table_labels_and_notes(tmp_path):
     assert picked(data.train) == [("0.png", "good", 0, None)]
     assert picked(data.test) == [("2.png", "good", 0, None), ("3.png", "1", 1, None)]
     assert data.notes[0] == "list.csv: 1 defective training images left out"
-    assert data.notes[1] == "list.csv: columns that are not used: camera"
+    assert data.notes[-1] == "list.csv: columns that are not used: camera"

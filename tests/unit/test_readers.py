@@ -256,7 +256,7 @@ def test_faulty_masks(tmp_path):
     expect(r"broken/stray_mask.png: a mask for no image", read_folder, tmp_path, "all")
     (masks / "stray_mask.png").unlink()
     save_mask(folder / "ground_truth" / "torn" / "000_mask.png")
-    expect(r"torn/000_mask.png: a mask for no image \(.*test/torn is missing\)", read_folder, tmp_path, "all")
+    expect(r"torn/000_mask.png: a mask for no image", read_folder, tmp_path, "all")
     shutil.rmtree(folder / "ground_truth" / "torn")
     save_image(folder / "test" / "broken" / "001.jpg")
     expect(r"001_mask.png: one mask for 001.jpg and 001.png", read_folder, tmp_path, "all")
@@ -334,13 +334,13 @@ def test_faulty_visa(tmp_path):
         "candle,train,normal,candle/Data/Images/Normal/0000",
         "candel,train,normal,candle/Data/Images/Normal/0000",
     )
-    broken(r"1cls.csv line 3: .*0000.JPG is in line 2 already; remove", "Normal/0001.JPG", "Normal/0000.JPG")
+    broken(r"1cls.csv line 3: .*0000.JPG is in .* line 2 already; remove", "Normal/0001.JPG", "Normal/0000.JPG")
     broken(r"1cls.csv line 2: a normal image with a mask", "Normal/0000.JPG,", "Normal/0000.JPG,x.png")
     broken(r"1cls.csv line 5: .*leads out of the root", "candle/Data/Images/Normal/0003.JPG", "../x.JPG")
     table.write_bytes(b"object,split\xff\xfe")
     expect("1cls.csv: not a CSV in UTF-8", read_visa, tmp_path, "candle")
     table.write_text("object,split,label,image,mask\n")
-    expect("1cls.csv: no training images of 'candle'", read_visa, tmp_path, "candle")
+    expect("1cls.csv: no normal training images of 'candle'", read_visa, tmp_path, "candle")
 
 
 # --- files ---
