@@ -61,12 +61,7 @@ def thresholds_of(run: Path, category: str | None, quantile: float | None) -> di
     if quantile is not None:
         if isinstance(quantile, bool) or not isinstance(quantile, int | float) or not 0 < quantile <= 1:
             raise UserError(f"quantile={quantile}: give a share above 0 and at most 1")
-        try:
-            with np.load(run / folder.MAPS, allow_pickle=False) as file:
-                normal = {column: file[key] for column, key in NORMAL_KEYS.items()}
-        except Exception as error:  # of a damaged archive: BadZipFile, zlib.error, KeyError, ...
-            raise UserError(f"{run / folder.MAPS}: not readable, so quantile= can't be changed ({error})") from error
-        stored = thresholds(normal, quantile)
+        stored = thresholds(read_normal(run), quantile)
     chosen = {"category": category or names[0], "quantile": stored["quantile"]}
     return chosen | stored["per_category"][category or names[0]]
 
@@ -97,6 +92,18 @@ def write_maps(
     stored = {"maps": maps.astype(np.float16), "scale": scale, "paths": outputs["paths"], **curves}
     with replacing(run / folder.MAPS) as part:
         np.savez_compressed(part, **stored, **{key: normal[column] for column, key in NORMAL_KEYS.items()})  # type: ignore[arg-type]
+
+
+def read_normal(run: Path) -> dict[str, np.ndarray]:
+    """The columns of the normal training images in maps.npz. Raise UserError if the file is damaged or lacks them."""
+    try:
+        stored = read_maps(run, NORMAL_KEYS.values())
+        return {column: stored[key] for column, key in NORMAL_KEYS.items()}
+    except (UserError, KeyError) as error:
+        raise UserError(
+            f"{error}: thresholds for another quantile or test set need the scores of normal images in "
+            f"{run / folder.MAPS}; leave quantile= or data.root= out"
+        ) from error
 
 
 # what a comparison reads

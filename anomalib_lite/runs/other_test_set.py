@@ -40,10 +40,7 @@ def read(cfg: dict[str, Any], stored: dict[str, Any]) -> tuple[AnomalyDataModule
 
 def normal_outputs(run: Path) -> dict[int, dict[str, Any]]:
     """What `Evaluation.gather` gives of the run's normal training images, as its maps.npz has them."""
-    stored = artifacts.read_maps(run, artifacts.NORMAL_KEYS.values())
-    columns = {column: stored[key] for column, key in artifacts.NORMAL_KEYS.items() if key in stored}
-    if len(columns) < len(artifacts.NORMAL_KEYS):
-        raise UserError(f"{run}: its maps.npz lacks the scores of normal images; evaluate the run's own data first")
+    columns = artifacts.read_normal(run)
     return {NORMAL: columns | {"labels": np.zeros(len(columns["scores"]), np.int64)}}
 
 

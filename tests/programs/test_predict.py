@@ -478,8 +478,8 @@ RUNS = {
         "last.ckpt: damaged, or not a checkpoint of NormOCC",
     ),
     "damaged configuration": (halve("checkpoints/config.json"), "config.json: damaged"),
-    "damaged maps": (halve("maps.npz"), "maps.npz: not readable, so quantile= can't be changed"),
-    "no maps": (drop("maps.npz"), "maps.npz: not readable, so quantile= can't be changed"),
+    "damaged maps": (halve("maps.npz"), "maps.npz: not readable .*; leave quantile= or data.root= out"),
+    "no maps": (drop("maps.npz"), "maps.npz: not readable .*; leave quantile= or data.root= out"),
 }
 
 
