@@ -124,7 +124,7 @@ def from_file(
         raise UserError(f"split.head={head}: give a number of classes from 1 to {len(names) - 1}, or null for half")
     notes = [f"{name}: a single training image ({lines[name]})" for name, number in counts.items() if number == 1]
     if others:
-        first = f"line {others[0].line}: {others[0].path}"
+        first = f"{others[0].where}: {others[0].path}"
         notes.append(f"{file.name}: {len(others)} entries are of classes that this run does not have (first: {first})")
     if defects := sum(s.label for s in train):
         notes.append(f"{file.name}: {defects} of {len(train)} training images are defective (split.anomalous=true)")
