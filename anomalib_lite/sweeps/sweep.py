@@ -27,7 +27,7 @@ from anomalib_lite.runs.claim import claimed
 from anomalib_lite.runs.folder import is_run
 from anomalib_lite.runs.inputs import check_inputs
 from anomalib_lite.sweeps.forks import ForkedJobs
-from anomalib_lite.sweeps.job import Job, as_typed, check_whole, key_of, without_value
+from anomalib_lite.sweeps.job import Job, as_typed, check_known, check_whole, key_of, without_value
 from anomalib_lite.sweeps.view import View, print_end, print_interrupted
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class Sweep:
     launcher = "processes"
 
     def __init__(self, options: dict[str, Any], config: Any, loader: Any):
+        check_known("launcher", self.launcher, options)
         for name in LOWEST.keys() & options.keys():
             check_whole(f"hydra.launcher.{name}", options[name], LOWEST[name], optional=True)
         self.options, self.config, self.loader = options, config, loader

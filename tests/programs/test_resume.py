@@ -320,6 +320,16 @@ def test_resume_alone(arguments, undisturbed, tmp_path):
     assert json.loads((run / "checkpoints" / "config.json").read_text())["names"]["method"] == "noisy"
 
 
+def test_the_stored_command_line_is_read_in_any_locale(tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "overrides.yaml").write_text("- data.root=/Böses\n", encoding="utf-8")
+    code = "import sys; from pathlib import Path; from anomalib_lite.runs import folder\n"
+    code += "print(ascii(folder._stored_overrides(Path(sys.argv[1]))))"
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    outcome = runs.python("-c", code, tmp_path, cwd=runs.ROOT, **plain)
+    assert outcome.out == "['data.root=/B\\xf6ses']\n", outcome.err
+
+
 @pytest.mark.parametrize("more", [(), ("data.workers=0", "hardware=cpu")])
 def test_resume_alone_in_a_folder_without_a_run(more, tmp_path):
     outcome = runs.train("resume=true", f"hydra.run.dir={tmp_path / 'runs' / 'mistyped'}", *more, small=False)

@@ -282,6 +282,7 @@ def test_interrupted_beside_another(home, undisturbed, tmp_path, number):
     ("argument", "message"),
     [
         ("hydra.launcher.job=2", "hydra.launcher.job: no such option; did you mean hydra.launcher.jobs"),
+        ("+hydra.launcher.job=2", "hydra.launcher.job: no such option of processes; see --cfg hydra"),
         ("hydra.launcher.jobs=0", "hydra.launcher.jobs=0: give a whole number from 1"),
         ("hydra.launcher.jobs=many", "jobs.*many"),
         ("hydra.launcher.threads=0", "hydra.launcher.threads=0: give a whole number from 1"),
