@@ -1,11 +1,13 @@
 """Runs of the programs inside the test's own process, where torch is already imported: a run takes a second or less."""
 
 import contextlib
+import csv
 import io
 import json
 import logging
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -77,6 +79,26 @@ def result_of(*arguments: str | Path, run_dir: Path) -> dict[str, Any]:
     outcome = train(*arguments, f"hydra.run.dir={run_dir}")
     assert outcome.code == 0, outcome.err
     return json.loads((run_dir / "result.json").read_text())
+
+
+def assert_refused(outcome: Outcome, pattern: str) -> None:
+    """The program has printed one line, which matches, and ended with exit code 2."""
+    assert outcome.code == 2, outcome
+    assert re.fullmatch(r"error: [^\n]+\n", outcome.err), outcome
+    assert re.search(pattern, outcome.err), outcome.err
+    assert "Traceback" not in outcome.out
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with file.open(newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+def scores_of(folder: Path, below: str = "") -> dict[str, float]:
+    """The scores in scores.csv by their images' paths; of each path the part behind `below`."""
+    rows = rows_of(folder / "scores.csv")
+    return {row["path"].rpartition(below)[2] if below else row["path"]: float(row["score"]) for row in rows}
 
 
 def build(cfg: dict[str, Any]) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from anomalib_lite.cli import schema, values
 from anomalib_lite.cli.annotations import check_types
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import HOME
+from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec, make_visa, save_image, save_mask
 from tests.helpers.run_programs import Outcome, evaluate, folder_data, result_of, train
 
@@ -47,11 +48,8 @@ def weights(tmp_path_factory) -> Path:
 
 
 def assert_one_line(outcome: Outcome, pattern: str) -> None:
-    assert outcome.code == 2, (outcome.code, outcome.out, outcome.err)
-    assert re.fullmatch(r"error: [^\n]+\n", outcome.err), outcome.err
-    assert "Traceback" not in outcome.out
+    runs.assert_refused(outcome, pattern)
     assert "Error getting" not in outcome.out  # Hydra's block about a wrong _target_
-    assert re.search(pattern, outcome.err), outcome.err
 
 
 def assert_refused(pattern: str, *arguments: str | Path, run_dir: Path, small: bool = True) -> None:

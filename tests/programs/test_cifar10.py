@@ -1,6 +1,5 @@
 """CIFAR-10 with one class against nine: the reader in both layouts, and runs with a global feature."""
 
-import csv
 import functools
 import shutil
 
@@ -40,11 +39,6 @@ def refused(message, root, category="cat"):
     with pytest.raises(UserError, match=message) as error:
         read_cifar10(root, category)
     assert "\n" not in str(error.value)
-
-
-def scores_of(run):
-    with (run / "scores.csv").open(newline="") as file:
-        return {row["path"]: float(row["score"]) for row in csv.DictReader(file)}
 
 
 def assert_one_against_nine(data, name="cat"):
@@ -155,7 +149,7 @@ def test_image_level_run(method, batches, tmp_path):
     assert any("its map is constant" in note for note in result["notes"])
     assert result["cache"]["gb"] < 1e-3
     runs.result_of(*given, "cache.enabled=false", run_dir=tmp_path / "uncached")
-    scores = {name: scores_of(tmp_path / name) for name in ("run", "uncached")}
+    scores = {name: runs.scores_of(tmp_path / name) for name in ("run", "uncached")}
     assert scores["run"] == pytest.approx(scores["uncached"], rel=1e-5)
     maps = np.load(tmp_path / "run" / "maps.npz")["maps"].astype(float)
     assert np.ptp(maps, axis=(1, 2)) == pytest.approx(np.zeros(len(maps)), abs=2e-3)
@@ -165,7 +159,7 @@ def test_image_level_run(method, batches, tmp_path):
     folder = unpacked_root() / "test" / "truck"
     outcome = runs.predict(f"run={tmp_path / 'run'}", f"input={folder}", f"output={tmp_path / 'out'}")
     assert outcome.code == 0, outcome.err
-    predicted = scores_of(tmp_path / "out")
+    predicted = runs.scores_of(tmp_path / "out")
     assert predicted == pytest.approx({file: scores["run"][f"test/truck/{file}"] for file in predicted}, rel=1e-4)
     assert len(predicted) == TEST
     assert Image.open(next((tmp_path / "out" / "heatmaps").iterdir())).size == (32, 32)

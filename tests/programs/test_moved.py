@@ -1,10 +1,8 @@
 """Runs whose files lie elsewhere now, runs on another test set, and resume=true in a folder without a run."""
 
-import csv
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -15,6 +13,7 @@ from anomalib_lite.runs.folder import stored_config
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.interrupt import interrupted_after
+from tests.helpers.run_programs import assert_refused, scores_of
 from tests.helpers.written_runs import compare
 
 BACKBONE = "test_resnet.r160_in1k"  # the smallest one
@@ -41,16 +40,6 @@ def options(root: Path, files: Path) -> list[str]:
     return [*runs.folder_data(root), *backbone, "split=file", f"split.path={files / 'list.txt'}"]
 
 
-def scores_of(run: Path) -> list[list[str]]:
-    with (run / "scores.csv").open(newline="") as file:
-        return list(csv.reader(file))
-
-
-def assert_refused(outcome: Any, message: str) -> None:
-    assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
-    assert message in outcome.err
-
-
 @pytest.fixture
 def moved(root, files, tmp_path):
     """A finished run, and the folder where its files lie now."""
@@ -61,7 +50,7 @@ def moved(root, files, tmp_path):
 def test_evaluate_with_moved_files(moved, tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
     again = (f"run={run}", f"output={out}")
-    assert_refused(runs.evaluate(*again), "list.txt: no such file; give its place with split.path=FILE")
+    assert_refused(runs.evaluate(*again), "list.txt: No such file or directory; give the file of the split")
     listed = f"split.path={moved / 'list.txt'}"
     wrong = tmp_path / "wrong"
     wrong.write_text("bottle/train/good/000.png\n")
@@ -145,8 +134,8 @@ def test_another_test_set(below, trained, other, tmp_path):
     assert any(note.startswith("another test set than the run's") for note in result["notes"])
     predicted = tmp_path / "predicted"
     assert runs.predict(f"run={trained}", f"input={other / 'bottle' / 'test'}", f"output={predicted}").code == 0
-    ours = {Path(row[0]).parts[-2:]: float(row[4]) for row in scores_of(out)[1:]}
-    theirs = {Path(row[0]).parts[-2:]: float(row[1]) for row in scores_of(predicted)[1:]}
+    ours = {Path(path).parts[-2:]: score for path, score in scores_of(out).items()}
+    theirs = {Path(path).parts[-2:]: score for path, score in scores_of(predicted).items()}
     assert ours == pytest.approx(theirs, rel=1e-5)
     table = compare(trained, out)
     assert table.code == 0, table.err

@@ -1,6 +1,5 @@
 """Prediction from a run's folder alone: any image, damaged ones named, thresholds, and what a user gets wrong."""
 
-import csv
 import json
 import re
 import resource
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 
 from tests.helpers.image_trees import make_mvtec, save_image
-from tests.helpers.run_programs import Outcome, folder_data, predict, python, result_of
+from tests.helpers.run_programs import assert_refused, folder_data, predict, python, result_of, rows_of, scores_of
 
 SMALL = ("data.image_size=64", "trainer.max_epochs=1")
 
@@ -75,15 +74,6 @@ def photographs(tmp_path_factory) -> Path:
     (folder / "notes.txt").write_text("not an image: a note counts it")
     save_image(folder / ".hidden" / "000.png")
     return folder
-
-
-def rows_of(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="") as lines:
-        return list(csv.DictReader(lines))
-
-
-def scores_of(folder: Path) -> dict[str, float]:
-    return {row["path"]: float(row["score"]) for row in rows_of(folder / "scores.csv")}
 
 
 def predicted(run: Path, source: Path, output: Path, *more: str) -> dict[str, float]:
@@ -380,13 +370,6 @@ def test_own_method(root, tmp_path, monkeypatch, caplog):
 
 
 # --- bad input ---
-
-
-def assert_refused(outcome: Outcome, pattern: str) -> None:
-    """One line that matches, exit code 2."""
-    assert outcome.code == 2, (outcome.code, outcome.out, outcome.err)
-    assert re.fullmatch(r"error: [^\n]+\n", outcome.err), outcome.err
-    assert re.search(pattern, outcome.err), outcome.err
 
 
 OPTIONS = {

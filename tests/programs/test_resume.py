@@ -325,8 +325,8 @@ def test_the_stored_command_line_is_read_in_any_locale(tmp_path):
     (tmp_path / ".hydra" / "overrides.yaml").write_text("- data.root=/Böses\n", encoding="utf-8")
     code = "import sys; from pathlib import Path; from anomalib_lite.runs import folder\n"
     code += "print(ascii(folder._stored_overrides(Path(sys.argv[1]))))"
-    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    outcome = runs.python("-c", code, tmp_path, cwd=runs.ROOT, **plain)
+    plain = {"cwd": runs.ROOT, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    outcome = runs.python("-c", code, tmp_path, **plain)  # type: ignore[arg-type]
     assert outcome.out == "['data.root=/B\\xf6ses']\n", outcome.err
 
 

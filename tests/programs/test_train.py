@@ -1,6 +1,5 @@
 """Runs from the command line to the folder that they leave, for every method of conf/method."""
 
-import csv
 import json
 import re
 from collections import Counter
@@ -22,6 +21,7 @@ from anomalib_lite.runs.folder import read_run
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.interrupt import assert_same_run, interrupted_after
+from tests.helpers.run_programs import rows_of
 from tests.helpers.written_runs import compare
 
 METHODS = sorted(file.stem for file in (runs.ROOT / "conf" / "method").glob("*.yaml"))
@@ -107,11 +107,6 @@ def trained(root, tmp_path_factory):
 
 def files_of(run: Path) -> set[str]:
     return {file.relative_to(run).as_posix() for file in run.rglob("*") if file.is_file()}
-
-
-def rows_of(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="") as lines:
-        return list(csv.DictReader(lines))
 
 
 def weights_of(run: Path) -> dict[str, Any]:
@@ -459,10 +454,7 @@ def test_evaluate_refuses_what_training_depends_on(trained, tmp_path):
         ("scoring.blur=3", "scoring.blur: the run's configuration has no such key"),
         ("scoring.image_score=best", "scoring.image_score=best: give max"),
     ):
-        outcome = runs.evaluate(f"run={trained}", f"output={tmp_path / 'again'}", option)
-        assert outcome.code == 2
-        assert message in outcome.err
-        assert outcome.err.count("\n") == 1
+        runs.assert_refused(runs.evaluate(f"run={trained}", f"output={tmp_path / 'again'}", option), message)
     assert not (tmp_path / "again").exists()
 
 
