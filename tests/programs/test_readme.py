@@ -144,10 +144,13 @@ def test_the_method_of_the_readme_trains(own_folder):
     command = block("sh", f"{PREFIX}train --config-dir").strip()
     small = ["hardware=cpu", "data.image_size=64", "trainer.max_steps=3", "logger=csv"]
     outcome = program(command, "data=folder", "data.root=data", *small, "hydra.run.dir=run")
-    assert outcome.code == 0, outcome.err
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "mine on folder" in outcome.out
     result = json.loads((own_folder / "run" / "result.json").read_text())
     assert result["method"] == "mine"
     assert result["timing"]["steps"] == 3
+    assert runs.evaluate("run=run", "output=again").code == 0
+    assert json.loads((own_folder / "again" / "result.json").read_text())["metrics"] == result["metrics"]
 
 
 def test_python_that_scores_arrays(folder, monkeypatch, capsys):
