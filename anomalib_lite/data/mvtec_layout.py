@@ -12,7 +12,7 @@ from typing import NamedTuple
 from anomalib_lite.data.image_files import IMAGE_SUFFIXES
 from anomalib_lite.data.image_folders import check_readable, holds_images, listing, means_normal
 from anomalib_lite.data.masks import read_saturations
-from anomalib_lite.data.reader_notes import missing_notes, unused_notes
+from anomalib_lite.data.reader_notes import missing_notes, passed_notes, unused_notes
 from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import readable
@@ -105,14 +105,13 @@ def read_folders(base: Path, folders: Mapping[str, Path], train: bool = True, la
     Raises UserError for an image in the wrong place or of a kind that can't be read, for a folder whose name means
     normal images to a person, and for images and masks that are not one to one.
     """
-    data, unused = DataSet(base, [], []), []
+    data, unused = DataSet(base, [], []), list[str]()
     for category, folder in folders.items():
         passed: list[Path] = []
         _check_beside(folder, passed, layout)
         data.train += _read_train(folder / "train", category, passed, layout.good) if train else []
         data.test += _read_test(folder, category, passed, layout)
-        if passed:
-            unused.append(f"{category}: {len(passed)} files or folders are not used (first: {passed[0]})")
+        unused += passed_notes(passed, category)
     data.notes = [*missing_notes(data.train, data.test), *unused_notes(folders.values(), layout.unused), *unused]
     return data
 

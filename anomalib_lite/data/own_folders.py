@@ -11,7 +11,7 @@ import numpy as np
 from anomalib_lite.data.image_files import IMAGE_SUFFIXES
 from anomalib_lite.data.image_folders import check_readable, classified, means_normal, walk
 from anomalib_lite.data.mvtec_layout import one_to_one
-from anomalib_lite.data.reader_notes import missing_notes
+from anomalib_lite.data.reader_notes import missing_notes, passed_notes
 from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import readable
@@ -77,9 +77,7 @@ def read_own_folders(
     data.test = [Sample(path, name, "good", 0, None) for path in sorted(good)]
     dark = mask_defect == "dark"
     data.test += [Sample(path, name, defective[path], 1, mask_of[path], dark) for path in sorted(defective)]
-    data.notes = [*notes, *missing_notes(data.train, data.test)]
-    if passed:
-        data.notes.append(f"{len(passed)} files are not used (first: {passed[0]})")
+    data.notes = [*notes, *missing_notes(data.train, data.test), *passed_notes(passed)]
     return data
 
 

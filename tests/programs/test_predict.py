@@ -406,10 +406,6 @@ def test_options(argument, trained, photographs, tmp_path):
     assert not output.exists()
 
 
-def test_no_options():
-    assert_refused(predict(), "run= is not set: .*--help")
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_gpu_without_gpu(trained, photographs, tmp_path):
     outcome = predict(f"run={trained}", f"input={photographs}", f"output={tmp_path}", "device=gpu")

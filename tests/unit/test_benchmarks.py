@@ -17,9 +17,9 @@ from anomalib_lite.data.masks import Saturation
 from anomalib_lite.data.readers import read_test_set
 from anomalib_lite.data.real_iad import CATEGORIES, TOTALS, read_real_iad
 from anomalib_lite.data.samples import load_mask
-from anomalib_lite.errors import UserError
 from tests.helpers import benchmark_trees as trees
 from tests.helpers.image_trees import save_image, save_mask
+from tests.unit.test_readers import refused
 
 READERS = {
     "mvtec_ad_2": benchmarks.read_mvtec_ad_2,
@@ -85,12 +85,6 @@ ALL = pytest.mark.parametrize("name", READERS)
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
     return {name: make(tmp_path_factory.mktemp("data") / name) for name, make in trees.MAKERS.items()}
-
-
-def refused(message, read, *arguments, **options):
-    with pytest.raises(UserError, match=message) as error:
-        read(*arguments, **options)
-    assert "\n" not in str(error.value)
 
 
 def test_official_totals():
