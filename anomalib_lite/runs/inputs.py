@@ -14,7 +14,7 @@ from anomalib_lite.errors import UserError
 
 
 def check_inputs(config: dict[str, Any]) -> None:
-    """Raise UserError if the data's folder, the split's file or the weights' file does not exist.
+    """Raise UserError if the data's folder or table, the split's file or the weights' file does not exist.
 
     What loads them reports the same errors, after PyTorch was imported, which takes up to half a minute. Readers from
     outside the package are not judged.
@@ -22,11 +22,13 @@ def check_inputs(config: dict[str, Any]) -> None:
     from anomalib_lite.data.mvtec_layout import existing_root
 
     data, backbone, split = config["data"], config["backbone"], config["split"] or {}
-    reader = data["reader"]["_target_"] if isinstance(data["reader"], dict) else ""
-    if str(reader).startswith("anomalib_lite.data.readers.") and not data.get("normal"):  # it stands instead of a root
+    reader = str(data["reader"]["_target_"]) if isinstance(data["reader"], dict) else ""
+    needs_root = reader.startswith("anomalib_lite.data.") and not reader.endswith((".read_synthetic", ".read_table"))
+    if needs_root and not data.get("normal"):  # it stands instead of a root
         existing_root(data["root"])
-    if isinstance(path := split.get("path"), str) and not Path(path).expanduser().exists():
-        raise UserError(f"split.path={path}: no such file")
+    for key, path in (("data.table", data.get("table")), ("split.path", split.get("path"))):
+        if isinstance(path, str) and not Path(path).expanduser().exists():
+            raise UserError(f"{key}={path}: no such file")
     weights, is_ours = backbone["weights"], str(backbone.get("_target_")).endswith("features.backbones.Backbone")
     if is_ours and backbone["name"] and weights not in ("auto", "none") and not Path(weights).expanduser().is_file():
         raise UserError(f"backbone.weights={weights}: no such file; give a weights file, auto, or none")

@@ -1,4 +1,4 @@
-"""The command line: quick answers, what composes with what, who overrides whom, methods from outside the package."""
+"""The command line: quick answers, what composes with what, who overrides whom."""
 
 import os
 import re
@@ -18,7 +18,9 @@ from omegaconf import OmegaConf
 
 from anomalib_lite import compare, splits
 from anomalib_lite.cli import schema, values
+from anomalib_lite.errors import UserError
 from anomalib_lite.paths import HOME
+from anomalib_lite.runs.inputs import check_inputs
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.run_programs import ROOT, Outcome, evaluate, predict, python, result_of, run, train
 
@@ -138,6 +140,14 @@ def test_help_of_evaluate(tmp_path):
     assert outcome.code == 0
     assert "run=DIR output=DIR" in outcome.out
     assert not imported(outcome) & {"torch", "lightning"}
+
+
+@pytest.mark.parametrize("data", sorted({*choices("data")} - {"synthetic"}))
+def test_missing_data_are_refused_before_the_imports(data):
+    """And before a sweep starts its first job."""
+    option = "data.table=/none" if data == "table" else "data.root=/none"
+    with pytest.raises(UserError, match=r"^(data\.table=)?/none: no such f"):
+        check_inputs(composed(f"data={data}", option))
 
 
 # --- composition ---
