@@ -11,7 +11,7 @@ READER_KEYS = (
 )  # fmt: skip
 
 
-def checked(options: dict[str, Any]) -> dict[str, Any]:
+def reader_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the reader. Raises TypeError for one that is none of READER_KEYS."""
     if unknown := options.keys() - set(READER_KEYS):
         raise TypeError(f"AnomalyDataModule.__init__() got an unexpected keyword argument '{min(unknown)}'")

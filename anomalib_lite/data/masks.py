@@ -96,7 +96,7 @@ def _is_soft(values: np.ndarray, lossy: bool) -> bool:
     return bool((~in_block & (brighter | (values <= NOISE * largest)))[between].mean() >= 0.5)
 
 
-def looked_at(sizes: Mapping[Path, tuple[int, int]]) -> list[Path]:
+def evenly_spread(sizes: Mapping[Path, tuple[int, int]]) -> list[Path]:
     """As many of the masks, evenly spread, as have PIXELS pixels together; one at least. `sizes`: (height, width)."""
     masks, total = list(sizes), sum(height * width for height, width in sizes.values())
     count = min(len(masks), max(1, int(len(masks) * PIXELS / max(total, 1))))

@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter, ImageOps, PngImagePlugin
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.image_files import decoding, read_header
 from anomalib_lite.data.integrity import check
-from anomalib_lite.data.masks import PIXELS, looked_at, read_mask
+from anomalib_lite.data.masks import PIXELS, evenly_spread, read_mask
 from anomalib_lite.data.readers import read_folder
 from anomalib_lite.data.samples import load_mask, load_rgb
 from anomalib_lite.errors import UserError
@@ -266,9 +266,9 @@ def test_masks_that_mark_nearly_everything(tmp_path):
 
 def test_many_masks_are_not_all_decoded():
     sizes = {Path(f"{i}.png"): (1000, PIXELS // 10_000) for i in range(100)}
-    assert looked_at(sizes) == [Path(f"{i}.png") for i in range(0, 100, 10)]
-    assert looked_at(dict(list(sizes.items())[:7])) == list(sizes)[:7]
-    assert looked_at({Path("x"): (10**5, 10**5)}) == [Path("x")]
+    assert evenly_spread(sizes) == [Path(f"{i}.png") for i in range(0, 100, 10)]
+    assert evenly_spread(dict(list(sizes.items())[:7])) == list(sizes)[:7]
+    assert evenly_spread({Path("x"): (10**5, 10**5)}) == [Path("x")]
 
 
 # --- orientation ---
