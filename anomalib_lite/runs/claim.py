@@ -92,8 +92,6 @@ def _has_ended(holder: dict[str, Any]) -> bool:
         return False
     try:
         os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
+    except OSError as error:  # also where it is another user's
+        return isinstance(error, ProcessLookupError)
     return False

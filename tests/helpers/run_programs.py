@@ -81,6 +81,12 @@ def result_of(*arguments: str | Path, run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "result.json").read_text())
 
 
+def succeeded(outcome: Outcome) -> Outcome:
+    """The program has ended with exit code 0."""
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
 def assert_refused(outcome: Outcome, pattern: str) -> None:
     """The program has printed one line, which matches, and ended with exit code 2."""
     assert outcome.code == 2, outcome

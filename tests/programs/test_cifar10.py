@@ -155,8 +155,7 @@ def test_image_level_run(method, batches, tmp_path):
     assert root_of(Run(tmp_path / "run", result, config_of(tmp_path / "run", result), [])) == unpacked_root()
 
     folder = unpacked_root() / "test" / "truck"
-    outcome = runs.predict(f"run={tmp_path / 'run'}", f"input={folder}", f"output={tmp_path / 'out'}")
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(runs.predict(f"run={tmp_path / 'run'}", f"input={folder}", f"output={tmp_path / 'out'}"))
     predicted = runs.scores_of(tmp_path / "out")
     assert predicted == pytest.approx({file: scores["run"][f"test/truck/{file}"] for file in predicted}, rel=1e-4)
     assert len(predicted) == TEST

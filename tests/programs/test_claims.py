@@ -51,8 +51,7 @@ def test_a_folder_that_is_held(finished, root, tmp_path, monkeypatch):
             assert f"process {holder.pid} on {socket.gethostname()} works in this folder since" in outcome.err
             assert f"choose another {option}=DIR" in outcome.err
     assert [each.name for each in run.iterdir()] == [CLAIM]  # of a killed process: it holds nobody up
-    outcome = runs.train(*train)
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(runs.train(*train))
     assert not (run / CLAIM).exists()
 
 
@@ -140,13 +139,11 @@ def test_folders_named_after_the_time_do_not_meet(root, tmp_path, monkeypatch):
     """Two starts within what `now` tells apart, alone and as sweeps; a folder that the user names stays as named."""
     monkeypatch.chdir(tmp_path)
     for run in ("y", "y-2"):
-        outcome = runs.train(*runs.folder_data(root), "hydra.run.dir=${now:y}")
-        assert outcome.code == 0, outcome.err
+        runs.succeeded(runs.train(*runs.folder_data(root), "hydra.run.dir=${now:y}"))
         assert Path(run, "result.json").is_file()
     for sweep in ("s", "s-2"):
         arguments = ("-m", "seed=0", "hydra/launcher=basic", "hydra.sweep.dir=${now:s}", *runs.folder_data(root))
-        outcome = runs.train(*arguments)
-        assert outcome.code == 0, outcome.err
+        runs.succeeded(runs.train(*arguments))
         assert Path(sweep, "0", "result.json").is_file()
     outcome = runs.train(*runs.folder_data(root), "data.batch_size=0", "hydra.run.dir=${now:y}")
     assert outcome.code == 2

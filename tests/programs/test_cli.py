@@ -22,7 +22,7 @@ from anomalib_lite.errors import UserError
 from anomalib_lite.paths import HOME
 from anomalib_lite.runs.inputs import check_inputs
 from tests.helpers.image_trees import make_mvtec
-from tests.helpers.run_programs import ROOT, Outcome, evaluate, predict, python, result_of, run, train
+from tests.helpers.run_programs import ROOT, Outcome, evaluate, predict, python, result_of, run, succeeded, train
 
 HEAVY = ("torch", "lightning", "timm", "numpy", "albumentations", "wandb", "matplotlib")
 
@@ -110,8 +110,7 @@ def test_help_lists_what_a_user_may_choose(tmp_path):
 @pytest.mark.parametrize("method", choices("method"))
 def test_help_explains_every_option(method):
     """With the comments of the chosen YAML files, each beside its key, and in lines of at most 120 characters."""
-    outcome = train(f"method={method}", "split=exp", "--help", small=False)
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(train(f"method={method}", "split=exp", "--help", small=False))
     config = outcome.out.partition("== Config ==")[2].partition("Examples")[0]
     assert max(map(len, config.splitlines())) <= 120
     words = " ".join(config.replace("# ", "").split())
@@ -232,8 +231,7 @@ def test_experiments_are_found(tmp_path):
 def test_flags_after_overrides_and_between(tmp_path):
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "study.yaml").write_text(STUDY)
-    outcome = train("seed=3", "--config-dir", tmp_path, "+experiments=study", "--cfg", "job", small=False)
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(train("seed=3", "--config-dir", tmp_path, "+experiments=study", "--cfg", "job", small=False))
     assert "seed: 3" in outcome.out
     assert "max_epochs: 7" in outcome.out
 

@@ -21,7 +21,6 @@ from anomalib_lite.runs.efficiency import measure_cost, no_speed, sizes
 from anomalib_lite.runs.folder import read_run
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.run_programs import (
-    Outcome,
     build,
     evaluate,
     folder_data,
@@ -29,6 +28,7 @@ from tests.helpers.run_programs import (
     restored,
     result_of,
     rows_of,
+    succeeded,
     train,
 )
 from tests.helpers.run_programs import method as choose
@@ -179,10 +179,6 @@ def test_a_kind_is_compared_with_good_images_of_its_category_alone():
 
 
 # --- no test images ---
-
-
-def succeeded(outcome: Outcome) -> None:
-    assert (outcome.code, outcome.err) == (0, ""), outcome
 
 
 @pytest.mark.parametrize(("category", "method"), list(zip(UNTESTED, TRIED, strict=True)))

@@ -190,8 +190,7 @@ def test_trained_with_original_sizes(root, trained, tmp_path):
         for key in ("metrics", "thresholds"):
             assert result[key] == again[key]
         assert scores_of(run) == scores_of(tmp_path / "again")
-    outcome = predict(f"run={run}", f"input={root / 'bottle' / 'test'}", f"output={tmp_path / 'out'}")
-    assert outcome.code == 0, outcome.err
+    run_programs.succeeded(predict(f"run={run}", f"input={root / 'bottle' / 'test'}", f"output={tmp_path / 'out'}"))
     assert sorted(scores_of(tmp_path / "out")) == pytest.approx(sorted(scores_of(run)), rel=1e-6)
     held_out = result_of(*common, "data.val_fraction=0.5", run_dir=tmp_path / "held out")["validation"]
     assert all(0 <= value <= 1 for key, value in held_out.items() if key != "aupimo")

@@ -60,8 +60,7 @@ def test_evaluate_with_moved_files(moved, tmp_path):
     assert_refused(runs.evaluate(*again, listed, "backbone.weights=none"), "another kind of value")
     assert_refused(runs.evaluate(*again, listed, "backbone.name=resnet50"), "another kind of value")
     shutil.rmtree(out)
-    outcome = runs.evaluate(*again, listed, f"backbone.weights={moved / 'weights.safetensors'}")
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(runs.evaluate(*again, listed, f"backbone.weights={moved / 'weights.safetensors'}"))
     assert scores_of(out) == scores_of(run)
 
 
@@ -93,8 +92,7 @@ def test_resume_with_moved_files(with_checkpoint, root, files, tmp_path):
     (wrong / "weights.safetensors").write_bytes(b"other")
     resumed = (*budget, "resume=true", f"hydra.run.dir={run}")
     assert_refused(runs.train(*options(root, wrong), *resumed), "weights.safetensors: another content than")
-    outcome = runs.train(*options(root, moved), *resumed)
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(runs.train(*options(root, moved), *resumed))
     runs.result_of(*options(root, moved), *budget, run_dir=tmp_path / "expected")
     assert scores_of(run) == scores_of(tmp_path / "expected")
     assert json.loads(stored_config(run).read_text())["config"]["split"]["path"] == str(moved / "list.txt")
@@ -145,8 +143,7 @@ def test_another_test_set(below, trained, other, tmp_path):
 
 def test_the_same_data_elsewhere_are_no_other_test_set(trained, root, tmp_path):
     shutil.copytree(root, tmp_path / "copy")
-    outcome = runs.evaluate(f"run={trained}", f"output={tmp_path / 'out'}", f"data.root={tmp_path / 'copy'}")
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(runs.evaluate(f"run={trained}", f"output={tmp_path / 'out'}", f"data.root={tmp_path / 'copy'}"))
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["dataset"] == "folder"
     assert "test_set" not in result
@@ -157,8 +154,7 @@ def test_another_test_set_with_training_images(trained, tmp_path):
     """Its training images are not read: thresholds stay the run's, whatever lies there."""
     folder = make_mvtec(tmp_path / "data", train=3, good=2, defects={"broken": 2})
     (folder / "train" / "good" / "000.png").write_bytes(b"")
-    outcome = runs.evaluate(f"run={trained}", f"output={tmp_path / 'out'}", f"data.root={tmp_path / 'data'}")
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(runs.evaluate(f"run={trained}", f"output={tmp_path / 'out'}", f"data.root={tmp_path / 'data'}"))
     first, result = (json.loads((run / "result.json").read_text()) for run in (trained, tmp_path / "out"))
     assert result["thresholds"] == first["thresholds"]
     assert result["data"]["test_counts"] == {"bottle": {"good": 2, "defective": 2}}
@@ -175,8 +171,7 @@ def test_other_test_sets_that_are_refused(trained, other, tmp_path):
         ),
     ):
         assert_refused(runs.evaluate(*again, *more), message)
-    outcome = runs.evaluate(*again, f"data.root={other}", "scoring.fpr_limits=[0.1]")
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(runs.evaluate(*again, f"data.root={other}", "scoring.fpr_limits=[0.1]"))
 
 
 # --- resume=true ---
@@ -187,8 +182,7 @@ def test_resume_without_a_run_says_so(command, root, tmp_path):
     """A sweep says resume=true to jobs that have not started: they start, and nothing is amiss."""
     sweep = ("-m", "hydra/launcher=basic", f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=run")
     place = (f"hydra.run.dir={tmp_path / 'run'}",) if command == "alone" else sweep
-    outcome = runs.train(*runs.folder_data(root), "resume=true", *place)
-    assert outcome.code == 0, outcome.err
+    outcome = runs.succeeded(runs.train(*runs.folder_data(root), "resume=true", *place))
     line = f"hydra.run.dir={tmp_path / 'run'}: no run to resume in this folder, so this run starts from the beginning"
     assert outcome.out.count(line) == (command == "alone")
     assert (tmp_path / "run" / "result.json").is_file()

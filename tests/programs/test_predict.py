@@ -13,7 +13,16 @@ import torch
 from PIL import Image
 
 from tests.helpers.image_trees import make_mvtec, save_image
-from tests.helpers.run_programs import assert_refused, folder_data, predict, python, result_of, rows_of, scores_of
+from tests.helpers.run_programs import (
+    assert_refused,
+    folder_data,
+    predict,
+    python,
+    result_of,
+    rows_of,
+    scores_of,
+    succeeded,
+)
 
 SMALL = ("data.image_size=64", "trainer.max_epochs=1")
 
@@ -219,8 +228,7 @@ def test_memory_does_not_grow_with_the_images(trained, tmp_path):
             if not (link := tmp_path / "in" / f"{i:04}.png").exists():
                 link.hardlink_to(first)
         arguments = [f"run={trained}", "input=in", f"output={count}", "device=cpu"]
-        outcome = python("-c", PEAK, *arguments, cwd=tmp_path)
-        assert outcome.code == 0, outcome.err
+        outcome = succeeded(python("-c", PEAK, *arguments, cwd=tmp_path))
         assert len(rows_of(tmp_path / str(count) / "scores.csv")) == count
         peaks[count] = int(outcome.out.split()[-1]) / 1024
     print(peaks)

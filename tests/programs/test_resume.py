@@ -141,8 +141,7 @@ def arguments(root, conf):
 
 
 def finish(arguments: list[str]) -> None:
-    outcome = runs.train(*arguments, small=False)
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(runs.train(*arguments, small=False))
 
 
 def interrupt(arguments: list[str], stop_at: int) -> None:

@@ -74,8 +74,7 @@ def start(run: Path, root: Path, *arguments: str, category: str = "bottle") -> r
 
 def train(run: Path, root: Path, *arguments: str, category: str = "bottle") -> dict[str, Any]:
     """A run that must succeed; its result."""
-    outcome = start(run, root, *arguments, category=category)
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(start(run, root, *arguments, category=category))
     return results.read_result(run)
 
 
@@ -234,8 +233,7 @@ def test_resuming_a_finished_run_does_nothing(finished, method, budget, root):
 
 
 def test_evaluating_again_gives_the_same(finished, tmp_path):
-    outcome = runs.evaluate(f"run={finished}", f"output={tmp_path / 'again'}")
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(runs.evaluate(f"run={finished}", f"output={tmp_path / 'again'}"))
     first, again = results.read_result(finished), results.read_result(tmp_path / "again")
     for key in KEYS - {"timing", "environment", "overrides", "notes", "cache"}:
         assert again[key] == first[key], key
@@ -247,8 +245,7 @@ def test_evaluating_again_gives_the_same(finished, tmp_path):
 
 
 def test_evaluating_under_another_protocol(trained, tmp_path):
-    outcome = runs.evaluate(f"run={trained}", f"output={tmp_path / 'again'}", "scoring.pixel_smooth=2")
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(runs.evaluate(f"run={trained}", f"output={tmp_path / 'again'}", "scoring.pixel_smooth=2"))
     first, again = results.read_result(trained), results.read_result(tmp_path / "again")
     assert again["protocol"]["scoring"] == first["protocol"]["scoring"] | {"pixel_smooth": 2}
     assert again["protocol"]["data"] == first["protocol"]["data"]

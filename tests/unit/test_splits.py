@@ -18,7 +18,17 @@ from anomalib_lite.data.sampler import TrainBatchSampler
 from anomalib_lite.errors import UserError
 from tests.helpers import real_images as real
 from tests.helpers.image_trees import make_mvtec, make_visa
-from tests.helpers.run_programs import Outcome, assert_refused, evaluate, folder_data, predict, result_of, run, train
+from tests.helpers.run_programs import (
+    Outcome,
+    assert_refused,
+    evaluate,
+    folder_data,
+    predict,
+    result_of,
+    run,
+    succeeded,
+    train,
+)
 from tests.programs import test_resume
 
 FULL = {"mvtec": {c: n[0] for c, n in MVTEC.items()}, "visa": {c: n[0] for c, n in VISA.items()}}
@@ -489,8 +499,7 @@ def test_a_run_on_a_long_tail(root, tmp_path):
                 assert value is None
                 continue
             assert value == pytest.approx(np.mean([result["per_category"][c][key] for c in members]), abs=1e-12)
-    outcome = evaluate(f"run={tmp_path / 'run'}", f"output={tmp_path / 'again'}")
-    assert outcome.code == 0, outcome.err
+    succeeded(evaluate(f"run={tmp_path / 'run'}", f"output={tmp_path / 'again'}"))
     again = json.loads((tmp_path / "again" / "result.json").read_text())
     assert {k: again[k] for k in ("split", "groups", "metrics", "data")} == {
         k: result[k] for k in ("split", "groups", "metrics", "data")
@@ -566,8 +575,7 @@ def test_a_run_with_few_shots(category, root, tmp_path):
     line = f"split shots: {3 * len(counts)} of {sum(full['data']['train_counts'].values())} training images; bottle 3"
     assert line in (tmp_path / "run" / "train.log").read_text()
     assert any("fewer than 50 normal training images" in note and "bottle (3)" in note for note in result["notes"])
-    outcome = evaluate(f"run={tmp_path / 'run'}", f"output={tmp_path / 'again'}")
-    assert outcome.code == 0, outcome.err
+    succeeded(evaluate(f"run={tmp_path / 'run'}", f"output={tmp_path / 'again'}"))
     again = json.loads((tmp_path / "again" / "result.json").read_text())
     assert {k: again[k] for k in ("split", "metrics", "data")} == {k: result[k] for k in ("split", "metrics", "data")}
 
@@ -612,8 +620,7 @@ def test_options_are_checked_before_training(root, tmp_path, arguments, message)
 
 
 def test_a_single_training_image_is_told_before_training(root, tmp_path):
-    outcome = train(*folder_data(root, "all"), "split=step10", f"hydra.run.dir={tmp_path / 'run'}", "method=norm_occ")
-    assert outcome.code == 0, outcome.err
+    succeeded(train(*folder_data(root, "all"), "split=step10", f"hydra.run.dir={tmp_path / 'run'}", "method=norm_occ"))
     log = (tmp_path / "run" / "train.log").read_text()
     told = "split step10: 16 of 21 training images; head bottle 8, screw 7; tail cable 1"
     assert log.index(told) < log.index("cable: a single training image") < log.index("training 4/4")
@@ -625,8 +632,7 @@ def test_a_single_training_image_is_told_before_training(root, tmp_path):
 
 
 def test_program_prints_counts_without_images():
-    outcome = splits_program("--counts", "mvtec", "split=exp100")
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(splits_program("--counts", "mvtec", "split=exp100"))
     rows = [line.split() for line in outcome.out.splitlines()]
     expected = splits.class_counts(FULL["mvtec"], "exp", 100)
     assert [(row[0], int(row[2])) for row in rows if len(row) > 4 and row[1] in ("head", "tail")] == list(
