@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from anomalib_lite.errors import UserError
 from anomalib_lite.runs.claim import claimed
 from anomalib_lite.sweeps.job import check_known, check_whole
+from anomalib_lite.sweeps.sweep import PATIENCE
 
 log = logging.getLogger(__name__)
 LOWEST = {"n_trials": 1, "n_jobs": 1, "n_startup_trials": 0}
@@ -55,7 +56,7 @@ def search(
     space = {key: distribution(override) for key, override in swept.items()}
     folder = Path(str(config.hydra.sweep.dir)).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    with claimed(folder, "hydra.sweep.dir", ".searching"):
+    with claimed(folder, "hydra.sweep.dir", ".searching", PATIENCE):
         trials = Trials(folder, sampler, options, space)
         OmegaConf.save(config, folder / "multirun.yaml")
         returns: list[Any] = []
