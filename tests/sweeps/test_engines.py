@@ -1,5 +1,7 @@
 """How jobs get their devices and their end, without a cluster."""
 
+import errno
+import fcntl
 import os
 import pickle
 import signal
@@ -173,3 +175,13 @@ def test_a_job_saves_before_it_is_queued_again(name, tmp_path, monkeypatch):
     assert time.monotonic() - start < 15  # not the whole grace
     assert found == [("saved\n", command)]
     assert found[0][1].process is None
+
+
+def test_a_job_starts_on_a_file_system_without_locks(tmp_path, monkeypatch):
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with Command([], tmp_path / "job", {}).sole_output() as output:
+        output.write(b"started")
+    assert (tmp_path / "job" / "output.log").read_bytes() == b"started"
