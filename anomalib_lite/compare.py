@@ -22,7 +22,6 @@ Exit codes: 0; 2 for a user error.
 """
 
 import os
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,12 +39,7 @@ FILES = ("csv", "latex", "markdown", "html", "plots")  # options with a file or 
 
 
 def main() -> None:
-    program.prepare()
-    with program.reported():
-        if {"-h", "--help"} & set(sys.argv[1:]):
-            print((__doc__ or "").strip(), flush=True)
-            return
-        compare(sys.argv[1:])
+    program.run_flags(compare, __doc__)
 
 
 def compare(arguments: Sequence[str]) -> None:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,12 +36,7 @@ FORMAT_OF_SUFFIX = {".jsonl": "jsonl", ".json": "meta", ".csv": "csv", ".txt": "
 
 
 def main() -> None:
-    cli.prepare()
-    with cli.reported(outside=True, folder="--write"):
-        if {"-h", "--help"} & set(sys.argv[1:]):
-            print((__doc__ or "").strip(), flush=True)
-            return
-        show(sys.argv[1:])
+    cli.run_flags(show, __doc__, outside=True, folder="--write")
 
 
 def show(arguments: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from anomalib_lite.cli import signals
 from anomalib_lite.cli.messages import one_line
 from anomalib_lite.runs import folder
 from anomalib_lite.runs.claim import claimed
+from anomalib_lite.runs.inputs import check_inputs
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,6 @@ def train(cfg: Any) -> float | None:
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     schema.check(config)
     from anomalib_lite.runs import artifacts, terminal  # these import NumPy: after the check
-    from anomalib_lite.runs.early_checks import check_inputs
 
     folder.make_absolute(config)
     if config["resume"]:

@@ -12,12 +12,13 @@ from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from anomalib_lite.cli.hydra_hooks import replaced
+
 LINE = re.compile(r"(?P<indent> *)(?P<key>[\w.-]+):(?P<value>.*?)(?:(?<=\s)#(?P<comment>.*))?")
 WIDTH = 120
 
 
-@contextlib.contextmanager
-def explained_help() -> Iterator[None]:
+def explained_help() -> contextlib.AbstractContextManager[None]:
     """Hydra's --help shows values alone."""
     original = Hydra.get_help
 
@@ -34,11 +35,7 @@ def explained_help() -> Iterator[None]:
             CONFIG=explained(OmegaConf.to_yaml(cfg, resolve=resolve), chosen_comments()),
         )
 
-    Hydra.get_help = get_help  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Hydra.get_help = original  # type: ignore[method-assign]
+    return replaced(Hydra, "get_help", get_help)
 
 
 def explained(text: str, comments: dict[str, str]) -> str:

@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +72,28 @@ def remove_empty_folders() -> Iterator[None]:
     except BaseException:
         for folder in _new_folders:
             with contextlib.suppress(OSError):  # also: not empty
-                if all(each.name == SWEEP_RECORD or each.suffix == ".lock" for each in folder.iterdir()):
-                    for each in folder.iterdir():
-                        each.unlink()
+                if [each.name for each in folder.iterdir()] == [SWEEP_RECORD]:
+                    (folder / SWEEP_RECORD).unlink()
                 folder.rmdir()
         raise
 
 
 @contextlib.contextmanager
-def no_private_choices() -> Iterator[None]:
+def replaced(owner: type, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """In the block, a class of Hydra's has this function in place of its own."""
+    original = getattr(owner, name)
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def no_private_choices() -> contextlib.AbstractContextManager[None]:
     """Hydra lists every file of a group as a choice: hide those that are parts of others, such as data/_base.
 
     Hydra copies all configurations for each of its 80 groups; one copy makes --help twice as fast.
     """
-    original = ConfigLoaderImpl.get_group_options
     copies: dict[Any, Any] = {}
 
     def public(
@@ -100,15 +108,10 @@ def no_private_choices() -> Iterator[None]:
             copies[key] = self._parse_overrides_and_create_caching_repo(config_name, overrides or [])[1]
         return [name for name in copies[key].get_group_options(group_name, results_filter) if not name.startswith("_")]
 
-    ConfigLoaderImpl.get_group_options = public  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        ConfigLoaderImpl.get_group_options = original  # type: ignore[method-assign]
+    return replaced(ConfigLoaderImpl, "get_group_options", public)
 
 
-@contextlib.contextmanager
-def mode_from_flags() -> Iterator[None]:
+def mode_from_flags() -> contextlib.AbstractContextManager[None]:
     """Hydra composes the whole configuration only to learn hydra.mode, and then once more: spare the first time.
 
     The flags alone decide where nothing on the command line can set hydra.mode: no study of experiments/, no
@@ -121,8 +124,4 @@ def mode_from_flags() -> Iterator[None]:
             return original(self, config_name, overrides)
         return None  # Hydra then sets hydra.mode by the flags
 
-    Hydra.get_mode = get_mode  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Hydra.get_mode = original  # type: ignore[method-assign]
+    return replaced(Hydra, "get_mode", get_mode)

@@ -1,10 +1,14 @@
 """Types and ranges of the configuration's values, and how an error names them."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
+
+from anomalib_lite.cli.keys import each_value, encodable
+from anomalib_lite.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -124,3 +128,36 @@ TilingKey = Annotated[
     Tiles | None,
     Key("{size: 512, overlap: 64}: sides from 16, an overlap from 0 below them; with image_size: SIZE or not; or null"),
 ]
+
+
+def check_group(values: dict[str, Any], model: type[Group], prefix: str = "") -> None:
+    """Raise UserError for the first invalid value of a group: "KEY=VALUE: give …"."""
+    try:
+        model.model_validate(each_value(values, encodable))
+    except ValidationError as error:
+        place = error.errors(include_url=False, include_context=False)[0]["loc"]
+        raise UserError(_message(values, model, place, prefix)) from None
+
+
+def _message(value: Any, model: Any, place: tuple[int | str, ...], key: str) -> str:
+    """`place`: the path to the invalid value as pydantic gives it, with parts of the type at its end."""
+    give = Key().give
+    for part in place:
+        if part not in getattr(model, "model_fields", ()):
+            break
+        field = model.model_fields[part]
+        key, value = f"{key}.{part}".strip("."), value.get(part) if isinstance(value, dict) else None
+        give = metadata(field).give
+        model = group_of(field)
+    shown = json.dumps(value) if value is None or isinstance(value, bool) else value
+    return f"{key}={shown}: give {give}"
+
+
+def metadata(field: Any) -> Key:
+    return next((each for each in field.metadata if isinstance(each, Key)), Key())
+
+
+def group_of(field: Any) -> Any:
+    """The model of a group, also of an optional one; None for a value."""
+    kinds = getattr(field.annotation, "__args__", None) or (field.annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Group)), None)

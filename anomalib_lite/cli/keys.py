@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from anomalib_lite.errors import UserError
@@ -53,28 +53,25 @@ def short_key(key: str, among: Sequence[str]) -> str:
     return last[0] if last[1:].count(last[0]) == 1 else key.removesuffix("._target_")
 
 
+def each_value(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The value with a change to everything in it that is no dict or list."""
+    if isinstance(value, dict):
+        return {key: each_value(part, change) for key, part in value.items()}
+    return [each_value(part, change) for part in value] if isinstance(value, list) else change(value)
+
+
 def text_of(value: Any) -> Any:
-    """A number or boolean of a YAML file as text, also within a list: 2024 as "2024", true as "true"."""
-    if isinstance(value, list):
-        return [text_of(each) for each in value]
+    """A number or boolean of a YAML file as text: 2024 as "2024", true as "true"."""
     return str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, int | float) else value
 
 
 def infinity_to_text(value: Any) -> Any:
-    """Infinities and NaN as the text "inf", "-inf" or "nan", also in lists and dictionaries: JSON has none."""
-    if isinstance(value, dict):
-        return {key: infinity_to_text(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [infinity_to_text(each) for each in value]
+    """Infinities and NaN as the text "inf", "-inf" or "nan": JSON has none."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def encodable(value: Any) -> Any:
     """Paths that are not UTF-8 with another character instead: pydantic takes no other text."""
-    if isinstance(value, dict):
-        return {key: encodable(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [encodable(each) for each in value]
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 

@@ -67,6 +67,18 @@ def run_plain(
         task(options)
 
 
+def run_flags(
+    task: Callable[[Sequence[str]], None], usage: str | None, outside: bool = False, folder: str = "hydra.run.dir"
+) -> None:
+    """The same for a program with flags: runs `task(arguments)`. `outside`, `folder`: see `messages.one_line`."""
+    prepare()
+    with reported(outside, folder):
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print((usage or "").strip(), flush=True)
+            return
+        task(sys.argv[1:])
+
+
 class Parser(argparse.ArgumentParser):
     """The parser of programs with flags: a mistake is a UserError."""
 

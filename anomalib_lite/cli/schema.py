@@ -4,21 +4,20 @@ The options of the `method` group are checked against the method's constructor i
 """
 
 import functools
-import json
 import re
 import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from anomalib_lite.cli.keys import assign, encodable, flat, infinity_to_text, lookup, refuse_renamed, text_of
+from anomalib_lite.cli.keys import assign, each_value, flat, infinity_to_text, lookup, refuse_renamed, text_of
 from anomalib_lite.errors import UserError
 
 from anomalib_lite.cli.key_types import (  # isort: skip
     ALWAYS, FLAG, GIGABYTES, NAME, SECONDS, SHARE, SIZE, SMOOTH, WHOLE, WHOLE_OR_NULL, Auto, Ends, Group, Key, Mode,
     Names, NumberFrom0, Optimizer, Pool, Positive, Project, Share, Size, Smooth, Tag, Text, TilingKey, Whole,
-    WholeFrom0, refuse, require,
+    WholeFrom0, check_group, group_of, metadata, refuse, require,
 )  # fmt: skip
 
 OBJECTIVE = re.compile(r"validation\.((image|pixel)_(auroc|ap|f1max)|aupro_\d+|pixel_(iou|dice))")
@@ -179,50 +178,23 @@ def check(config: dict[str, Any]) -> None:
     check_group(config, Config)
     if "_target_" not in config["method"]:
         raise UserError("method: no _target_ in it; its YAML file must begin with the line '# @package _global_'")
-    config["method"] = infinity_to_text(config["method"])
+    config["method"] = each_value(config["method"], infinity_to_text)
     groups = {key.rpartition(".")[0] for key in flat(config["method"], "method")}
     for group in sorted(group for group in groups if group.endswith(".optimizer")):
         check_group(lookup(config, group), Optimizer, group)
-
-
-def check_group(values: dict[str, Any], model: type[Group], prefix: str = "") -> None:
-    """Raise UserError for the first invalid value of a group: "KEY=VALUE: give …"."""
-    try:
-        model.model_validate(encodable(values))
-    except ValidationError as error:
-        place = error.errors(include_url=False, include_context=False)[0]["loc"]
-        raise UserError(_message(values, model, place, prefix)) from None
-
-
-def _message(value: Any, model: Any, place: tuple[int | str, ...], key: str) -> str:
-    """`place`: the path to the invalid value as pydantic gives it, with parts of the type at its end."""
-    give = Key().give
-    for part in place:
-        if part not in getattr(model, "model_fields", ()):
-            break
-        field = model.model_fields[part]
-        key, value = f"{key}.{part}".strip("."), value.get(part) if isinstance(value, dict) else None
-        give = _metadata(field).give
-        model = _group(field)
-    shown = json.dumps(value) if value is None or isinstance(value, bool) else value
-    return f"{key}={shown}: give {give}"
-
-
-def _metadata(field: Any) -> Key:
-    return next((each for each in field.metadata if isinstance(each, Key)), Key())
 
 
 def names_to_text(config: dict[str, Any]) -> None:
     """Turn numbers and booleans into text where the key takes a path or a name, in place."""
     for key, _ in _leaves(Config):
         if str in types_of(key) and (value := lookup(config, key)) is not None:
-            assign(config, key, text_of(value))
+            assign(config, key, each_value(value, text_of))
 
 
 @functools.cache
 def _leaves(model: type[Group], prefix: str = "") -> tuple[tuple[str, Any], ...]:
     """(key, field) of all keys below a group."""
-    fields = [(f"{prefix}{name}", field, _group(field)) for name, field in model.model_fields.items()]
+    fields = [(f"{prefix}{name}", field, group_of(field)) for name, field in model.model_fields.items()]
     return tuple(
         leaf for key, field, group in fields for leaf in (_leaves(group, f"{key}.") if group else [(key, field)])
     )
@@ -236,7 +208,7 @@ def types_of(key: str) -> set[Any]:
     model: Any = Config
     for part in key.split("."):
         field = getattr(model, "model_fields", {}).get(part)
-        model = field and _group(field)
+        model = field and group_of(field)
     return set(_types(field.annotation)) if field else set()
 
 
@@ -246,12 +218,6 @@ def _types(annotation: Any) -> Iterator[Any]:
         for each in inner[:1] if origin is Annotated else inner:
             yield from _types(each)
     yield origin or annotation
-
-
-def _group(field: Any) -> Any:
-    """The model of a group, also of an optional one; None for a value."""
-    kinds = getattr(field.annotation, "__args__", None) or (field.annotation,)
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Group)), None)
 
 
 @functools.cache
@@ -266,9 +232,9 @@ def free(where: str) -> tuple[str, ...]:
 
     def below(model: type[Group], prefix: str) -> Iterator[str]:
         for name, field in model.model_fields.items():
-            if where in _metadata(field).free:
+            if where in metadata(field).free:
                 yield prefix + name
-            elif group := _group(field):
+            elif group := group_of(field):
                 yield from below(group, f"{prefix}{name}.")
 
     return tuple(below(Config, ""))

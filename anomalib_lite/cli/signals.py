@@ -6,7 +6,8 @@ import multiprocessing.util
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 #: of `docker stop`, scancel and spot machines; of a closed terminal; of `sbatch --signal`, before the time limit
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -38,15 +39,24 @@ def as_interrupts() -> Iterator[None]:
         atexit.unregister(_kill_children)
         atexit.register(_kill_children)  # it runs before what multiprocessing.util has registered at its import
     _in_program = True
+    with _handled_by(_stop, lambda handler: handler in (signal.SIG_DFL, signal.default_int_handler)):
+        try:
+            yield
+        finally:
+            _in_program = False
+            release(silently=True)
+
+
+@contextlib.contextmanager
+def _handled_by(new: Callable[[int, Any], None], replaces: Callable[[Any], bool]) -> Iterator[None]:
+    """In the block, `new` handles SIGNALS and Ctrl-C in place of the handlers that it `replaces`."""
     before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGINT)}
     for number, handler in before.items():
-        if handler in (signal.SIG_DFL, signal.default_int_handler):
-            signal.signal(number, _stop)
+        if replaces(handler):
+            signal.signal(number, new)
     try:
         yield
     finally:
-        _in_program = False
-        release(silently=True)
         for number, handler in before.items():
             if handler is not None:  # None: set by another program than Python
                 signal.signal(number, handler)
@@ -73,16 +83,8 @@ def as_request() -> Iterator[Request]:
             raise KeyboardInterrupt
         request.made = True
 
-    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGINT)}
-    for number, handler in before.items():
-        if handler not in (None, signal.SIG_IGN):
-            signal.signal(number, stop)
-    try:
+    with _handled_by(stop, lambda handler: handler not in (None, signal.SIG_IGN)):
         yield request
-    finally:
-        for number, handler in before.items():
-            if handler is not None:
-                signal.signal(number, handler)
 
 
 def _stop(number: int, frame: object) -> None:

@@ -7,7 +7,7 @@ the archives. Those of BTAD's training images are confirmed by their total alone
 from collections.abc import Sequence
 from pathlib import Path
 
-from anomalib_lite.data.mvtec_layout import LAYOUTS, PLAIN, existing_root
+from anomalib_lite.data.mvtec_layout import LAYOUTS
 from anomalib_lite.data.reader_notes import Counts
 from anomalib_lite.data.readers import read_official
 from anomalib_lite.data.samples import DataSet
@@ -35,8 +35,7 @@ def read_mvtec_ad_2(root: str | Path | None, category: str | Sequence[str]) -> D
 
     Its validation images and the private test images, which have no labels, are not used; notes say so.
     """
-    base = existing_root(root)
-    return read_official(base, base, category, MVTEC_AD_2, "MVTec AD 2", LAYOUTS["mvtec_ad_2"])
+    return read_official(root, category, MVTEC_AD_2, "MVTec AD 2", LAYOUTS["mvtec_ad_2"])
 
 
 def read_mvtec_loco(root: str | Path | None, category: str | Sequence[str]) -> DataSet:
@@ -44,17 +43,14 @@ def read_mvtec_loco(root: str | Path | None, category: str | Sequence[str]) -> D
 
     An image's mask is the folder of its defects' masks; defects_config.json gives their saturation thresholds.
     """
-    base = existing_root(root)
-    return read_official(base, base, category, MVTEC_LOCO, "MVTec LOCO", LAYOUTS["mvtec_loco"])
+    return read_official(root, category, MVTEC_LOCO, "MVTec LOCO", LAYOUTS["mvtec_loco"])
 
 
 def read_btad(root: str | Path | None, category: str | Sequence[str]) -> DataSet:
     """BTAD (Mishra et al., ISIE 2021): CATEGORY/{train/ok, test/{ok, ko}, ground_truth/ko}."""
-    base = existing_root(root)
-    return read_official(base, base, category, BTAD, "BTAD", LAYOUTS["btad"])
+    return read_official(root, category, BTAD, "BTAD", LAYOUTS["btad"])
 
 
 def read_mpdd(root: str | Path | None, category: str | Sequence[str]) -> DataSet:
     """MPDD (Jezek et al., ICUMT 2021), in the MVTec layout."""
-    base = existing_root(root)
-    return read_official(base, base, category, MPDD, "MPDD", PLAIN)
+    return read_official(root, category, MPDD, "MPDD")

@@ -14,7 +14,7 @@ from PIL import Image
 from anomalib_lite.data.cores import threads
 from anomalib_lite.data.image_folders import check_readable, holds_images, listing
 from anomalib_lite.data.mvtec_layout import choose, existing_root
-from anomalib_lite.data.reader_notes import count_notes, missing_notes
+from anomalib_lite.data.reader_notes import count_notes, missing_notes, passed_notes
 from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import cache_folder, whole_folder
@@ -58,8 +58,7 @@ def read_cifar10(root: str | Path | None, category: str | Sequence[str]) -> Data
     ]
     parts = [folder / part for part in ("train", "test")]
     passed += [path for part in parts for path in listing(part).folders if path.name not in CLASSES]
-    if passed:
-        data.notes.append(f"{len(passed)} files or folders are not used (first: {passed[0]})")
+    data.notes += passed_notes(passed)
     return data
 
 

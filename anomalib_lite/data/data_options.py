@@ -1,4 +1,4 @@
-"""Checks of the DataModule's arguments: what the schema can't know, and what loaders would report in other words."""
+"""Checks of the DataModule's arguments that the schema can't make: which of them go together."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ READER_KEYS = (
 )  # fmt: skip
 
 
-def checked(options: dict[str, Any]) -> dict[str, Any]:
+def reader_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the reader. Raises TypeError for one that is none of READER_KEYS."""
     if unknown := options.keys() - set(READER_KEYS):
         raise TypeError(f"AnomalyDataModule.__init__() got an unexpected keyword argument '{min(unknown)}'")
@@ -24,16 +24,9 @@ def reader_options(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raise UserError for the first invalid argument of the DataModule."""
-    for option in ("batch_size", "eval_batch_size", "copies"):
-        value = options[option]
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"data.{option}={value}: give a whole number from 1")
-    if options["workers"] != "auto" and (not isinstance(options["workers"], int) or options["workers"] < 0):
-        raise UserError(f"data.workers={options['workers']}: give a number of processes from 0, or auto")
-    for option, choices in (("check", ("fast", "thorough")), ("treatment", ("auto", "object", "texture"))):
-        if options[option] not in choices:
-            raise UserError(f"data.{option}={options[option]}: choose {' or '.join(choices)}")
+    """Raise UserError for the first arguments of the DataModule that do not go together. `cli.schema` has checked each
+    of them alone.
+    """
     if options["transform"] is not None and options["treatment"] == "texture":
         raise UserError("data.treatment=texture: goes without data.transform; give data.texture_size and data.augment")
     if options["tiling"] and options["treatment"] == "texture":
@@ -52,13 +45,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         and options["treatment"] == "object"
     ):
         raise UserError(f"data.copies={options['copies']}: all copies are equal; give data.augment too, or 1")
-    limits = options["value_range"]
-    if limits is not None and not (len(limits) == 2 and limits[0] < limits[1]):
-        raise UserError(f"data.value_range={list(limits)}: give [low, high], or null")
-    for option, value in (
-        ("data.reader", options["reader"]),
-        ("split", options["split"]),
-        ("data.corrupt", options["corrupt"]),
-    ):
+    functions = {"data.reader": options["reader"], "split": options["split"], "data.corrupt": options["corrupt"]}
+    for option, value in functions.items():
         if not (callable(value) or (option != "data.reader" and value is None)):
             raise UserError(f"{option}={value} must be a _target_ with _partial_: true; see the files of conf/data")

@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from anomalib_lite.data import integrity as checks
 from anomalib_lite.data import splits
 from anomalib_lite.data import value_range as value_ranges
-from anomalib_lite.data.data_options import check_options, checked
+from anomalib_lite.data.data_options import check_options, reader_arguments
 from anomalib_lite.data.dataset import AnomalyDataset, MapSize, NewImages, collate_readable
 from anomalib_lite.data.held_out import fingerprint, hold_out
 from anomalib_lite.data.kept_images import KeptImages
@@ -118,7 +118,7 @@ class AnomalyDataModule(L.LightningDataModule):
         self.drop_last, self.balanced, self.copies = drop_last, balanced, copies
         self.corrupt, self.treatment, self.texture_size = corrupt, treatment, texture_size
         self.transform, self.augment, self.normalize, self.resample = transform, augment or (), normalize, resample
-        self.notes, self.for_reader = list[str](), checked(for_reader)
+        self.notes, self.for_reader = list[str](), reader_arguments(for_reader)
         self.value_range, self.stored_pixels = value_range, pixels
         self.pixels = pixels or value_ranges.Pixels()
         check_options(vars(self))
@@ -149,7 +149,7 @@ class AnomalyDataModule(L.LightningDataModule):
         self.full_fingerprint = fingerprint(data) if self.kept.profile == splits.SHOTS else None
         data = replace(data, train=self.kept.train)
         headers, notes = checks.check(data, thorough=self.check == "thorough")
-        self.pixels, of_pixels = value_ranges.of_run(data, headers, self.value_range, self.stored_pixels)
+        self.pixels, of_pixels = value_ranges.pixels_of_run(data, headers, self.value_range, self.stored_pixels)
         self.notes = [*data.notes, *self.kept.notes, *notes, *of_pixels]
         self.root = data.root
         self.fingerprint = fingerprint(data)

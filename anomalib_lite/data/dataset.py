@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from anomalib_lite.data.image_files import read_header
 from anomalib_lite.data.kept_images import KeptImages
-from anomalib_lite.data.samples import Sample, load_mask, size_of
+from anomalib_lite.data.samples import Sample, load_mask
 from anomalib_lite.data.transforms import Pipeline, resize_mask
 from anomalib_lite.errors import UserError
 
@@ -104,12 +104,12 @@ class AnomalyDataset(Dataset):
             if self.images:
                 item |= self._load(sample, epoch, index)
             elif self.truth:
-                own = self._own_mask(sample, size_of(sample.path))
+                own = self._own_mask(sample, read_header(sample.path).size)
                 resize = self.pipeline.resize
                 item |= {"mask": torch.from_numpy(resize_mask(own, resize.size) if resize else own)}
                 item |= self._truth(own, own)
             elif self.map_size == "original":
-                item["size"] = size_of(sample.path)
+                item["size"] = read_header(sample.path).size
         except UserError as error:
             raise LoadError(str(error)) from None
         return item

@@ -10,7 +10,6 @@ import numpy as np
 from anomalib_lite.data.dataset import CORRUPTED, HOLD_OUT
 from anomalib_lite.data.masks import mask_files
 from anomalib_lite.data.samples import DataSet, Sample
-from anomalib_lite.errors import UserError
 
 
 def hold_out(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample], list[str]]:
@@ -18,8 +17,6 @@ def hold_out(samples: list[Sample], share: float, seed: int) -> tuple[list[Sampl
 
     Every second held-out image is marked as CORRUPTED. At least one image of a category remains for training.
     """
-    if not 0 <= share < 1:
-        raise UserError(f"data.val_fraction={share}: give a share from 0, below 1")
     if share == 0:
         return samples, [], []
     held, notes = list[Sample](), list[str]()

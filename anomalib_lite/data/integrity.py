@@ -13,7 +13,7 @@ from PIL import Image
 
 from anomalib_lite.data.cores import threads
 from anomalib_lite.data.image_files import Header, decoding, header_of, read_values
-from anomalib_lite.data.masks import looked_at, mask_facts, mask_files, mask_notes
+from anomalib_lite.data.masks import evenly_spread, mask_facts, mask_files, mask_notes
 from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.errors import UserError
 
@@ -49,7 +49,7 @@ def check(dataset: DataSet, thorough: bool = False) -> tuple[dict[Path, Header],
         for category in dict.fromkeys(sample.category for sample in dataset.test):
             of_mask = {s.mask: s for s in dataset.test if s.category == category and s.mask}
             sizes = {mask: headers[sample.path].size for mask, sample in of_mask.items()}
-            chosen = list(sizes) if thorough else looked_at(sizes)
+            chosen = list(sizes) if thorough else evenly_spread(sizes)
             dark = [of_mask[mask].dark_mask for mask in chosen]
             facts = dict(zip(chosen, pool.map(mask_facts, chosen, dark), strict=True))
             notes += mask_notes(category, facts, len(sizes), thorough)

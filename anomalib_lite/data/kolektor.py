@@ -9,7 +9,7 @@ from anomalib_lite.data.cores import threads
 from anomalib_lite.data.image_folders import check_readable, holds_images, listing
 from anomalib_lite.data.masks import read_mask
 from anomalib_lite.data.mvtec_layout import choose, existing_root
-from anomalib_lite.data.reader_notes import count_notes, missing_notes, total_notes
+from anomalib_lite.data.reader_notes import count_notes, missing_notes, passed_notes, total_notes
 from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.errors import UserError
 
@@ -72,9 +72,7 @@ def _data_set(base: Path, train: list[Sample], test: list[Sample], passed: list[
         raise UserError(f"{read[0]}: no normal training images, which have an empty mask; restore them")
     data = DataSet(base, train, sorted(test, key=lambda sample: (sample.label, sample.path)))
     passed += [folder for folder in listing(base).folders if folder not in read and holds_images(folder)]
-    data.notes = missing_notes(data.train, data.test)
-    if passed:
-        data.notes.append(f"{len(passed)} files or folders are not used (first: {passed[0]})")
+    data.notes = [*missing_notes(data.train, data.test), *passed_notes(passed)]
     return data
 
 

@@ -1,9 +1,10 @@
-"""Ground truth masks: what a mask's file marks as defective, and the check of a category's masks.
+"""Ground truth masks: what a mask's file marks as defective, the check of a category's masks, MVTec LOCO's thresholds.
 
 Masks hold 0 and 255, 0 and 1, class numbers, or colours: everything above 0 is defective. A mask with soft edges, as
 JPEG, blur and interpolation leave them, is cut at half of its largest value instead.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ CLASSES = 10, 64  # soft masks have more values than 10 (VisA's classes are 1..9
 NOISE = 1 / 16  # of the largest value
 REVERSED = 0.5, 0.9  # a mask is taken for reversed if it marks more than 0.5 of its image and 0.9 of the border
 NEARLY_ALL = 0.9  # share of a category's masks
+SATURATION_KEYS = ("pixel_value", "saturation_threshold", "relative_saturation")  # of MVTec LOCO
 PIXELS = 10**8  # masks of a category are looked at up to so many pixels, unless the check is thorough
 
 
@@ -94,7 +96,7 @@ def _is_soft(values: np.ndarray, lossy: bool) -> bool:
     return bool((~in_block & (brighter | (values <= NOISE * largest)))[between].mean() >= 0.5)
 
 
-def looked_at(sizes: Mapping[Path, tuple[int, int]]) -> list[Path]:
+def evenly_spread(sizes: Mapping[Path, tuple[int, int]]) -> list[Path]:
     """As many of the masks, evenly spread, as have PIXELS pixels together; one at least. `sizes`: (height, width)."""
     masks, total = list(sizes), sum(height * width for height, width in sizes.values())
     count = min(len(masks), max(1, int(len(masks) * PIXELS / max(total, 1))))
@@ -136,3 +138,43 @@ def mask_notes(category: str, facts: Mapping[Path, MaskFacts], total: int, empty
 
 def _name(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
+
+
+# --- saturation thresholds ---
+
+
+class Saturation(NamedTuple):
+    """The area from which on a defect counts as found, for sPRO: a missing object has no exact place, so all places
+    where it could be are annotated, and some of them suffice.
+
+    The threshold is that of the defects whose mask has the value `pixel`: pixels, or a share of the area if `relative`.
+    """
+
+    pixel: int
+    threshold: float
+    relative: bool
+
+    def area(self, defect: int) -> int:
+        """The pixels that suffice, of a defect of so many. The share is rounded down, as the authors' code does."""
+        return max(1, int(self.threshold * defect) if self.relative else min(int(self.threshold), defect))
+
+
+def read_saturations(file: Path) -> tuple[Saturation, ...]:
+    """The thresholds in a `defects_config.json`. Raises UserError if the file is missing or means nothing."""
+    try:
+        found = [tuple(entry[key] for key in SATURATION_KEYS) for entry in json.loads(file.read_text(encoding="utf-8"))]
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; sPRO needs its thresholds, take it from the data set") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{file}: not a list of defects with {', '.join(SATURATION_KEYS)} ({why}); restore the file"
+        ) from None
+    for pixel, threshold, relative in found:
+        numbers = all(isinstance(value, int | float) and value > 0 for value in (pixel, threshold))
+        if not numbers or not isinstance(relative, bool) or (relative and threshold > 1):
+            raise UserError(
+                f"{file}: pixel_value={pixel}, saturation_threshold={threshold}, relative_saturation={relative} is no "
+                "threshold; restore the file"
+            )
+    return tuple(Saturation(*entry) for entry in found)

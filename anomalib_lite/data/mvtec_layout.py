@@ -5,15 +5,15 @@ The layout is CATEGORY/{train/good, test/good, test/DEFECT, ground_truth/DEFECT}
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from anomalib_lite.data.image_files import IMAGE_SUFFIXES
 from anomalib_lite.data.image_folders import check_readable, holds_images, listing, means_normal
-from anomalib_lite.data.reader_notes import missing_notes, unused_notes
+from anomalib_lite.data.masks import read_saturations
+from anomalib_lite.data.reader_notes import missing_notes, passed_notes, unused_notes
 from anomalib_lite.data.samples import DataSet, Sample
-from anomalib_lite.data.saturation import read_saturations
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import readable
 
@@ -105,14 +105,13 @@ def read_folders(base: Path, folders: Mapping[str, Path], train: bool = True, la
     Raises UserError for an image in the wrong place or of a kind that can't be read, for a folder whose name means
     normal images to a person, and for images and masks that are not one to one.
     """
-    data, unused = DataSet(base, [], []), []
+    data, unused = DataSet(base, [], []), list[str]()
     for category, folder in folders.items():
         passed: list[Path] = []
         _check_beside(folder, passed, layout)
         data.train += _read_train(folder / "train", category, passed, layout.good) if train else []
         data.test += _read_test(folder, category, passed, layout)
-        if passed:
-            unused.append(f"{category}: {len(passed)} files or folders are not used (first: {passed[0]})")
+        unused += passed_notes(passed, category)
     data.notes = [*missing_notes(data.train, data.test), *unused_notes(folders.values(), layout.unused), *unused]
     return data
 
@@ -183,10 +182,8 @@ def _read_test(category_folder: Path, category: str, passed: list[Path], layout:
     for folder in gt_found.folders:
         if folder.name == layout.good:
             passed += [folder] * holds_images(folder)
-        elif not (test / folder.name).is_dir() and (stray := _masks(folder, passed, layout)):
-            raise UserError(
-                f"{stray[0]}: a mask for no image ({test / folder.name} is missing); add its images or remove it"
-            )
+        elif not (test / folder.name).is_dir():
+            _pair([], folder, passed, layout)
     return samples
 
 
@@ -228,19 +225,13 @@ def _pair(images: list[Path], folder: Path, passed: list[Path], layout: Layout) 
         masks.setdefault(mask.stem, []).append(mask)
     found = {image: masks.get(f"{image.stem}_mask", []) + masks.get(image.stem, []) for image in images}
     all_masks = [mask for same_stem in masks.values() for mask in same_stem]
-    pairs = one_to_one(found, all_masks, folder, "{}/000.png" if layout.defects else "{}_mask.png")
-    used = set(pairs.values())
-    if stray := [mask for mask in all_masks if mask not in used]:
-        raise UserError(
-            f"{stray[0]}: a mask for no image (none of that name in test/{folder.name}); add it or remove it"
-        )
-    return dict(pairs)
+    return one_to_one(found, all_masks, folder, "{}/000.png" if layout.defects else "{}_mask.png")
 
 
 def one_to_one(
-    found: Mapping[Path, Sequence[Path]], all_masks: Iterable[Path], place: Path | str, name: str = "{}_mask.png"
-) -> dict[Path, Path]:
-    """The one mask of each image. Raises UserError for an image with none or several, and for a mask of two images.
+    found: Mapping[Path, Sequence[Path]], all_masks: Sequence[Path], place: Path | str, name: str = "{}_mask.png"
+) -> dict[Path, Path | None]:
+    """The one mask of each image. Raises UserError for an image with none or several, and for a mask of two or of none.
 
     Args:
         found: each image with its masks. all_masks: these, and those of no image.
@@ -257,6 +248,8 @@ def one_to_one(
         if other := image_of.get(masks[0]):
             raise UserError(f"{masks[0]}: one mask for {other.name} and {image.name}; give each image its own")
         image_of[masks[0]] = image
+    if stray := [mask for mask in all_masks if mask not in image_of]:
+        raise UserError(f"{stray[0]}: a mask for no image; add an image of its name, or remove the mask")
     return {image: mask for mask, image in image_of.items()}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from anomalib_lite.data.image_files import IMAGE_SUFFIXES
 from anomalib_lite.data.image_folders import check_readable, classified, means_normal, walk
 from anomalib_lite.data.mvtec_layout import one_to_one
-from anomalib_lite.data.reader_notes import missing_notes
+from anomalib_lite.data.reader_notes import missing_notes, passed_notes
 from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import readable
@@ -77,9 +77,7 @@ def read_own_folders(
     data.test = [Sample(path, name, "good", 0, None) for path in sorted(good)]
     dark = mask_defect == "dark"
     data.test += [Sample(path, name, defective[path], 1, mask_of[path], dark) for path in sorted(defective)]
-    data.notes = [*notes, *missing_notes(data.train, data.test)]
-    if passed:
-        data.notes.append(f"{len(passed)} files are not used (first: {passed[0]})")
+    data.notes = [*notes, *missing_notes(data.train, data.test), *passed_notes(passed)]
     return data
 
 
@@ -153,8 +151,6 @@ def _check_roles(found: dict[str, dict[Path, str]]) -> None:
 
 def _drawn(images: Sequence[Path], share: float, seed: int) -> tuple[list[Path], list[Path]]:
     """The images for training, and at least one for the test if the share is above 0."""
-    if not 0 <= share < 1:
-        raise UserError(f"data.test_fraction={share}: give a share from 0, below 1")
     images = sorted(images)
     count = max(1, round(share * len(images))) if share else 0
     if count >= len(images):
@@ -185,8 +181,4 @@ def _pair(images: dict[Path, str], masks: dict[Path, str], normal: set[Path]) ->
         found[image] = same_kind if len(all_found) > 1 and same_kind else all_found
     of_normal = {path.stem + suffix for path in normal for suffix in MASK_SUFFIXES}
     all_masks = [mask for mask in masks if mask.stem not in of_normal]
-    pairs = one_to_one(found, all_masks, "data.masks")
-    used = set(pairs.values())
-    if stray := [mask for mask in all_masks if mask not in used]:
-        raise UserError(f"{stray[0]}: a mask for no image; add its image to data.abnormal, or remove the mask")
-    return dict(pairs)
+    return one_to_one(found, all_masks, "data.masks")

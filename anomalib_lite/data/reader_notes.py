@@ -24,6 +24,12 @@ def unread_notes(base: Path, read: Iterable[Path], why: str) -> list[str]:
     return notes
 
 
+def passed_notes(passed: Sequence[Path], category: str = "") -> list[str]:
+    """A note on files and folders that a reader has passed over."""
+    whose = f"{category}: " if category else ""
+    return [f"{whose}{len(passed)} files or folders are not used (first: {passed[0]})"] if passed else []
+
+
 def unused_notes(folders: Iterable[Path], unused: Mapping[str, str]) -> list[str]:
     """A note on each of the folders that every category has and no reader uses, by name, with the reason."""
     notes, folders = [], list(folders)

@@ -1,15 +1,15 @@
 """Readers: from a folder on disk to a DataSet. Each takes (root, category) with a name, a list of names, or "all"."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from anomalib_lite.data import mvtec_layout as layout
 from anomalib_lite.data.image_folders import listing
 from anomalib_lite.data.own_folders import Places, read_own_folders
-from anomalib_lite.data.reader_notes import Counts, absent_notes, count_notes, missing_notes, unread_notes
+from anomalib_lite.data.reader_notes import Counts, absent_notes, count_notes, unread_notes
 from anomalib_lite.data.samples import DataSet, Sample
-from anomalib_lite.data.tables import table_rows
+from anomalib_lite.data.tables import listed, table_rows
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import readable
 
@@ -31,8 +31,7 @@ VISA_COLUMNS = ["object", "split", "label", "image", "mask"]
 
 def read_mvtec(root: str | Path | None, category: str | Sequence[str]) -> DataSet:
     """MVTec AD. Only official categories; counts that differ from the official ones become notes."""
-    base = layout.existing_root(root)
-    return read_official(base, base, category, MVTEC, "MVTec AD")
+    return read_official(root, category, MVTEC, "MVTec AD")
 
 
 def read_visa(root: str | Path | None, category: str | Sequence[str], split_csv: str = "1cls.csv") -> DataSet:
@@ -41,9 +40,9 @@ def read_visa(root: str | Path | None, category: str | Sequence[str], split_csv:
     table = base / "split_csv" / split_csv
     if table.is_file():
         return _read_visa_raw(base, category, table)
-    for converted in (base / "1cls", base):
-        if layout.category_folders(converted).keys() & VISA.keys():
-            return read_official(base, converted, category, VISA, "VisA")
+    for below in ("1cls", ""):
+        if layout.category_folders(base / below).keys() & VISA.keys():
+            return read_official(root, category, VISA, "VisA", below=below)
     raise UserError(
         f"{base}: neither VisA's raw layout (split_csv/{split_csv} is missing) nor a converted one "
         "(CATEGORY/train/good); set data.root to the folder that holds one of them"
@@ -100,18 +99,19 @@ def read_test_set(root: str | Path | None, category: Sequence[str], like: str | 
 
 
 def read_official(
-    base: Path,
-    below: Path,
+    root: str | Path | None,
     category: str | Sequence[str],
     official: Counts,
     title: str,
     own: layout.Layout = layout.PLAIN,
+    below: str = "",
 ) -> DataSet:
     """A data set in the MVTec layout, or in its own, of which the categories and their counts are known.
 
-    The categories are in the folder `below`. Counts that differ from the official ones become notes.
+    The categories are in the root, or in the folder `below` it. Counts that differ from the official ones become notes.
     """
-    folders = layout.category_folders(below, own)
+    base = layout.existing_root(root)
+    folders = layout.category_folders(base / below, own)
     hint = ""
     if (base / "train").is_dir():
         hint = f"; it seems to be a category itself, set data.root to {base.parent}"
@@ -123,7 +123,7 @@ def read_official(
     data = layout.read_folders(base, {name: folders[name] for name in names}, layout=own)
     data.notes += count_notes(data, official)
     if category == "all":
-        data.notes += unread_notes(below, [folders[name] for name in names], f"being no category of {title}")
+        data.notes += unread_notes(base / below, [folders[name] for name in names], f"being no category of {title}")
         data.notes += absent_notes(data, official, title)
     return data
 
@@ -135,38 +135,23 @@ def _read_visa_raw(base: Path, category: str | Sequence[str], table: Path) -> Da
     """The rows of the table whose objects are chosen; a table lists all objects, a disk may hold some of them."""
     available = [p.name for p in listing(base).folders if p.name in VISA and (p / "Data").is_dir()]
     names = layout.choose(category, available, base, "" if available else "; VisA's raw layout is OBJECT/Data/Images")
-    data, left_out = DataSet(base, [], []), 0
-    lines: dict[Path, str] = {}
-    for where, row in table_rows(table, VISA_COLUMNS, "take the file that comes with VisA")[1]:
-        if row["object"] not in VISA:
-            raise UserError(f"{where}: {row['object']!r} is no object of VisA; correct the line")
-        if row["object"] not in names:
-            continue
-        sample = _visa_sample(base, row, where)
-        if sample.path in lines:
-            raise UserError(f"{where}: {row['image']} is in {lines[sample.path]} already; remove one")
-        lines[sample.path] = where.removeprefix(f"{table} ")
-        if row["split"] == "test":
-            data.test.append(sample)
-        elif sample.label == 0:
-            data.train.append(sample)
-        else:
-            left_out += 1  # the 2cls splits train on defective images, too; nothing here does
-    for name in names:
-        if not any(s.category == name for s in data.train):
-            raise UserError(f"{table}: no training images of '{name}'; take the table that comes with the data")
-    for samples in (data.train, data.test):
-        samples.sort(key=lambda s: (names.index(s.category), s.label, s.path))
+    in_table = set[Path]()
+
+    def entries() -> Iterator[tuple[str, str, Sample]]:
+        for where, row in table_rows(table, VISA_COLUMNS, "take the file that comes with VisA")[1]:
+            if row["object"] not in VISA:
+                raise UserError(f"{where}: {row['object']!r} is no object of VisA; correct the line")
+            if row["object"] in names:
+                sample = _visa_sample(base, row, where)
+                in_table.add(sample.path)
+                yield where, row["split"], sample
+
+    data = listed(base, names, entries(), table)  # the 2cls splits train on defective images too; nothing here does
     for name in names:
         images = base / name / "Data" / "Images"
-        unlisted = [
-            path for kind in ("Normal", "Anomaly") for path in listing(images / kind).images if path not in lines
-        ]
-        if unlisted:
+        kinds = (listing(images / kind).images for kind in ("Normal", "Anomaly"))
+        if unlisted := [path for of_kind in kinds for path in of_kind if path not in in_table]:
             data.notes.append(f"{name}: {len(unlisted)} images are not in {table.name} (first: {unlisted[0]})")
-    if left_out:
-        data.notes.append(f"{table.name}: {left_out} defective training images left out")
-    data.notes += missing_notes(data.train, data.test)
     if table.name == "1cls.csv":
         data.notes += count_notes(data, VISA)
     if category == "all":

@@ -1,13 +1,14 @@
 """Reader of Real-IAD (Wang et al., CVPR 2024), whose protocols are folders of JSON files: CATEGORY.json."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from anomalib_lite.data.mvtec_layout import choose, existing_root
-from anomalib_lite.data.reader_notes import KINDS, absent_notes, missing_notes, total_notes
+from anomalib_lite.data.reader_notes import KINDS, absent_notes, total_notes
 from anomalib_lite.data.samples import DataSet, Sample
+from anomalib_lite.data.tables import listed
 from anomalib_lite.errors import UserError
 
 CATEGORIES = (
@@ -45,28 +46,16 @@ def read_real_iad(
         )
     available = [name for name in lists if (pictures / name).is_dir()]
     names = choose(category, available, base, f"; none of {pictures}/CATEGORY has a list in data.reader.split_json")
-    data, left_out = DataSet(base, [], []), 0
-    seen: dict[Path, str] = {}
-    for name in names:
-        content = _content(lists[name])
-        for part, samples in (("train", data.train), ("test", data.test)):
-            for number, entry in enumerate(content[part]):
-                where = f"{lists[name]} {part}[{number}]"
-                sample = _sample(pictures, name, entry, content["meta"], where)
-                if other := seen.get(sample.path):
-                    raise UserError(f"{where}: {sample.path} is in {other} already; remove one")
-                seen[sample.path] = f"{part}[{number}]"
-                if part == "train" and sample.label:
-                    left_out += 1
-                else:
-                    samples.append(sample)
-        if not any(sample.category == name for sample in data.train):
-            raise UserError(f"{lists[name]}: no normal training images; take the file that comes with Real-IAD")
-    for samples in (data.train, data.test):
-        samples.sort(key=lambda sample: (names.index(sample.category), sample.label, sample.path))
-    data.notes = missing_notes(data.train, data.test)
-    if left_out:
-        data.notes.append(f"{split_json}: {left_out} defective training images left out")
+
+    def entries() -> Iterator[tuple[str, str, Sample]]:
+        for name in names:
+            content = _content(lists[name])
+            for part in ("train", "test"):
+                for number, entry in enumerate(content[part]):
+                    where = f"{lists[name]} {part}[{number}]"
+                    yield where, part, _sample(pictures, name, entry, content["meta"], where)
+
+    data = listed(base, names, entries(), lists[names[0]].parent)
     if category == "all":
         data.notes += absent_notes(data, CATEGORIES, "Real-IAD")
     if set(names) == set(CATEGORIES) and (official := TOTALS.get(Path(split_json).name)):

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from anomalib_lite.data.image_files import read_header, read_values, to_uint8
-from anomalib_lite.data.masks import read_mask
-from anomalib_lite.data.saturation import Saturation
+from anomalib_lite.data.image_files import read_values, to_uint8
+from anomalib_lite.data.masks import Saturation, read_mask
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,3 @@ def load_mask(path: Path, dark: bool = False) -> np.ndarray:
     A folder of masks gives their union. Raises UserError if a file can't be decoded.
     """
     return read_mask(path, dark)[0]
-
-
-def size_of(path: Path) -> tuple[int, int]:
-    """(height, width) from the image's header. Raises UserError if the file can't be read."""
-    return read_header(path).size

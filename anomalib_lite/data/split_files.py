@@ -14,21 +14,17 @@ from anomalib_lite.paths import replacing
 
 
 def read(file: Path, format: str = "auto") -> tuple[list[Entry], str]:
-    """The training entries, and the format. Raises UserError naming file and line."""
+    """The training entries, and the format. Raises UserError naming file and entry."""
     if format != "auto" and format not in FORMATS:
         raise UserError(f"split.format={format}: choose auto, {', '.join(FORMATS)}")
     try:
         text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"split.path={file}: no such file; give its place with split.path=FILE") from None
-    except IsADirectoryError:
-        raise UserError(f"split.path={file}: a folder; give the file of the split") from None
     except UnicodeDecodeError:
         raise UserError(f"{file}: no text in UTF-8; give {KNOWN}") from None
     except OSError as error:
-        raise UserError(f"split.path={file}: {error.strerror or error}") from None
+        raise UserError(f"split.path={file}: {error.strerror or error}; give the file of the split") from None
     if not text.strip():
-        raise UserError(f"{file} line 1: the file is empty; give one that lists training images")
+        raise UserError(f"{file}: the file is empty; give one that lists training images")
     format = detect(file, text) if format == "auto" else format
     entries = parse(file, text, format)
     if not entries:
@@ -39,7 +35,7 @@ def read(file: Path, format: str = "auto") -> tuple[list[Entry], str]:
 def select(
     data: DataSet, file: Path, entries: list[Entry], prune: bool = False, anomalous: bool = False
 ) -> tuple[list[Sample], dict[str, str], list[Entry]]:
-    """The samples that the entries name, or leave over, in the data set's order; per class its last "FILE line N"; and
+    """The samples that the entries name, or leave over, in the data set's order; per class its last "FILE ENTRY"; and
     the entries of classes that the data set does not hold.
 
     Raises UserError for a path outside the root, a missing or doubled file, a test image, a defective image (unless
@@ -48,17 +44,17 @@ def select(
     index = _index(data)
     position = {name: i for i, name in enumerate(dict.fromkeys(s.category for s in data.train))}
     tested = {s.path for s in data.test}
-    named: dict[Path, tuple[Sample, int]] = {}
+    named: dict[Path, tuple[Sample, str]] = {}
     lines: dict[str, str] = {}
     others: list[Entry] = []
     for entry in entries:
-        where = f"{file} line {entry.line}"
+        where = f"{file} {entry.where}"
         sample = _match(data, index, position, entry, where)
         if sample is None:
             others.append(entry)
             continue
         if sample.path in named:
-            raise UserError(f"{where}: {entry.path} is in line {named[sample.path][1]} already; remove one")
+            raise UserError(f"{where}: {entry.path} is in {named[sample.path][1]} already; remove one")
         if prune and sample.path in tested:
             raise UserError(f"{where}: {entry.path} is no training image; remove the line")
         if entry.anomalous or sample.label:
@@ -70,7 +66,7 @@ def select(
             sample = sample if sample.label else replace(sample, label=1, defect="anomalous")
         elif sample.path in tested:
             raise UserError(f"{where}: {entry.path} is a test image, and the test set stays whole; remove the entry")
-        named[sample.path] = sample, entry.line
+        named[sample.path] = sample, entry.where
         lines[sample.category] = where
     if prune:
         train = [s for s in data.train if s.path not in named]
@@ -80,11 +76,9 @@ def select(
         if not any(s.category == category and not s.label for s in train):
             if prune:
                 raise UserError(f"{lines[category]}: leaves out the last training image of '{category}'; keep one")
-            end = max(entry.line for entry in entries)
-            lines_read = f"{file} lines 1-{end}" if end > 1 else f"{file} line 1"
             listed = ",".join(sorted({s.category for s in train if not s.label})) or "others"
             raise UserError(
-                f"{lines_read}: no normal training image of '{category}'; add some, or set data.category=[{listed}]"
+                f"{file}: no normal training image of '{category}'; add some, or set data.category=[{listed}]"
             )
     train.sort(key=lambda s: position[s.category])
     return train, {c: lines.get(c, str(file)) for c in position}, others

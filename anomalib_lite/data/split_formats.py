@@ -7,13 +7,9 @@ list   one path per line
 prune  the same, of images to leave out (TailedCore's prune_good.txt); only a file called prune_* is taken for one
 """
 
-import bisect
 import csv
 import io
 import json
-import json.decoder
-import json.scanner
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +23,14 @@ LABEL, PART = ("label", "anomaly"), ("split", "phase", "set")
 NORMAL = {"0", "0.0", "false", "good", "normal", "ok", "none", ""}
 PARTS = {"train": True, "training": True, "test": False, "testing": False, "val": False, "valid": False, "": True}
 KNOWN = "JSON lines, ADer's meta.json, a CSV with a header, a path list, or prune_*"
-Rows = Iterator[tuple[int, dict[str, Any]]]  # the number of a line, and the fields of the entry that begins there
+Rows = Iterator[tuple[str, dict[str, Any]]]  # where an entry is in its file, such as "line 4", and its fields
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A training image as a file names it."""
+    """A training image as a file names it; `where` it does so, such as "line 4" or "train.bottle[3]"."""
 
-    line: int
+    where: str
     path: str
     category: str | None = None
     anomalous: bool = False
@@ -52,19 +48,18 @@ class Image(NamedTuple):
 
 
 def parse(file: Path, text: str, format: str) -> list[Entry]:
-    """The training entries of the file; those of its test set are left out. Raises UserError naming file and line."""
+    """The training entries of the file; those of its test set are left out. Raises UserError naming file and entry."""
     entries = []
-    for line, fields in FORMATS[format].parse(file, text):
-        where = f"{file} line {line}"
+    for where, fields in FORMATS[format].parse(file, text):
         path, label, part = (next((fields[k] for k in keys if k in fields), None) for keys in (PATH, LABEL, PART))
         if not isinstance(path, str) or not path.strip():
-            raise UserError(f"{where}: no path in this entry (it is looked for in {', '.join(PATH)})")
+            raise UserError(f"{file} {where}: no path in this entry (it is looked for in {', '.join(PATH)})")
         trained = PARTS.get(_word(part))
         if trained is None:
-            raise UserError(f"{where}: {part!r} is neither train nor test; correct the entry")
+            raise UserError(f"{file} {where}: {part!r} is neither train nor test; correct the entry")
         category = next((str(fields[key]) for key in CLASS if fields.get(key) not in (None, "")), None)
         if trained:
-            entries.append(Entry(line, path.strip(), category, _word(label) not in NORMAL))
+            entries.append(Entry(where, path.strip(), category, _word(label) not in NORMAL))
     return entries
 
 
@@ -102,7 +97,7 @@ def _parse_jsonl(file: Path, text: str) -> Rows:
             fields, why = None, f" ({error})"
         if not isinstance(fields, dict):
             raise UserError(f"{file} line {number}: no JSON object{why}; correct the line, or set split.format")
-        yield number, fields
+        yield f"line {number}", fields
 
 
 def _write_jsonl(images: Iterable[Image]) -> str:
@@ -114,38 +109,21 @@ def _write_jsonl(images: Iterable[Image]) -> str:
 # --- ADer's meta.json ------------------------------------------------------------------------------------------------
 
 
-class _LineDecoder(json.JSONDecoder):
-    """Each object has the line that it begins in under the key None. `json` does so in Python code alone."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.line_ends = [match.start() for match in re.finditer("\n", text)]
-        self.parse_object = self._with_line
-        self.scan_once = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]
-
-    def _with_line(self, place: tuple[str, int], *rest: Any) -> tuple[dict[Any, Any], int]:
-        fields, end = json.decoder.JSONObject(place, *rest)  # type: ignore[attr-defined]
-        return fields | {None: bisect.bisect_left(self.line_ends, place[1] - 1) + 1}, end
-
-
 def _parse_meta(file: Path, text: str) -> Rows:
     try:
-        content = _LineDecoder(text).decode(text)
+        content = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{file} line {error.lineno}: no JSON ({error.msg}); correct the file") from None
     except RecursionError:
         raise UserError(f"{file}: nested too deeply for a split; give {KNOWN}") from None
     train = content.get("train") if isinstance(content, dict) else None
     if not isinstance(train, dict):
-        raise UserError(
-            f'{file} line 1: no {{"train": {{CLASS: [...]}}}} in it; give ADer\'s meta.json, or set split.format'
-        )
-    line = train.pop(None)
+        raise UserError(f'{file}: no {{"train": {{CLASS: [...]}}}} in it; give ADer\'s meta.json, or set split.format')
     for category, entries in train.items():
         if not isinstance(entries, list) or not all(isinstance(fields, dict) for fields in entries):
-            raise UserError(f"{file} line {line}: train.{category} is no list of entries; correct the file")
-        for fields in entries:
-            yield fields.pop(None), {CLASS[-1]: category} | fields
+            raise UserError(f"{file}: train.{category} is no list of entries; correct the file")
+        for number, fields in enumerate(entries):
+            yield f"train.{category}[{number}]", {CLASS[-1]: category} | fields
 
 
 def _write_meta(images: Iterable[Image]) -> str:
@@ -173,7 +151,7 @@ def _parse_csv(file: Path, text: str) -> Rows:
             if None in row or None in row.values():
                 fields = f"{len(names)} fields are needed, as in the header"
                 raise UserError(f"{file} line {reader.line_num}: {fields}; correct the line")
-            yield reader.line_num, row
+            yield f"line {reader.line_num}", row
     except csv.Error as error:
         raise UserError(f"{file} line {reader.line_num}: no CSV ({error}); correct the line") from None
 
@@ -197,7 +175,7 @@ def _parse_list(file: Path, text: str) -> Rows:
                 f"{file} line {number}: {path[:60]!r} is no path CLASS/.../FILE; correct it, or set split.format"
             )
         if path:
-            yield number, {"path": path}
+            yield f"line {number}", {"path": path}
 
 
 def _write_list(images: Iterable[Image]) -> str:

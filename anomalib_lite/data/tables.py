@@ -1,8 +1,8 @@
-"""Data sets that a CSV file describes: one row per image."""
+"""Data sets that a list of images describes, and the reader of those in a CSV file with one row per image."""
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from anomalib_lite.data.image_folders import means_normal
@@ -26,24 +26,42 @@ def read_table(
 
     Raises:
         UserError: a column is missing; a row has an unknown split, no label, a file that is missing, or another row's
-            image.
+            image; a category has no normal training images.
     """
     if not table:
         raise UserError("data.table is not set: give the CSV file that lists the images")
     file = Path(table).expanduser().absolute()
     base = existing_root(root) if root else file.parent
-    data, left_out = DataSet(base, [], []), 0
-    seen: dict[Path, str] = {}
     header, rows = table_rows(file, COLUMNS, "add the column")
     names = choose(category, list(dict.fromkeys(readable(row["category"]) for _, row in rows)), file, "; see its rows")
-    for where, row in rows:
-        if readable(row["category"]) not in names:
-            continue
-        sample = _sample(base, row, where, mask_defect == "dark")
+
+    def entries() -> Iterator[tuple[str, str, Sample]]:
+        for where, row in rows:
+            if readable(row["category"]) in names:
+                yield where, row["split"].strip().lower(), _sample(base, row, where, mask_defect == "dark")
+
+    data = listed(base, names, entries(), file)
+    if further := [name for name in header if name not in COLUMNS]:
+        data.notes.append(f"{file.name}: columns that are not used: {', '.join(further)}")
+    return data
+
+
+def listed(base: Path, names: Sequence[str], entries: Iterable[tuple[str, str, Sample]], source: Path) -> DataSet:
+    """The data set of listed images, in the order of the categories `names`.
+
+    Args:
+        entries: where the list names the image, "train" or "test", and the image. Defective training images are left
+            out with a note. source: the list.
+
+    Raises:
+        UserError: an image is listed twice, or a category has no normal training images.
+    """
+    data, left_out, seen = DataSet(base, [], []), 0, dict[Path, str]()
+    for where, part, sample in entries:
         if other := seen.get(sample.path):
-            raise UserError(f"{where}: {row['path']} is in {other} already; remove one")
-        seen[sample.path] = where.removeprefix(f"{file} ")
-        if row["split"].strip().lower() == "test":
+            raise UserError(f"{where}: {sample.path} is in {other} already; remove one")
+        seen[sample.path] = where
+        if part == "test":
             data.test.append(sample)
         elif sample.label:
             left_out += 1
@@ -51,13 +69,11 @@ def read_table(
             data.train.append(sample)
     for name in names:
         if not any(sample.category == name for sample in data.train):
-            raise UserError(f"{file}: no normal training images of '{name}'; add rows with split=train")
-    data.train.sort(key=lambda sample: (names.index(sample.category), sample.path))
-    data.test.sort(key=lambda sample: (names.index(sample.category), sample.label, sample.path))
+            raise UserError(f"{source}: no normal training images of '{name}'; list some, or leave the category out")
+    for samples in (data.train, data.test):
+        samples.sort(key=lambda sample: (names.index(sample.category), sample.label, sample.path))
     if left_out:
-        data.notes.append(f"{file.name}: {left_out} defective training images left out")
-    if further := [name for name in header if name not in COLUMNS]:
-        data.notes.append(f"{file.name}: columns that are not used: {', '.join(further)}")
+        data.notes.append(f"{source.name}: {left_out} defective training images left out")
     data.notes += missing_notes(data.train, data.test)
     return data
 

@@ -28,8 +28,6 @@ class Tiling:
     ):
         self.size, self.overlap, self.batch = pair(size), overlap, batch
         self.image_size = image_size if isinstance(image_size, str) else pair(image_size)
-        if not 0 <= overlap < min(self.size):
-            raise UserError(f"data.tiling.overlap={overlap}: give a number from 0, below the tile's {min(self.size)}")
         if not isinstance(self.image_size, str):
             try:
                 self.axes(*self.image_size)

@@ -23,7 +23,6 @@ NORMALIZE = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
-Corrupt = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 class Resize(A.DualTransform):
@@ -218,18 +217,13 @@ class Pipeline:
         values = {} if self.value_range is None else {"value_range": list(self.value_range)}
         return {"transforms": A.to_dict(self.compose)["transform"], "normalize": normalize} | values
 
-    def __call__(
-        self, image: np.ndarray, mask: np.ndarray, seed: Sequence[int] = (0,), corrupt: Corrupt | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: np.ndarray, mask: np.ndarray, seed: Sequence[int] = (0,)) -> tuple[Tensor, Tensor]:
         """Image uint8 [H, W, 3] and mask bool [H, W] to float32 [3, h, w] and bool [h, w].
 
         Equal seeds (a few non-negative integers) give equal augmentations; of four, the last two are the number of the
-        epoch or copy, and the image's position, which `Turn` asks for. `corrupt` sees the uint8 image [h, w, 3]
-        after all transforms, so that no crop cuts its defect off, and its mask replaces the given one.
+        epoch or copy, and the image's position, which `Turn` asks for.
         """
         image, mask = self.transform(image, mask, seed)
-        if corrupt is not None:
-            image, mask = corrupt(image)
         return self.tensor(image), torch.from_numpy(np.ascontiguousarray(mask))
 
     def transform(

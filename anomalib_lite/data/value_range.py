@@ -34,19 +34,21 @@ class Pixels(NamedTuple):
     value_range: Range | None = None
 
 
-def of_run(
+def pixels_of_run(
     data: DataSet, headers: Mapping[Path, Header], given: Sequence[float] | None, stored: Pixels | None
 ) -> tuple[Pixels, list[str]]:
     """Depth and range for these data, which a trained run has `stored` already, and notes for the result."""
     if stored is None:
-        pixels, notes = settle(data, headers, given)
+        pixels, notes = find_pixels(data, headers, given)
     else:
-        pixels, notes = stored, other_depths(stored, [(path, header.depth) for path, header in headers.items()])
+        pixels, notes = stored, depth_notes(stored, [(path, header.depth) for path, header in headers.items()])
     deep = [sample.path for sample in data.test if headers[sample.path].depth != "8-bit"]
-    return pixels, [*notes, *outside(pixels, deep)]
+    return pixels, [*notes, *range_notes(pixels, deep)]
 
 
-def settle(data: DataSet, headers: Mapping[Path, Header], given: Sequence[float] | None) -> tuple[Pixels, list[str]]:
+def find_pixels(
+    data: DataSet, headers: Mapping[Path, Header], given: Sequence[float] | None
+) -> tuple[Pixels, list[str]]:
     """The depth and the range of a data set, given or found over its training images, and notes for the result.
 
     Raises UserError if files of different depths would need different ranges and none is given.
@@ -69,7 +71,7 @@ def settle(data: DataSet, headers: Mapping[Path, Header], given: Sequence[float]
         return Pixels(depth), []
     log.info("finding the range of the values in %d training images", len(train))
     low, high, broken = extremes(train)
-    chosen = customary(low, high)
+    chosen = customary_scale(low, high)
     note = (
         f"data.value_range=[{chosen[0]:g},{chosen[1]:g}] assumed: the pixels of the {len(train)} training images are "
         f"{DEPTHS[depth]}, nearly all of them from {low:g} to {high:g}; values outside the range are clipped"
@@ -82,7 +84,7 @@ def settle(data: DataSet, headers: Mapping[Path, Header], given: Sequence[float]
     return Pixels(depth, chosen), notes
 
 
-def other_depths(pixels: Pixels, found: Sequence[tuple[Path | str, str]]) -> list[str]:
+def depth_notes(pixels: Pixels, found: Sequence[tuple[Path | str, str]]) -> list[str]:
     """A note on images (path, depth) whose depth differs from the training images', so that scores may not compare."""
     other = [(path, depth) for path, depth in found if pixels.depth is not None and depth != pixels.depth]
     if not other:
@@ -94,7 +96,7 @@ def other_depths(pixels: Pixels, found: Sequence[tuple[Path | str, str]]) -> lis
     ]
 
 
-def outside(pixels: Pixels, files: Sequence[Path]) -> list[str]:
+def range_notes(pixels: Pixels, files: Sequence[Path]) -> list[str]:
     """A note on images with more than 8 bits per channel mostly outside the range, or in its lowest part.
 
     At most LOOKED_AT of the files are read, evenly spread.
@@ -150,7 +152,7 @@ def extremes(files: Sequence[Path]) -> tuple[float, float, list[Path]]:
     return low, high, sorted(broken)
 
 
-def customary(low: float, high: float) -> Range:
+def customary_scale(low: float, high: float) -> Range:
     """The smallest customary scale that contains the values if they fill a good part of it; otherwise (low, high)."""
     for scale in SCALES:
         margin = OVERSHOOT * (scale[1] - scale[0])

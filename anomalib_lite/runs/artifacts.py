@@ -94,6 +94,21 @@ def write_maps(
         np.savez_compressed(part, **stored, **{key: normal[column] for column, key in NORMAL_KEYS.items()})  # type: ignore[arg-type]
 
 
+def read_normal(run: Path) -> dict[str, np.ndarray]:
+    """The columns of the normal images in maps.npz. Raise UserError if the file is damaged or lacks them."""
+    try:
+        stored = read_maps(run, NORMAL_KEYS.values())
+        held_out = NORMAL_KEYS["held_out"]
+        if held_out not in stored:  # a run from before thresholds came from held-out images too
+            stored[held_out] = np.zeros(len(stored[NORMAL_KEYS["scores"]]), bool)
+        return {column: stored[key] for column, key in NORMAL_KEYS.items()}
+    except (UserError, KeyError) as error:
+        raise UserError(
+            f"{error}: thresholds for another quantile or test set need the scores of normal images in "
+            f"{run / folder.MAPS}; leave quantile= or data.root= out"
+        ) from error
+
+
 # what a comparison reads
 
 
@@ -137,16 +152,3 @@ def read_maps(run: Path, keys: Iterable[str]) -> dict[str, np.ndarray]:
             return {key: stored[key] for key in keys if key in stored.files}
     except Exception as error:  # zipfile, zlib and NumPy raise different classes for a damaged archive
         raise UserError(f"{file}: not readable ({getattr(error, 'strerror', None) or error})") from error
-
-
-def read_normal(run: Path) -> dict[str, np.ndarray]:
-    """The columns of a run's normal images, which thresholds follow from. Raise UserError if maps.npz lacks them."""
-    stored = read_maps(run, NORMAL_KEYS.values())
-    normal = {column: stored[key] for column, key in NORMAL_KEYS.items() if key in stored}
-    if "scores" in normal:  # runs of before had no thresholds from held-out images
-        normal.setdefault("held_out", np.zeros(len(normal["scores"]), bool))
-    if len(normal) < len(NORMAL_KEYS):
-        raise UserError(
-            f"{run / folder.MAPS}: not readable (it lacks the scores of normal images); evaluate the run's own data"
-        )
-    return normal

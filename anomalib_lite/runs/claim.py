@@ -17,17 +17,20 @@ PATIENCE = 2.0  # seconds that a process that was just killed may take to end
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, option: str) -> Iterator[None]:
+def claimed(folder: Path, option: str, name: str = CLAIM, patience: float | None = None) -> Iterator[None]:
     """Hold an existing folder for this process. `option` names the folder on the command line.
 
-    A record lock on the file CLAIM also holds on NFS, and processes forked from this one do not inherit it. Where a
+    A record lock on the file `name` also holds on NFS, and processes forked from this one do not inherit it. Where a
     file system has no locks, the file itself is the claim, because only one process can create it; the file of a
     process of this machine that has ended is removed.
+
+    Args:
+        patience: seconds that the process that holds the folder may take to end; None: PATIENCE.
 
     Raises:
         UserError: another process holds the folder; the line names the process and its machine.
     """
-    file, end = folder / CLAIM, time.monotonic() + PATIENCE
+    file, end = folder / name, time.monotonic() + (PATIENCE if patience is None else patience)
     while (descriptor := _take(file)) is None:
         if time.monotonic() > end:
             holder = _holder(file)
@@ -89,8 +92,6 @@ def _has_ended(holder: dict[str, Any]) -> bool:
         return False
     try:
         os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
+    except OSError as error:  # also where it is another user's
+        return isinstance(error, ProcessLookupError)
     return False

@@ -275,6 +275,6 @@ def _stored_overrides(run: Path) -> list[str]:
     import yaml
 
     try:
-        return [str(each) for each in yaml.safe_load((run / HYDRA / "overrides.yaml").read_text())]
+        return [str(each) for each in yaml.safe_load((run / HYDRA / "overrides.yaml").read_text(encoding="utf-8"))]
     except (OSError, TypeError, yaml.YAMLError):
         return []

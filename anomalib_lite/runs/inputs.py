@@ -1,4 +1,5 @@
-"""Files that a run was made from, beside its data: the split's list and the weights. Paths are free, contents count.
+"""Files that a run is made from: whether they exist, and beside its data, the split's list and the weights, whether
+those that have moved have the same contents.
 
 Keys with `free=("moved",)` in the schema may name another place on resume and evaluation. The SHA-256 of the contents
 is stored with the run; runs of version 0.2 and before have none.
@@ -10,6 +11,27 @@ from typing import Any
 
 from anomalib_lite.cli.keys import lookup
 from anomalib_lite.errors import UserError
+
+
+def check_inputs(config: dict[str, Any]) -> None:
+    """Raise UserError if the data's folder or table, the split's file or the weights' file does not exist.
+
+    What loads them reports the same errors, after PyTorch was imported, which takes up to half a minute. Readers from
+    outside the package are not judged.
+    """
+    from anomalib_lite.data.mvtec_layout import existing_root
+
+    data, backbone, split = config["data"], config["backbone"], config["split"] or {}
+    reader = str(data["reader"]["_target_"]) if isinstance(data["reader"], dict) else ""
+    needs_root = reader.startswith("anomalib_lite.data.") and not reader.endswith((".read_synthetic", ".read_table"))
+    if needs_root and not data.get("normal"):  # it stands instead of a root
+        existing_root(data["root"])
+    for key, path in (("data.table", data.get("table")), ("split.path", split.get("path"))):
+        if isinstance(path, str) and not Path(path).expanduser().exists():
+            raise UserError(f"{key}={path}: no such file")
+    weights, is_ours = backbone["weights"], str(backbone.get("_target_")).endswith("features.backbones.Backbone")
+    if is_ours and backbone["name"] and weights not in ("auto", "none") and not Path(weights).expanduser().is_file():
+        raise UserError(f"backbone.weights={weights}: no such file; give a weights file, auto, or none")
 
 
 def path_of(key: str, value: Any) -> Path | None:

@@ -13,7 +13,7 @@ from lightning.fabric.utilities import move_data_to_device
 from anomalib_lite.console import ProgressBar
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.samples import load_rgb
-from anomalib_lite.data.value_range import other_depths, outside
+from anomalib_lite.data.value_range import depth_notes, range_notes
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.paths import file_name, readable
@@ -80,10 +80,10 @@ class Predictor:
             for path, header in headers.items()
             if header.pages > 1
         ]
-        notes = other_depths(self.data.pixels, [(path, header.depth) for path, header in headers.items()])
+        notes = depth_notes(self.data.pixels, [(path, header.depth) for path, header in headers.items()])
         deep = [Path(path) for path, header in headers.items() if header.depth != "8-bit"]
         with contextlib.suppress(UserError):  # of a watched file that has changed
-            notes += outside(self.data.pixels, deep)
+            notes += range_notes(self.data.pixels, deep)
         return pages, notes
 
     def pictures(self, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
+from omegaconf import OmegaConf
 
+from anomalib_lite.cli.keys import flat, method_defaults
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.reader_notes import missing_notes
 from anomalib_lite.data.sampler import check_batch_size
@@ -17,7 +19,8 @@ from anomalib_lite.data.samples import Sample
 from anomalib_lite.errors import UserError, enough_memory
 from anomalib_lite.features.precompute import BATCH
 from anomalib_lite.methods.base import AnomalyModule
-from anomalib_lite.runs import build, other_test_set, summary, without_effect
+from anomalib_lite.paths import HOME
+from anomalib_lite.runs import build, other_test_set, summary
 from anomalib_lite.runs.callbacks import Training
 from anomalib_lite.runs.checkpoints import read_checkpoint
 from anomalib_lite.runs.devices import lightning_options, peak_memory_mb
@@ -188,7 +191,7 @@ def notes_of(cfg: dict[str, Any], choice: str, data: AnomalyDataModule, model: A
     """Notes on the data, the method and the options. `summary.measure` notes what can't be measured, by metric."""
     repeated = missing_notes(data.train_samples, data.test_samples)
     notes = [note for note in data.notes if note not in repeated]
-    notes += [*model.notes(), *without_effect.notes(cfg["method"], choice, model)]
+    notes += [*model.notes(), *without_effect(cfg["method"], choice, model)]
     if data.tiling and data.train_samples and model.total_steps:
         most = max(data.tile_counts[sample.path] for sample in data.train_samples)
         epochs = -(-model.total_steps // data.batches_per_epoch)
@@ -199,3 +202,24 @@ def notes_of(cfg: dict[str, Any], choice: str, data: AnomalyDataModule, model: A
     if data.balanced and not model.total_steps:
         notes.append("data.balanced=true changes nothing: this method sees every training image once")
     return notes
+
+
+def without_effect(options: dict[str, Any], choice: str, model: AnomalyModule) -> list[str]:
+    """A note for each setting that leaves options of the method with another value than their default without effect.
+
+    Args:
+        options: the `method` group of the configuration. choice: its name, such as norm_occ.
+    """
+    file = HOME / "conf" / "method" / f"{choice}.yaml"
+    ours: Any = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
+    standard = method_defaults(options.get("_target_")) | flat(ours.get("method", {}), "method")
+    changed = [key for key, value in flat(options, "method").items() if standard.get(key, ...) != value]
+    useless: dict[str, list[str]] = {}
+    for option, setting in model.without_effect().items():
+        below = [key for key in changed if f"{key}.".startswith(f"method.{option}.")]
+        useless.setdefault(setting, []).extend(below)
+    return [
+        f"{', '.join(dict.fromkeys(keys))} {'has' if len(keys) == 1 else 'have'} no effect with {setting}"
+        for setting, keys in useless.items()
+        if keys
+    ]

@@ -9,10 +9,7 @@ import importlib
 import shutil
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from anomalib_lite.errors import UserError
-from anomalib_lite.paths import HOME
 from anomalib_lite.sweeps.engines import LocalJobs, RayJobs, SlurmJobs
 from anomalib_lite.sweeps.job import Job
 from anomalib_lite.sweeps.sweep import Sweep
@@ -24,9 +21,6 @@ class ClusterSweep(Sweep):
     package_name = "submitit"
 
     def __init__(self, options: dict[str, Any], config: Any, loader: Any):
-        known = OmegaConf.load(HOME / "conf" / "hydra" / "launcher" / f"{self.launcher}.yaml")
-        if unknown := options.keys() - known.keys():
-            raise UserError(f"hydra.launcher.{min(unknown)}: no such option of {self.launcher}; see --cfg hydra")
         super().__init__(options, config, loader)
         try:
             self.package = importlib.import_module(self.package_name)

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import fcntl
 import importlib
 import os
 import signal
@@ -17,7 +18,6 @@ from typing import IO, Any
 from hydra._internal.utils import get_args_parser
 
 from anomalib_lite.runs.folder import is_run
-from anomalib_lite.sweeps.locks import lock
 
 #: environment variables of a process that is a rank of a run; a job starts without them
 RANK_VARIABLES = (
@@ -80,13 +80,14 @@ class Command:
 
         The job of a killed launcher may still work there; the job that replaces it waits here. All processes of a job
         inherit the lock together with the file. Under SLURM only the first rank takes it, because the ranks share it.
+        On a file system without locks (Lustre without -o flock) the job starts at once.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "output.log").open("ab") as output:
             is_first = os.environ.get("SUBMITIT_EXECUTOR") != "slurm" or os.environ["SLURM_PROCID"] == "0"
-            if is_first and (remark := lock(output, wait=True)):
-                output.write(f"{self.folder}: {remark}\n".encode())
-                output.flush()
+            if is_first:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(output, fcntl.LOCK_EX)
             yield output
 
     def resuming_arguments(self) -> list[str]:

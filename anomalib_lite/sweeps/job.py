@@ -15,6 +15,7 @@ from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from omegaconf import OmegaConf
 
 from anomalib_lite.errors import UserError
+from anomalib_lite.paths import HOME
 from anomalib_lite.runs import folder
 from anomalib_lite.runs.artifacts import read_result
 from anomalib_lite.sweeps.command import Command, config_flags, quoted
@@ -148,6 +149,13 @@ def last_line(file: Path) -> str:
     except OSError:
         return ""
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def check_known(group: str, choice: str, options: dict[str, Any]) -> None:
+    """UserError for an option that this choice of hydra/launcher or hydra/sweeper lacks: +KEY=VALUE adds any name."""
+    known = OmegaConf.load(HOME / "conf" / "hydra" / group / f"{choice}.yaml")
+    if unknown := options.keys() - known.keys():
+        raise UserError(f"hydra.{group}.{min(unknown)}: no such option of {choice}; see --cfg hydra")
 
 
 def check_whole(key: str, value: Any, low: int, optional: bool = False) -> None:

@@ -18,8 +18,9 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from omegaconf import OmegaConf
 
 from anomalib_lite.errors import UserError
-from anomalib_lite.sweeps.job import check_whole
-from anomalib_lite.sweeps.locks import locked
+from anomalib_lite.runs.claim import claimed
+from anomalib_lite.sweeps.job import check_known, check_whole
+from anomalib_lite.sweeps.sweep import PATIENCE
 
 log = logging.getLogger(__name__)
 LOWEST = {"n_trials": 1, "n_jobs": 1, "n_startup_trials": 0}
@@ -35,6 +36,7 @@ def search(
         options: of the sweeper: n_trials, seed; for tpe also n_jobs and n_startup_trials
         arguments: overrides; those with several values or an interval span the space
     """
+    check_known("sweeper", sampler, options)
     for name, low in LOWEST.items():
         check_whole(f"hydra.sweeper.{name}", options.get(name, low), low)
     check_whole("hydra.sweeper.seed", options["seed"], 0, optional=True)
@@ -54,7 +56,7 @@ def search(
     space = {key: distribution(override) for key, override in swept.items()}
     folder = Path(str(config.hydra.sweep.dir)).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / "search.lock"):
+    with claimed(folder, "hydra.sweep.dir", ".searching", PATIENCE):
         trials = Trials(folder, sampler, options, space)
         OmegaConf.save(config, folder / "multirun.yaml")
         returns: list[Any] = []

@@ -3,19 +3,15 @@
 A job is identified by its overrides, in any order. `sweep.json` in the sweep's folder stores which job lies in which
 folder. What a run left in its folder says whether the job is finished, interrupted or failed."""
 
-import contextlib
 import json
 import logging
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +23,11 @@ from anomalib_lite.cli import schema as configuration
 from anomalib_lite.data.cores import cores, threads
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import write_text
-from anomalib_lite.runs.early_checks import check_inputs
+from anomalib_lite.runs.claim import claimed
 from anomalib_lite.runs.folder import is_run
+from anomalib_lite.runs.inputs import check_inputs
 from anomalib_lite.sweeps.forks import ForkedJobs
-from anomalib_lite.sweeps.job import Job, as_typed, check_whole, key_of, without_value
-from anomalib_lite.sweeps.locks import locked
+from anomalib_lite.sweeps.job import Job, as_typed, check_known, check_whole, key_of, without_value
 from anomalib_lite.sweeps.view import View, print_end, print_interrupted
 
 log = logging.getLogger(__name__)
@@ -41,6 +37,7 @@ LOWEST = {
     "tasks_per_node": 1,
     "gpus_per_node": 0, "cpus_per_task": 1, "mem_gb": 1, "signal_delay_s": 1, "max_num_timeout": 0,
 }  # fmt: skip
+PATIENCE = 10.0  # seconds that the previous sweep in the same folder may take to end
 
 
 class Sweep:
@@ -49,6 +46,7 @@ class Sweep:
     launcher = "processes"
 
     def __init__(self, options: dict[str, Any], config: Any, loader: Any):
+        check_known("launcher", self.launcher, options)
         for name in LOWEST.keys() & options.keys():
             check_whole(f"hydra.launcher.{name}", options[name], LOWEST[name], optional=True)
         self.options, self.config, self.loader = options, config, loader
@@ -67,9 +65,7 @@ class Sweep:
             raise without_value(as_typed(self.config.hydra.overrides.task), self.loader)
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder / "sweep.lock") as remark, sigterm_as_interrupt():
-            if remark:
-                log.warning("%s: %s", self.folder, remark)
+        with claimed(self.folder, "hydra.sweep.dir", ".sweeping", PATIENCE):
             keys = [key_of(overrides) for overrides in job_overrides]
             self.plan(dict(zip(keys, job_overrides, strict=True)), first)
             jobs = list({key: self.jobs[key] for key in keys}.values())
@@ -248,20 +244,3 @@ class Sweep:
                     job.finish(code)
                     view.ended(job)
                 view.update()
-
-
-@contextlib.contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends the sweep as Ctrl-C does."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

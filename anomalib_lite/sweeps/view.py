@@ -1,5 +1,6 @@
 """What a sweep shows in the terminal: its progress while it runs, and the comparison at its end."""
 
+import json
 import logging
 import re
 import shlex
@@ -17,8 +18,8 @@ from rich.text import Text
 from anomalib_lite.comparison import find_runs, grouping, terminal
 from anomalib_lite.comparison.tables import Row
 from anomalib_lite.console import is_interactive, make_console
-from anomalib_lite.sweeps.closing import closing_lines
-from anomalib_lite.sweeps.job import Job, last_line
+from anomalib_lite.runs.folder import WANDB
+from anomalib_lite.sweeps.job import Job, key_of, last_line
 
 log = logging.getLogger(__name__)
 SHOWN = ("image_auroc", "pixel_auroc", "aupro_30")
@@ -125,6 +126,33 @@ def print_end(folder: Path, jobs: list[Job]) -> None:
     if failed:
         retry = f"the same command retries {'them' if len(jobs) > 1 else 'it'}, with hydra.sweep.dir={folder}"
         print(f"error: {len(failed)} of {len(jobs)} jobs failed; {retry}", file=sys.stderr)
+
+
+def closing_lines(folder: Path, jobs: list[Job]) -> list[str]:
+    """What is printed below the table: notes on the jobs, and the command that uploads their W&B runs."""
+    lines = [f"note: {note}" for note in seed_notes(jobs)]
+    offline = sorted(str(run) for job in jobs for run in (job.folder / WANDB).glob("offline-run-*"))
+    if offline:
+        place = f"{shlex.quote(str(folder))}/*/{WANDB}/offline-run-*"  # one word for the shell to expand
+        is_flat = all(job.folder.parent == folder for job in jobs)
+        lines.append(f"W&B: to upload these runs: wandb sync {place if is_flat else shlex.join(offline)}")
+    return lines
+
+
+def seed_notes(jobs: list[Job]) -> list[str]:
+    """A note for each method whose jobs with several seeds have equal results, to the last digit."""
+    alike: dict[tuple[str, str], dict[int, str]] = {}
+    for job in jobs:
+        if job.result:
+            others = key_of([override for override in job.overrides if not override.startswith("seed=")])
+            measured = json.dumps([job.result.get(key) for key in ("per_category", "thresholds", "validation")])
+            alike.setdefault((job.result["method"], others), {})[job.plain["seed"]] = measured
+    several = {key: found for key, found in alike.items() if len(found) > 1}
+    return [
+        f"the results of {method} do not depend on the seed ({', '.join(map(str, seeds))}): one seed is enough"
+        for method, seeds in {method: sorted(found) for (method, _), found in several.items()}.items()
+        if all(len(set(found.values())) == 1 for (name, _), found in several.items() if name == method)
+    ]
 
 
 def columns_of_jobs(job_of: dict[Path, Job]) -> Mapping[str, Callable[[Row], str]]:

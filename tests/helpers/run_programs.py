@@ -1,11 +1,13 @@
 """Runs of the programs inside the test's own process, where torch is already imported: a run takes a second or less."""
 
 import contextlib
+import csv
 import io
 import json
 import logging
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -79,6 +81,32 @@ def result_of(*arguments: str | Path, run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "result.json").read_text())
 
 
+def succeeded(outcome: Outcome) -> Outcome:
+    """The program has ended with exit code 0."""
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+def assert_refused(outcome: Outcome, pattern: str) -> None:
+    """The program has printed one line, which matches, and ended with exit code 2."""
+    assert outcome.code == 2, outcome
+    assert re.fullmatch(r"error: [^\n]+\n", outcome.err), outcome
+    assert re.search(pattern, outcome.err), outcome.err
+    assert "Traceback" not in outcome.out
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with file.open(newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+def scores_of(folder: Path, below: str = "") -> dict[str, float]:
+    """The scores in scores.csv by their images' paths; of each path the part behind `below`."""
+    rows = rows_of(folder / "scores.csv")
+    return {row["path"].rpartition(below)[2] if below else row["path"]: float(row["score"]) for row in rows}
+
+
 def build(cfg: dict[str, Any]) -> tuple[Any, Any]:
     """The data and the untrained method of a resolved configuration."""
     from anomalib_lite.runs import build
@@ -149,6 +177,28 @@ def restored() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
         GlobalHydra.instance().clear()
         Singleton._instances.pop(HydraConfig, None)
+
+
+HOLD = """import pathlib, sys
+from anomalib_lite.runs.claim import claimed
+with claimed(pathlib.Path(sys.argv[1]), "x", sys.argv[2]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def holding(folder: Path, name: str = ".running") -> Iterator[subprocess.Popen[str]]:
+    """A process that has claimed the folder, which is made if it does not exist."""
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", HOLD, str(folder), name]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
+        try:
+            yield holder
+        finally:
+            holder.kill()
 
 
 def python(*arguments: str | Path, cwd: Path | None = None, timeout: float = 120, **environment: str) -> Outcome:

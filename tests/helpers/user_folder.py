@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -158,7 +157,4 @@ def state_of(run: Path) -> tuple[Any, ...]:
 
 
 def assert_refused(message: str, *arguments: str) -> None:
-    outcome = in_process("-m", *arguments)
-    assert outcome.code == 2
-    assert re.match(rf"error: .*{message}", outcome.err), outcome.err
-    assert outcome.err.count("\n") == 1
+    runs.assert_refused(in_process("-m", *arguments), message)

@@ -18,6 +18,7 @@ from anomalib_lite.cli import schema, values
 from anomalib_lite.cli.annotations import check_types
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import HOME
+from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec, make_visa, save_image, save_mask
 from tests.helpers.run_programs import Outcome, evaluate, folder_data, result_of, train
 
@@ -47,11 +48,8 @@ def weights(tmp_path_factory) -> Path:
 
 
 def assert_one_line(outcome: Outcome, pattern: str) -> None:
-    assert outcome.code == 2, (outcome.code, outcome.out, outcome.err)
-    assert re.fullmatch(r"error: [^\n]+\n", outcome.err), outcome.err
-    assert "Traceback" not in outcome.out
+    runs.assert_refused(outcome, pattern)
     assert "Error getting" not in outcome.out  # Hydra's block about a wrong _target_
-    assert re.search(pattern, outcome.err), outcome.err
 
 
 def assert_refused(pattern: str, *arguments: str | Path, run_dir: Path, small: bool = True) -> None:
@@ -89,6 +87,9 @@ VALUES = {
     "data.normalize=foo": "data.normalize=foo: give imagenet, none or backbone",
     "data.value_range=[5,5]": r"data.value_range=\[5, 5\]: give \[low, high\] with low < high, or null",
     "data.value_range=4095": "data.value_range=4095: give",
+    "data.tiling={size: [64,32], overlap: 40}": "data.tiling=.*an overlap from 0 below them",
+    "data.test_fraction=1": "data.test_fraction=1: give a share from 0, below 1",
+    "data.treatment=foo": "data.treatment=foo: give auto, object or texture",
     "data.drop_last=maybe": "data.drop_last=maybe: give true or false",
     "data.category=[]": r"data.category=\[\]: give a name",
     "trainer.max_epochs=-1": "trainer.max_epochs=-1: give",

@@ -29,8 +29,7 @@ def test_check_only(name, tmp_path):
     root = trees.MAKERS[name](tmp_path / "data")
     category = COUNTS[name][0].partition(":")[0]
     place = (f"data={name}", f"data.root={root}", f"hydra.run.dir={tmp_path / 'run'}")
-    outcome = runs.train(*place, f"data.category={category}", "data.check=only")
-    assert outcome.code == 0, outcome.err
+    outcome = runs.succeeded(runs.train(*place, f"data.category={category}", "data.check=only"))
     lines = outcome.out.splitlines()
     assert lines[0] == f"{name} in {root}"
     assert set(COUNTS[name]) <= set(lines)
@@ -83,8 +82,7 @@ def test_loco_elsewhere_and_resized(loco, tmp_path):
     root, run, result = loco
     moved = shutil.copytree(root, tmp_path / "moved")
     again = (f"run={run}", f"output={tmp_path / 'again'}", f"data.root={moved}")
-    outcome = runs.evaluate(*again, "scoring.map_size=16", "scoring.fpr_limits=[0.1]")
-    assert outcome.code == 0, outcome.err
+    outcome = runs.succeeded(runs.evaluate(*again, "scoring.map_size=16", "scoring.fpr_limits=[0.1]"))
     assert "sPRO" in outcome.out
     small = json.loads((tmp_path / "again" / "result.json").read_text())
     assert "test_set" not in small
@@ -94,8 +92,7 @@ def test_loco_elsewhere_and_resized(loco, tmp_path):
         shutil.rmtree(moved / category / "train")
     (moved / "pushpins" / "test" / "good" / "001.png").unlink()
     trees.save_square(moved / "pushpins" / "ground_truth" / "structural_anomalies" / "000" / "001.png", 20, 3, 9)
-    outcome = runs.evaluate(f"run={run}", f"output={tmp_path / 'other'}", f"data.root={moved}")
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(runs.evaluate(f"run={run}", f"output={tmp_path / 'other'}", f"data.root={moved}"))
     other = json.loads((tmp_path / "other" / "result.json").read_text())
     assert other["thresholds"] == result["thresholds"]
     assert other["data"]["test_counts"]["pushpins"] == {"good": 1, "defective": 3}

@@ -1,6 +1,5 @@
 """CIFAR-10 with one class against nine: the reader in both layouts, and runs with a global feature."""
 
-import csv
 import functools
 import shutil
 
@@ -14,9 +13,9 @@ from anomalib_lite.data import splits
 from anomalib_lite.data.cifar10 import BATCHES, CLASSES, FILES, read_cifar10, unpacked_root
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.samples import load_rgb
-from anomalib_lite.errors import UserError
 from tests.helpers import run_programs as runs
 from tests.helpers.cifar_trees import TEST, TRAIN, make_batches, make_folders
+from tests.unit import test_readers
 
 COUNTS = (
     "cat: 10 train images, officially 5000; 2 good test images, officially 1000; 18 defective test images, officially "
@@ -37,14 +36,7 @@ def batches(tmp_path, monkeypatch):
 
 
 def refused(message, root, category="cat"):
-    with pytest.raises(UserError, match=message) as error:
-        read_cifar10(root, category)
-    assert "\n" not in str(error.value)
-
-
-def scores_of(run):
-    with (run / "scores.csv").open(newline="") as file:
-        return {row["path"]: float(row["score"]) for row in csv.DictReader(file)}
+    test_readers.refused(message, read_cifar10, root, category)
 
 
 def assert_one_against_nine(data, name="cat"):
@@ -155,7 +147,7 @@ def test_image_level_run(method, batches, tmp_path):
     assert any("its map is constant" in note for note in result["notes"])
     assert result["cache"]["gb"] < 1e-3
     runs.result_of(*given, "cache.enabled=false", run_dir=tmp_path / "uncached")
-    scores = {name: scores_of(tmp_path / name) for name in ("run", "uncached")}
+    scores = {name: runs.scores_of(tmp_path / name) for name in ("run", "uncached")}
     assert scores["run"] == pytest.approx(scores["uncached"], rel=1e-5)
     maps = np.load(tmp_path / "run" / "maps.npz")["maps"].astype(float)
     assert np.ptp(maps, axis=(1, 2)) == pytest.approx(np.zeros(len(maps)), abs=2e-3)
@@ -163,9 +155,8 @@ def test_image_level_run(method, batches, tmp_path):
     assert root_of(Run(tmp_path / "run", result, config_of(tmp_path / "run", result), [])) == unpacked_root()
 
     folder = unpacked_root() / "test" / "truck"
-    outcome = runs.predict(f"run={tmp_path / 'run'}", f"input={folder}", f"output={tmp_path / 'out'}")
-    assert outcome.code == 0, outcome.err
-    predicted = scores_of(tmp_path / "out")
+    runs.succeeded(runs.predict(f"run={tmp_path / 'run'}", f"input={folder}", f"output={tmp_path / 'out'}"))
+    predicted = runs.scores_of(tmp_path / "out")
     assert predicted == pytest.approx({file: scores["run"][f"test/truck/{file}"] for file in predicted}, rel=1e-4)
     assert len(predicted) == TEST
     assert Image.open(next((tmp_path / "out" / "heatmaps").iterdir())).size == (32, 32)

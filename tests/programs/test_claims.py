@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,6 @@ from anomalib_lite.runs.folder import CLAIM
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
 from tests.programs.test_resume import process
-
-HOLD = "import sys, pathlib; from anomalib_lite.runs.claim import claimed\nwith claimed(pathlib.Path(sys.argv[1]), 'x'):\n print('held', flush=True); sys.stdin.read()"  # noqa: E501
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +34,7 @@ def finished(root, tmp_path_factory):
     return found
 
 
-@pytest.fixture
-def holder(tmp_path):
-    """A process that holds tmp_path/run."""
-    (tmp_path / "run").mkdir()
-    command = [sys.executable, "-c", HOLD, tmp_path / "run"]
-    held = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=runs.ROOT)
-    assert held.stdout
-    assert held.stdout.readline() == "held\n"
-    yield held
-    held.kill()
-    held.wait()
-
-
-def test_a_folder_that_is_held(holder, finished, root, tmp_path, monkeypatch):
+def test_a_folder_that_is_held(finished, root, tmp_path, monkeypatch):
     monkeypatch.setattr("anomalib_lite.runs.claim.PATIENCE", 0.2)
     run = tmp_path / "run"
     train = (*runs.folder_data(root), f"hydra.run.dir={run}")
@@ -60,15 +44,14 @@ def test_a_folder_that_is_held(holder, finished, root, tmp_path, monkeypatch):
         ("output", lambda: runs.evaluate(f"run={finished[0]}", f"output={run}")),
         ("output", lambda: runs.predict(f"run={finished[0]}", f"input={root}", f"output={run}")),
     ]
-    for option, attempt in attempts:
-        outcome = attempt()
-        assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
-        assert f"process {holder.pid} on {socket.gethostname()} works in this folder since" in outcome.err
-        assert f"choose another {option}=DIR" in outcome.err
-    assert [each.name for each in run.iterdir()] == [CLAIM]
-    holder.kill()  # its file remains, and holds nobody up
-    outcome = runs.train(*train)
-    assert outcome.code == 0, outcome.err
+    with runs.holding(run) as holder:
+        for option, attempt in attempts:
+            outcome = attempt()
+            assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
+            assert f"process {holder.pid} on {socket.gethostname()} works in this folder since" in outcome.err
+            assert f"choose another {option}=DIR" in outcome.err
+    assert [each.name for each in run.iterdir()] == [CLAIM]  # of a killed process: it holds nobody up
+    runs.succeeded(runs.train(*train))
     assert not (run / CLAIM).exists()
 
 
@@ -156,13 +139,11 @@ def test_folders_named_after_the_time_do_not_meet(root, tmp_path, monkeypatch):
     """Two starts within what `now` tells apart, alone and as sweeps; a folder that the user names stays as named."""
     monkeypatch.chdir(tmp_path)
     for run in ("y", "y-2"):
-        outcome = runs.train(*runs.folder_data(root), "hydra.run.dir=${now:y}")
-        assert outcome.code == 0, outcome.err
+        runs.succeeded(runs.train(*runs.folder_data(root), "hydra.run.dir=${now:y}"))
         assert Path(run, "result.json").is_file()
     for sweep in ("s", "s-2"):
         arguments = ("-m", "seed=0", "hydra/launcher=basic", "hydra.sweep.dir=${now:s}", *runs.folder_data(root))
-        outcome = runs.train(*arguments)
-        assert outcome.code == 0, outcome.err
+        runs.succeeded(runs.train(*arguments))
         assert Path(sweep, "0", "result.json").is_file()
     outcome = runs.train(*runs.folder_data(root), "data.batch_size=0", "hydra.run.dir=${now:y}")
     assert outcome.code == 2

@@ -1,4 +1,4 @@
-"""The command line: quick answers, what composes with what, who overrides whom, methods from outside the package."""
+"""The command line: quick answers, what composes with what, who overrides whom."""
 
 import os
 import re
@@ -18,9 +18,11 @@ from omegaconf import OmegaConf
 
 from anomalib_lite import compare, splits
 from anomalib_lite.cli import schema, values
+from anomalib_lite.errors import UserError
 from anomalib_lite.paths import HOME
+from anomalib_lite.runs.inputs import check_inputs
 from tests.helpers.image_trees import make_mvtec
-from tests.helpers.run_programs import ROOT, Outcome, evaluate, predict, python, result_of, run, train
+from tests.helpers.run_programs import ROOT, Outcome, evaluate, predict, python, result_of, run, succeeded, train
 
 HEAVY = ("torch", "lightning", "timm", "numpy", "albumentations", "wandb", "matplotlib")
 
@@ -108,8 +110,7 @@ def test_help_lists_what_a_user_may_choose(tmp_path):
 @pytest.mark.parametrize("method", choices("method"))
 def test_help_explains_every_option(method):
     """With the comments of the chosen YAML files, each beside its key, and in lines of at most 120 characters."""
-    outcome = train(f"method={method}", "split=exp", "--help", small=False)
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(train(f"method={method}", "split=exp", "--help", small=False))
     config = outcome.out.partition("== Config ==")[2].partition("Examples")[0]
     assert max(map(len, config.splitlines())) <= 120
     words = " ".join(config.replace("# ", "").split())
@@ -122,10 +123,11 @@ def test_help_explains_every_option(method):
             assert f"{found[1]}: " in words
 
 
-def test_help_of_a_users_method_and_of_sweeps(elsewhere):
-    text = METHOD_YAML.replace("power: 2.0", "power: 2.0   # exponent of the difference")
-    (elsewhere / "my_conf" / "method" / "mine.yaml").write_text(text)
-    outcome = train("--config-dir", elsewhere / "my_conf", "method=mine", "--help", small=False)
+def test_help_of_a_users_method_and_of_sweeps(own_folder):
+    text = "# @package _global_\nmethod:\n  _target_: mine.Mine\n  power: 2.0   # exponent of the difference\n"
+    (own_folder / "my_conf" / "method").mkdir(parents=True)
+    (own_folder / "my_conf" / "method" / "mine.yaml").write_text(text)
+    outcome = train("--config-dir", own_folder / "my_conf", "method=mine", "--help", small=False)
     assert "  power: 2.0  # exponent of the difference\n" in outcome.out
     assert "hydra/launcher: basic, processes, ray, submitit_local, submitit_slurm\n" in outcome.out
     assert "hydra/sweeper: basic, random, tpe\n" in outcome.out
@@ -137,6 +139,14 @@ def test_help_of_evaluate(tmp_path):
     assert outcome.code == 0
     assert "run=DIR output=DIR" in outcome.out
     assert not imported(outcome) & {"torch", "lightning"}
+
+
+@pytest.mark.parametrize("data", sorted({*choices("data")} - {"synthetic"}))
+def test_missing_data_are_refused_before_the_imports(data):
+    """And before a sweep starts its first job."""
+    option = "data.table=/none" if data == "table" else "data.root=/none"
+    with pytest.raises(UserError, match=r"^(data\.table=)?/none: no such f"):
+        check_inputs(composed(f"data={data}", option))
 
 
 # --- composition ---
@@ -221,8 +231,7 @@ def test_experiments_are_found(tmp_path):
 def test_flags_after_overrides_and_between(tmp_path):
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "study.yaml").write_text(STUDY)
-    outcome = train("seed=3", "--config-dir", tmp_path, "+experiments=study", "--cfg", "job", small=False)
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(train("seed=3", "--config-dir", tmp_path, "+experiments=study", "--cfg", "job", small=False))
     assert "seed: 3" in outcome.out
     assert "max_epochs: 7" in outcome.out
 
@@ -327,74 +336,6 @@ def test_folders_with_names_like_numbers(tmp_path, monkeypatch):
         assert (outcome.code, outcome.err) == (0, "")
     for file in ("true/result.json", "null/scores.csv", "0x10", "7.csv", "1.50/0/result.json", "1.50/1/result.json"):
         assert Path(file).is_file(), file
-
-
-# --- a method from outside the package ---
-
-METHOD = '''"""The mean image: a pixel is as anomalous as it differs from the training images' mean."""
-
-import torch
-
-from anomalib_lite.methods.base import AnomalyModule
-
-
-class Mine(AnomalyModule):
-    def __init__(self, power: float = 1.0, **context):
-        super().__init__(**context)
-        self.power = power
-        self.mean = torch.nn.Parameter(torch.zeros(3, *self.image_size))
-
-    def training_step(self, batch, batch_idx):
-        return (batch["image"] - self.mean).square().mean()
-
-    def anomaly_map(self, batch):
-        return (batch["image"] - self.mean).abs().mean(1) ** self.power
-'''
-METHOD_YAML = """# @package _global_
-defaults:
-  - override /backbone: none
-method:
-  _target_: mine.Mine
-  power: 2.0
-  optimizer:
-    _target_: torch.optim.SGD
-    _partial_: true
-    lr: 1.0
-data:
-  batch_size: 4
-trainer:
-  max_epochs: 3
-"""
-
-
-@pytest.fixture
-def elsewhere(own_folder) -> Path:
-    """The current folder, outside the checkout, with a method, its configuration, and data."""
-    (own_folder / "my_conf" / "method").mkdir(parents=True)
-    (own_folder / "mine.py").write_text(METHOD)
-    (own_folder / "my_conf" / "method" / "mine.yaml").write_text(METHOD_YAML)
-    make_mvtec(own_folder / "data")
-    return own_folder
-
-
-def test_method_from_outside(elsewhere):
-    """A console script finds it in the current folder as well: tests/programs/test_wheel.py."""
-    arguments = ["--config-dir", "my_conf", "method=mine", "data=folder", "data.root=data", "data.category=bottle"]
-    arguments += ["data.image_size=32", "hardware=cpu", "logger=csv", "hydra.run.dir=run"]
-    outcome = train(*arguments, "method.power=1.5", small=False)
-    assert outcome.code == 0, outcome.err
-    assert outcome.err == ""
-    assert "mine on folder" in outcome.out
-    result = OmegaConf.to_container(OmegaConf.load(elsewhere / "run" / "result.json"))
-    assert isinstance(result, dict)
-    assert (result["method"], result["backbone"], result["timing"]["steps"]) == ("mine", None, 6)
-    assert 0 <= result["metrics"]["image_auroc"] <= 1
-    assert "power: 1.5" in (elsewhere / "run" / ".hydra" / "config.yaml").read_text()
-    again = evaluate("run=run", "output=again")
-    assert again.code == 0, again.err
-    same = OmegaConf.to_container(OmegaConf.load(elsewhere / "again" / "result.json"))
-    assert isinstance(same, dict)
-    assert same["metrics"] == result["metrics"]
 
 
 def test_a_reader_that_goes_away(tmp_path):

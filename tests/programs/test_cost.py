@@ -1,6 +1,5 @@
 """What a method costs, metrics per kind of defect, and runs on data that have no test images."""
 
-import csv
 import json
 import re
 import shutil
@@ -21,7 +20,17 @@ from anomalib_lite.metrics.per_category import measure_categories
 from anomalib_lite.runs.efficiency import measure_cost, no_speed, sizes
 from anomalib_lite.runs.folder import read_run
 from tests.helpers.image_trees import make_mvtec
-from tests.helpers.run_programs import Outcome, build, evaluate, folder_data, predict, restored, result_of, train
+from tests.helpers.run_programs import (
+    build,
+    evaluate,
+    folder_data,
+    predict,
+    restored,
+    result_of,
+    rows_of,
+    succeeded,
+    train,
+)
 from tests.helpers.run_programs import method as choose
 
 UNTESTED = ("untested", "[untested,new]", "[untested,bottle]")  # categories without test images, alone and not
@@ -172,10 +181,6 @@ def test_a_kind_is_compared_with_good_images_of_its_category_alone():
 # --- no test images ---
 
 
-def succeeded(outcome: Outcome) -> None:
-    assert (outcome.code, outcome.err) == (0, ""), outcome
-
-
 @pytest.mark.parametrize(("category", "method"), list(zip(UNTESTED, TRIED, strict=True)))
 def test_without_test_images(category, method, root, tmp_path):
     """A user's own folder with nothing but normal images: trained, thresholds set, ready for prediction."""
@@ -195,8 +200,7 @@ def test_without_test_images(category, method, root, tmp_path):
     assert (result["efficiency"]["flops_per_image"] is not None) == measured
     count = 9 if tested else 0
     assert np.load(tmp_path / "run" / "maps.npz")["maps"].shape == (count, 64, 64)
-    with (tmp_path / "run" / "scores.csv").open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == count
+    assert len(rows_of(tmp_path / "run" / "scores.csv")) == count
     arguments = (f"run={tmp_path / 'run'}", f"input={root / 'wood' / 'test'}", f"output={tmp_path / 'out'}")
     succeeded(predict(*arguments, "category=untested", "quantile=0.5"))
     succeeded(evaluate(f"run={tmp_path / 'run'}", f"output={tmp_path / 'again'}"))

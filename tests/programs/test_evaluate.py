@@ -1,6 +1,5 @@
 """A stored run evaluated again under another protocol: limits, scores, the maps' size, original sizes, ranks."""
 
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -19,6 +18,7 @@ from anomalib_lite.data.readers import read_mvtec
 from anomalib_lite.metrics.functional import image_metrics, pixel_metrics
 from anomalib_lite.metrics.overlap import overlap_metrics
 from anomalib_lite.runs.folder import read_run
+from tests.helpers import run_programs
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.run_programs import build, evaluate, folder_data, predict, restored, result_of, train
 
@@ -59,8 +59,7 @@ def evaluated(run: Path, output: Path, *options: str) -> dict[str, Any]:
 
 
 def scores_of(run: Path) -> list[float]:
-    with (run / "scores.csv").open(newline="") as file:
-        return [float(row["score"]) for row in csv.DictReader(file)]
+    return list(run_programs.scores_of(run).values())
 
 
 def raw_maps(run: Path) -> tuple[Any, dict[str, np.ndarray]]:
@@ -191,8 +190,7 @@ def test_trained_with_original_sizes(root, trained, tmp_path):
         for key in ("metrics", "thresholds"):
             assert result[key] == again[key]
         assert scores_of(run) == scores_of(tmp_path / "again")
-    outcome = predict(f"run={run}", f"input={root / 'bottle' / 'test'}", f"output={tmp_path / 'out'}")
-    assert outcome.code == 0, outcome.err
+    run_programs.succeeded(predict(f"run={run}", f"input={root / 'bottle' / 'test'}", f"output={tmp_path / 'out'}"))
     assert sorted(scores_of(tmp_path / "out")) == pytest.approx(sorted(scores_of(run)), rel=1e-6)
     held_out = result_of(*common, "data.val_fraction=0.5", run_dir=tmp_path / "held out")["validation"]
     assert all(0 <= value <= 1 for key, value in held_out.items() if key != "aupimo")
@@ -208,9 +206,7 @@ def test_original_sizes_without_test_images(root, tmp_path):
 @pytest.mark.parametrize("size", ["big", "3", "[48]", "[48,48,3]", "1.5", "true"])
 def test_a_size_that_means_nothing(size, trained, tmp_path):
     outcome = evaluate(f"run={trained}", f"output={tmp_path / 'out'}", f"scoring.map_size={size}")
-    assert outcome.code == 2
-    assert outcome.err.startswith("error: scoring.map_size=")
-    assert outcome.err.count("\n") == 1
+    run_programs.assert_refused(outcome, "^error: scoring.map_size=")
     assert not (tmp_path / "out").exists()
 
 

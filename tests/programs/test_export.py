@@ -82,8 +82,7 @@ def exported(trained, tmp_path_factory):
     @cache
     def get(method: str, suffix: str = ".onnx", category: str = "bottle") -> Path:
         file = tmp_path_factory.mktemp("exported") / f"{method}{suffix}"
-        outcome = export(f"run={trained(method, category)}", f"output={file}")
-        assert outcome.code == 0, outcome.err
+        outcome = runs.succeeded(export(f"run={trained(method, category)}", f"output={file}"))
         assert COMPARED in outcome.out
         assert "note: " not in outcome.out
         return file
@@ -303,8 +302,7 @@ def test_precision(suffix, precision, trained, tmp_path, monkeypatch):
     assert outcome.code == 2
     assert re.fullmatch(rf"error: precision={precision}: the scores of 6 .* force=true .*\n", outcome.err)
     assert list(tmp_path.iterdir()) == []
-    outcome = export(*given, f"output={file}", "force=true")
-    assert outcome.code == 0, outcome.err
+    outcome = runs.succeeded(export(*given, f"output={file}", "force=true"))
     assert re.search(r"image AUROC on 6 test images: \d\.\d{4} before, \d\.\d{4} after", outcome.out)
     assert file.stat().st_size < 9e6  # 12 MB in float32
 

@@ -70,8 +70,7 @@ def expected(arguments, tmp_path_factory):
 
 
 def finish(arguments: list[str], run: Path, *more: str) -> dict[str, Any]:
-    outcome = runs.train(*arguments, *more, f"hydra.run.dir={run}", small=False)
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(runs.train(*arguments, *more, f"hydra.run.dir={run}", small=False))
     return json.loads((run / "result.json").read_text())
 
 

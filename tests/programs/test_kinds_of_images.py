@@ -1,9 +1,9 @@
 """Deep images through the programs: what a run knows of its training images is used wherever it is used again."""
 
-import csv
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -13,14 +13,11 @@ from PIL import Image
 
 from anomalib_lite.compare import main as compare
 from anomalib_lite.runs.load import load_run
+from tests.helpers import run_programs
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.run_programs import evaluate, folder_data, predict, result_of, run
 
-
-def scores_of(folder: Path) -> dict[str, float]:
-    """By the image's name below test/."""
-    with (folder / "scores.csv").open(newline="") as file:
-        return {row["path"].rpartition("test/")[2]: float(row["score"]) for row in csv.DictReader(file)}
+scores_of = partial(run_programs.scores_of, below="test/")
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,8 @@
 """Runs whose files lie elsewhere now, runs on another test set, and resume=true in a folder without a run."""
 
-import csv
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -15,6 +13,7 @@ from anomalib_lite.runs.folder import stored_config
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.interrupt import interrupted_after
+from tests.helpers.run_programs import assert_refused, scores_of
 from tests.helpers.written_runs import compare
 
 BACKBONE = "test_resnet.r160_in1k"  # the smallest one
@@ -41,16 +40,6 @@ def options(root: Path, files: Path) -> list[str]:
     return [*runs.folder_data(root), *backbone, "split=file", f"split.path={files / 'list.txt'}"]
 
 
-def scores_of(run: Path) -> list[list[str]]:
-    with (run / "scores.csv").open(newline="") as file:
-        return list(csv.reader(file))
-
-
-def assert_refused(outcome: Any, message: str) -> None:
-    assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
-    assert message in outcome.err
-
-
 @pytest.fixture
 def moved(root, files, tmp_path):
     """A finished run, and the folder where its files lie now."""
@@ -61,7 +50,7 @@ def moved(root, files, tmp_path):
 def test_evaluate_with_moved_files(moved, tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
     again = (f"run={run}", f"output={out}")
-    assert_refused(runs.evaluate(*again), "list.txt: no such file; give its place with split.path=FILE")
+    assert_refused(runs.evaluate(*again), "list.txt: No such file or directory; give the file of the split")
     listed = f"split.path={moved / 'list.txt'}"
     wrong = tmp_path / "wrong"
     wrong.write_text("bottle/train/good/000.png\n")
@@ -71,8 +60,7 @@ def test_evaluate_with_moved_files(moved, tmp_path):
     assert_refused(runs.evaluate(*again, listed, "backbone.weights=none"), "another kind of value")
     assert_refused(runs.evaluate(*again, listed, "backbone.name=resnet50"), "another kind of value")
     shutil.rmtree(out)
-    outcome = runs.evaluate(*again, listed, f"backbone.weights={moved / 'weights.safetensors'}")
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(runs.evaluate(*again, listed, f"backbone.weights={moved / 'weights.safetensors'}"))
     assert scores_of(out) == scores_of(run)
 
 
@@ -104,8 +92,7 @@ def test_resume_with_moved_files(with_checkpoint, root, files, tmp_path):
     (wrong / "weights.safetensors").write_bytes(b"other")
     resumed = (*budget, "resume=true", f"hydra.run.dir={run}")
     assert_refused(runs.train(*options(root, wrong), *resumed), "weights.safetensors: another content than")
-    outcome = runs.train(*options(root, moved), *resumed)
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(runs.train(*options(root, moved), *resumed))
     runs.result_of(*options(root, moved), *budget, run_dir=tmp_path / "expected")
     assert scores_of(run) == scores_of(tmp_path / "expected")
     assert json.loads(stored_config(run).read_text())["config"]["split"]["path"] == str(moved / "list.txt")
@@ -145,8 +132,8 @@ def test_another_test_set(below, trained, other, tmp_path):
     assert any(note.startswith("another test set than the run's") for note in result["notes"])
     predicted = tmp_path / "predicted"
     assert runs.predict(f"run={trained}", f"input={other / 'bottle' / 'test'}", f"output={predicted}").code == 0
-    ours = {Path(row[0]).parts[-2:]: float(row[4]) for row in scores_of(out)[1:]}
-    theirs = {Path(row[0]).parts[-2:]: float(row[1]) for row in scores_of(predicted)[1:]}
+    ours = {Path(path).parts[-2:]: score for path, score in scores_of(out).items()}
+    theirs = {Path(path).parts[-2:]: score for path, score in scores_of(predicted).items()}
     assert ours == pytest.approx(theirs, rel=1e-5)
     table = compare(trained, out)
     assert table.code == 0, table.err
@@ -156,8 +143,7 @@ def test_another_test_set(below, trained, other, tmp_path):
 
 def test_the_same_data_elsewhere_are_no_other_test_set(trained, root, tmp_path):
     shutil.copytree(root, tmp_path / "copy")
-    outcome = runs.evaluate(f"run={trained}", f"output={tmp_path / 'out'}", f"data.root={tmp_path / 'copy'}")
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(runs.evaluate(f"run={trained}", f"output={tmp_path / 'out'}", f"data.root={tmp_path / 'copy'}"))
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["dataset"] == "folder"
     assert "test_set" not in result
@@ -168,8 +154,7 @@ def test_another_test_set_with_training_images(trained, tmp_path):
     """Its training images are not read: thresholds stay the run's, whatever lies there."""
     folder = make_mvtec(tmp_path / "data", train=3, good=2, defects={"broken": 2})
     (folder / "train" / "good" / "000.png").write_bytes(b"")
-    outcome = runs.evaluate(f"run={trained}", f"output={tmp_path / 'out'}", f"data.root={tmp_path / 'data'}")
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(runs.evaluate(f"run={trained}", f"output={tmp_path / 'out'}", f"data.root={tmp_path / 'data'}"))
     first, result = (json.loads((run / "result.json").read_text()) for run in (trained, tmp_path / "out"))
     assert result["thresholds"] == first["thresholds"]
     assert result["data"]["test_counts"] == {"bottle": {"good": 2, "defective": 2}}
@@ -186,8 +171,7 @@ def test_other_test_sets_that_are_refused(trained, other, tmp_path):
         ),
     ):
         assert_refused(runs.evaluate(*again, *more), message)
-    outcome = runs.evaluate(*again, f"data.root={other}", "scoring.fpr_limits=[0.1]")
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(runs.evaluate(*again, f"data.root={other}", "scoring.fpr_limits=[0.1]"))
 
 
 # --- resume=true ---
@@ -198,8 +182,7 @@ def test_resume_without_a_run_says_so(command, root, tmp_path):
     """A sweep says resume=true to jobs that have not started: they start, and nothing is amiss."""
     sweep = ("-m", "hydra/launcher=basic", f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=run")
     place = (f"hydra.run.dir={tmp_path / 'run'}",) if command == "alone" else sweep
-    outcome = runs.train(*runs.folder_data(root), "resume=true", *place)
-    assert outcome.code == 0, outcome.err
+    outcome = runs.succeeded(runs.train(*runs.folder_data(root), "resume=true", *place))
     line = f"hydra.run.dir={tmp_path / 'run'}: no run to resume in this folder, so this run starts from the beginning"
     assert outcome.out.count(line) == (command == "alone")
     assert (tmp_path / "run" / "result.json").is_file()

@@ -40,8 +40,7 @@ def test_same_metrics_as_the_layout(part, tmp_path):
 
     moved = tmp_path / "moved"
     shutil.move(apart, moved)
-    outcome = runs.evaluate(f"run={tmp_path / 'own'}", f"output={tmp_path / 'again'}", *folders(moved)[1:])
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(runs.evaluate(f"run={tmp_path / 'own'}", f"output={tmp_path / 'again'}", *folders(moved)[1:]))
     outcome = runs.evaluate(f"run={tmp_path / 'own'}", f"output={tmp_path / 'other'}", f"data.root={folder}")
     assert outcome.code == 0, outcome.err
     assert "another test set" in outcome.out
@@ -49,8 +48,7 @@ def test_same_metrics_as_the_layout(part, tmp_path):
 
 def test_check_only(part, tmp_path):
     _, apart = part
-    outcome = runs.train(*folders(apart), "data.check=only", f"hydra.run.dir={tmp_path / 'run'}")
-    assert outcome.code == 0, outcome.err
+    outcome = runs.succeeded(runs.train(*folders(apart), "data.check=only", f"hydra.run.dir={tmp_path / 'run'}"))
     lines = outcome.out.splitlines()
     assert lines[0] == f"folder in {apart}"
     assert "phone: 6 training images, 4 test images" in lines

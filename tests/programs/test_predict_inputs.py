@@ -1,6 +1,6 @@
 """What predict's input= may name, and what it leaves out: nothing in silence, and the exit code says so."""
 
-import csv
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.image_trees import make_mvtec, save_image
-from tests.helpers.run_programs import Outcome, folder_data, predict, result_of
+from tests.helpers.run_programs import assert_refused, folder_data, predict, result_of, scores_of
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +19,6 @@ def photos(tmp_path_factory) -> Path:
         save_image(folder / name, seed=i)
     (folder / "a" / "notes.txt").write_text("text")
     return folder
-
-
-def scores_of(folder: Path) -> dict[str, float]:
-    with (folder / "scores.csv").open(newline="", encoding="utf-8") as file:
-        return {row["path"]: float(row["score"]) for row in csv.DictReader(file)}
 
 
 INPUTS = {
@@ -57,20 +52,17 @@ def test_inputs(text, trained, photos, tmp_path):
     assert ("1 files are no images (first: " in outcome.out) == (INPUTS[text][1:2] == ["2.jpg"] or "a,{p}" in text)
 
 
-def refused(outcome: Outcome, pattern: str) -> None:
-    assert outcome.code == 2, (outcome.code, outcome.out, outcome.err)
-    assert pattern in outcome.err
-    assert outcome.err.count("\n") == 1
-
-
 def test_inputs_that_are_none(trained, photos, tmp_path):
     run, out = f"run={trained}", f"output={tmp_path / 'out'}"
-    refused(predict(run, f"input=[{photos}/a,{photos}/z]", out), f"input={photos}/z: no such file or folder")
-    refused(predict(run, f"input={photos}/*.gif", out), f"input={photos}/*.gif: no such file or folder")
-    refused(predict(run, "input=[]", out), "input=[]: give paths, as in input=[first,second]")
-    refused(predict(run, "input=[a,,b]", out), "input=[a,,b]: give paths")
-    refused(predict(run, f"input={photos}/a/*.txt", out), f"input={photos}/a/*.txt: holds no image (")
-    refused(predict(run, f"input=[{photos}/b,{tmp_path}]", out), "choose a folder outside")
+    for given, message in (
+        (f"[{photos}/a,{photos}/z]", f"input={photos}/z: no such file or folder"),
+        (f"{photos}/*.gif", f"input={photos}/*.gif: no such file or folder"),
+        ("[]", "input=[]: give paths, as in input=[first,second]"),
+        ("[a,,b]", "input=[a,,b]: give paths"),
+        (f"{photos}/a/*.txt", f"input={photos}/a/*.txt: holds no image ("),
+        (f"[{photos}/b,{tmp_path}]", "choose a folder outside"),
+    ):
+        assert_refused(predict(run, f"input={given}", out), re.escape(message))
     assert not (tmp_path / "out").exists()
 
 

@@ -1,7 +1,6 @@
 """predict's page: the highest scores first, every name escaped, nothing loaded from elsewhere."""
 
 import base64
-import csv
 import io
 import re
 from html.parser import HTMLParser
@@ -11,7 +10,7 @@ from urllib.parse import unquote
 from PIL import Image
 
 from tests.helpers.image_trees import save_image
-from tests.helpers.run_programs import predict
+from tests.helpers.run_programs import predict, rows_of
 
 HOSTILE = [
     '<script>alert("1")<⁄script>.png', "<img src=x onerror=alert(1)>.png", "\"'><b>&amp;.png", "{{ 7*7 }}{% x %}.png",
@@ -45,8 +44,7 @@ def test_hostile_names_and_order(trained, tmp_path):
     (tmp_path / "in" / "<u>damaged.png").write_text("no image")
     outcome = predict(f"run={trained}", f"input={tmp_path / 'in'}", f"output={tmp_path / 'out'}", "report=8")
     assert outcome.code == 1
-    with (tmp_path / "out" / "scores.csv").open(newline="", encoding="utf-8") as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: -float(row["score"]))
+    rows = sorted(rows_of(tmp_path / "out" / "scores.csv"), key=lambda row: -float(row["score"]))
     assert len(rows) == len(HOSTILE)
     page = Page(tmp_path / "out" / "report.html")
     assert {"script", "b", "i", "u"}.isdisjoint({tag for tag, _ in page.tags})
@@ -75,8 +73,7 @@ def test_summary(trained, tmp_path):
     for i in range(3):
         save_image(tmp_path / "in" / f"{i}.png", seed=i)
     predict(f"run={trained}", f"input={tmp_path / 'in'}", f"output={tmp_path / 'out'}")
-    with (tmp_path / "out" / "scores.csv").open(newline="") as file:
-        decisions = [row["decision"] for row in csv.DictReader(file)]
+    decisions = [row["decision"] for row in rows_of(tmp_path / "out" / "scores.csv")]
     text = Page(tmp_path / "out" / "report.html").text
     for part in (
         f"{decisions.count('defective')} defective, {decisions.count('good')} good", "All images, highest first",

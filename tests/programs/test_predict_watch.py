@@ -1,12 +1,9 @@
 """predict's watch: files as they arrive, unfinished and damaged ones, the end by a signal, and the next start."""
 
 import contextlib
-import csv
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,8 +14,9 @@ import pytest
 from anomalib_lite.errors import UserError
 from anomalib_lite.runs import watching
 from anomalib_lite.runs.prediction_table import GrowingTable, Prediction
+from tests.helpers import run_programs
 from tests.helpers.image_trees import save_image
-from tests.helpers.run_programs import ROOT, Outcome, predict
+from tests.helpers.run_programs import Outcome, holding, predict
 
 
 @pytest.fixture(autouse=True)
@@ -36,10 +34,7 @@ def place(trained, tmp_path) -> list[str]:
 def rows_of(folder: Path) -> list[dict[str, str]]:
     """The complete rows; none while there is no file."""
     file = folder / "scores.csv"
-    if not file.exists():
-        return []
-    with file.open(newline="", encoding="utf-8") as lines:
-        return list(csv.DictReader(lines))
+    return run_programs.rows_of(file) if file.exists() else []
 
 
 def wait(condition: Callable[[], bool], seconds: float = 30) -> None:
@@ -169,14 +164,7 @@ def test_refused(place, trained, tmp_path):
         ((run, source, f"output={tmp_path / 'once'}"), r"scores.csv exists already: choose another output=DIR"),
         ((run, source, output, "--watching"), r"--watching: arguments are KEY=VALUE"),
     ):
-        outcome = predict(*arguments, "watch=true")
-        assert outcome.code == 2, outcome
-        assert re.fullmatch(r"error: [^\n]+\n", outcome.err), outcome.err
-        assert re.search(message, outcome.err), outcome.err
-
-
-HOLD = "import sys, time; from pathlib import Path; from anomalib_lite.runs.claim import claimed\n"
-HOLD += "with claimed(Path(sys.argv[1]), 'output'): print('held', flush=True); time.sleep(60)"
+        run_programs.assert_refused(predict(*arguments, "watch=true"), message)
 
 
 def test_a_table_is_never_lost(tmp_path):
@@ -207,16 +195,7 @@ def test_a_table_is_never_lost(tmp_path):
 
 
 def test_one_watch_at_a_time(place, tmp_path):
-    (tmp_path / "out").mkdir()
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, tmp_path / "out"], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
+    with holding(tmp_path / "out") as holder:
         outcome = predict(*place, "watch=true")
-    finally:
-        holder.kill()
-        holder.wait()
     assert outcome.code == 2
     assert re.search(rf"out: process {holder.pid} on .* works in this folder", outcome.err)

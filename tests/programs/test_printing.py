@@ -35,8 +35,7 @@ def finished(tmp_path_factory) -> Path:
         make_mvtec(folder / "[red]data", category, train=2, good=1, defects={"cut": 1})
     run = folder / "[/x]"
     data = ("data=folder", f'data.root="{folder}/[red]data"', "data.category=all")
-    outcome = runs.train("method=norm_occ_closed_form", *data, f'hydra.run.dir="{run}"')
-    assert outcome.code == 0, outcome.err
+    outcome = runs.succeeded(runs.train("method=norm_occ_closed_form", *data, f'hydra.run.dir="{run}"'))
     assert_names(outcome.out, run)
     return run
 

@@ -8,7 +8,7 @@ import pytest
 
 from anomalib_lite.comparison import published
 from anomalib_lite.errors import UserError
-from tests.helpers.run_programs import ROOT
+from tests.helpers.run_programs import ROOT, succeeded
 from tests.helpers.written_runs import Writer, compare, real_run, tables
 
 ENTRY = """
@@ -92,8 +92,7 @@ def test_what_was_not_run_and_what_differs(write, file):
 def test_files(write, file, tmp_path):
     write("a")
     pages = [tmp_path / name for name in ("board.md", "board.html")]
-    outcome = compare(write.root, "--published", file, "--markdown", pages[0], "--html", pages[1])
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(compare(write.root, "--published", file, "--markdown", pages[0], "--html", pages[1]))
     assert "published figures and ours" in outcome.out
     assert r"paper \| of &lt;somebody&gt;; test-informed: the best epoch" in pages[0].read_text()
     assert "paper | of &lt;somebody&gt;" in pages[1].read_text()
@@ -101,8 +100,7 @@ def test_files(write, file, tmp_path):
 
 def test_without_runs(file, tmp_path):
     (tmp_path / "empty").mkdir()
-    outcome = compare(tmp_path / "empty", "--published", file, "--html", tmp_path / "page.html")
-    assert outcome.code == 0, outcome.err
+    outcome = succeeded(compare(tmp_path / "empty", "--published", file, "--html", tmp_path / "page.html"))
     assert "not run" in outcome.out
 
 

@@ -95,8 +95,7 @@ def test_command(command, folder, tmp_path, monkeypatch):
         command = command.replace("runs.csv", f"{tmp_path}/runs.csv")
     if "--write" in command:
         command = command.replace("meta.json", f"{tmp_path}/meta.json")
-    outcome = program(command, *more)
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(program(command, *more))
     if any(option.startswith("hydra.run.dir") for option in more):
         assert (tmp_path / "run" / "result.json").exists()
 
@@ -112,8 +111,7 @@ def first_job(command: str) -> str:
 def test_composed_command(part, monkeypatch):
     monkeypatch.setenv("ANOMALIB_LITE_DATA", "anywhere")
     (command,) = [c for c in commands() if part in c]
-    outcome = program(PREFIX + first_job(command.removeprefix(PREFIX)), "--cfg", "job")
-    assert outcome.code == 0, outcome.err
+    outcome = runs.succeeded(program(PREFIX + first_job(command.removeprefix(PREFIX)), "--cfg", "job"))
     assert "_target_" in outcome.out
 
 
@@ -132,8 +130,7 @@ def test_targets():
 def test_resume_alone(folder):
     """Of a finished run; tests/programs/test_resume.py interrupts runs."""
     (command,) = [c for c in commands() if "resume=true" in c]
-    outcome = program(command, f"hydra.run.dir={folder / 'RUN'}")
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(program(command, f"hydra.run.dir={folder / 'RUN'}"))
 
 
 def test_the_method_of_the_readme_trains(own_folder):
@@ -144,10 +141,13 @@ def test_the_method_of_the_readme_trains(own_folder):
     command = block("sh", f"{PREFIX}train --config-dir").strip()
     small = ["hardware=cpu", "data.image_size=64", "trainer.max_steps=3", "logger=csv"]
     outcome = program(command, "data=folder", "data.root=data", *small, "hydra.run.dir=run")
-    assert outcome.code == 0, outcome.err
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "mine on folder" in outcome.out
     result = json.loads((own_folder / "run" / "result.json").read_text())
     assert result["method"] == "mine"
     assert result["timing"]["steps"] == 3
+    assert runs.evaluate("run=run", "output=again").code == 0
+    assert json.loads((own_folder / "again" / "result.json").read_text())["metrics"] == result["metrics"]
 
 
 def test_python_that_scores_arrays(folder, monkeypatch, capsys):
@@ -156,8 +156,7 @@ def test_python_that_scores_arrays(folder, monkeypatch, capsys):
     names: dict = {}
     exec(block("python", "load_run"), names)
     printed = capsys.readouterr().out.split()
-    outcome = runs.predict("run=RUN", "input=photo.png", f"output={folder / 'predicted'}")
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(runs.predict("run=RUN", "input=photo.png", f"output={folder / 'predicted'}"))
     _, row = (folder / "predicted" / "scores.csv").read_text().splitlines()
     _, score, threshold, decision, _ = row.split(",")
     assert (names["scores"][0], names["run"].thresholds["image"]) == (np.float32(score), float(threshold))

@@ -141,8 +141,7 @@ def arguments(root, conf):
 
 
 def finish(arguments: list[str]) -> None:
-    outcome = runs.train(*arguments, small=False)
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(runs.train(*arguments, small=False))
 
 
 def interrupt(arguments: list[str], stop_at: int) -> None:
@@ -318,6 +317,16 @@ def test_resume_alone(arguments, undisturbed, tmp_path):
     result = results.read_result(run)
     assert {"method=noisy", "data.eval_batch_size=3"} <= set(result["overrides"])
     assert json.loads((run / "checkpoints" / "config.json").read_text())["names"]["method"] == "noisy"
+
+
+def test_the_stored_command_line_is_read_in_any_locale(tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "overrides.yaml").write_text("- data.root=/Böses\n", encoding="utf-8")
+    code = "import sys; from pathlib import Path; from anomalib_lite.runs import folder\n"
+    code += "print(ascii(folder._stored_overrides(Path(sys.argv[1]))))"
+    plain = {"cwd": runs.ROOT, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    outcome = runs.python("-c", code, tmp_path, **plain)  # type: ignore[arg-type]
+    assert outcome.out == "['data.root=/B\\xf6ses']\n", outcome.err
 
 
 @pytest.mark.parametrize("more", [(), ("data.workers=0", "hardware=cpu")])

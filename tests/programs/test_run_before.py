@@ -4,9 +4,9 @@
 `uninterrupted` holds what the same version made of the same command without an interruption.
 """
 
-import csv
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,10 +27,7 @@ def run(request, tmp_path) -> Path:
     return shutil.copytree(BEFORE / request.param, tmp_path / request.param)
 
 
-def scores_of(folder: Path) -> dict[str, float]:
-    """By the image's name below the category."""
-    with (folder / "scores.csv").open(newline="") as file:
-        return {row["path"].removeprefix("bottle/test/"): float(row["score"]) for row in csv.DictReader(file)}
+scores_of = partial(run_programs.scores_of, below="bottle/test/")
 
 
 def result_of(folder: Path) -> dict:

@@ -81,8 +81,7 @@ def test_train(batch, numbers, steps, arguments, undisturbed, send, tmp_path, mo
     assert not (run / CLAIM).exists()
     assert [signal.getsignal(number) for number in (TERM, USR1, signal.SIGINT)] == before
     monkeypatch.undo()
-    outcome = runs.train("resume=true", f"hydra.run.dir={run}", f"{arguments[0]}", small=False)
-    assert outcome.code == 0, outcome.err
+    outcome = runs.succeeded(runs.train("resume=true", f"hydra.run.dir={run}", f"{arguments[0]}", small=False))
     assert f"resuming after batch {steps}" in outcome.out or steps == 9
     assert state_of(run)["scores"] == undisturbed["scores"]
     assert state_of(run)["steps"] == 9
@@ -99,8 +98,7 @@ def test_ctrl_c(numbers, steps, arguments, undisturbed, send, tmp_path, monkeypa
     assert capfd.readouterr().err.count("a second Ctrl-C ends it at once") == 1
     assert (run / "checkpoints" / "last.ckpt").exists() == bool(steps)
     monkeypatch.undo()
-    outcome = runs.train("resume=true", f"hydra.run.dir={run}", f"{arguments[0]}", small=False)
-    assert outcome.code == 0, outcome.err
+    outcome = runs.succeeded(runs.train("resume=true", f"hydra.run.dir={run}", f"{arguments[0]}", small=False))
     assert (f"resuming after batch {steps}" in outcome.out) == bool(steps)
     assert state_of(run)["scores"] == undisturbed["scores"]
 

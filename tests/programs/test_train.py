@@ -1,6 +1,5 @@
 """Runs from the command line to the folder that they leave, for every method of conf/method."""
 
-import csv
 import json
 import re
 from collections import Counter
@@ -22,6 +21,7 @@ from anomalib_lite.runs.folder import read_run
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.interrupt import assert_same_run, interrupted_after
+from tests.helpers.run_programs import rows_of
 from tests.helpers.written_runs import compare
 
 METHODS = sorted(file.stem for file in (runs.ROOT / "conf" / "method").glob("*.yaml"))
@@ -74,8 +74,7 @@ def start(run: Path, root: Path, *arguments: str, category: str = "bottle") -> r
 
 def train(run: Path, root: Path, *arguments: str, category: str = "bottle") -> dict[str, Any]:
     """A run that must succeed; its result."""
-    outcome = start(run, root, *arguments, category=category)
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(start(run, root, *arguments, category=category))
     return results.read_result(run)
 
 
@@ -107,11 +106,6 @@ def trained(root, tmp_path_factory):
 
 def files_of(run: Path) -> set[str]:
     return {file.relative_to(run).as_posix() for file in run.rglob("*") if file.is_file()}
-
-
-def rows_of(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="") as lines:
-        return list(csv.DictReader(lines))
 
 
 def weights_of(run: Path) -> dict[str, Any]:
@@ -239,8 +233,7 @@ def test_resuming_a_finished_run_does_nothing(finished, method, budget, root):
 
 
 def test_evaluating_again_gives_the_same(finished, tmp_path):
-    outcome = runs.evaluate(f"run={finished}", f"output={tmp_path / 'again'}")
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(runs.evaluate(f"run={finished}", f"output={tmp_path / 'again'}"))
     first, again = results.read_result(finished), results.read_result(tmp_path / "again")
     for key in KEYS - {"timing", "environment", "overrides", "notes", "cache"}:
         assert again[key] == first[key], key
@@ -252,8 +245,7 @@ def test_evaluating_again_gives_the_same(finished, tmp_path):
 
 
 def test_evaluating_under_another_protocol(trained, tmp_path):
-    outcome = runs.evaluate(f"run={trained}", f"output={tmp_path / 'again'}", "scoring.pixel_smooth=2")
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(runs.evaluate(f"run={trained}", f"output={tmp_path / 'again'}", "scoring.pixel_smooth=2"))
     first, again = results.read_result(trained), results.read_result(tmp_path / "again")
     assert again["protocol"]["scoring"] == first["protocol"]["scoring"] | {"pixel_smooth": 2}
     assert again["protocol"]["data"] == first["protocol"]["data"]
@@ -459,10 +451,7 @@ def test_evaluate_refuses_what_training_depends_on(trained, tmp_path):
         ("scoring.blur=3", "scoring.blur: the run's configuration has no such key"),
         ("scoring.image_score=best", "scoring.image_score=best: give max"),
     ):
-        outcome = runs.evaluate(f"run={trained}", f"output={tmp_path / 'again'}", option)
-        assert outcome.code == 2
-        assert message in outcome.err
-        assert outcome.err.count("\n") == 1
+        runs.assert_refused(runs.evaluate(f"run={trained}", f"output={tmp_path / 'again'}", option), message)
     assert not (tmp_path / "again").exists()
 
 

@@ -4,8 +4,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from anomalib_lite.sweeps.closing import closing_lines, seed_notes
 from anomalib_lite.sweeps.job import Job
+from anomalib_lite.sweeps.view import closing_lines, seed_notes
 
 
 def job(folder: Path, number: int, seed: int, score: float, method: str = "mine", *more: str) -> Job:

@@ -35,8 +35,7 @@ def alone(home, tmp_path_factory) -> list[Any]:
     folder = tmp_path_factory.mktemp("alone")
     for devices in "12":
         arguments = (*SMALL, *ONE, "method=crash", f"hardware.devices={devices}", f"hydra.run.dir={folder / devices}")
-        outcome = runs.python("-m", "anomalib_lite.train", *arguments, cwd=home)
-        assert outcome.code == 0, outcome.err
+        runs.succeeded(runs.python("-m", "anomalib_lite.train", *arguments, cwd=home))
     return [state_of(folder / devices) for devices in "12"]
 
 
@@ -124,8 +123,7 @@ def test_slurm_queues_a_job_again(home, tmp_path, monkeypatch):
     started = Started(home, *ONE, *hardware, *budget, f"hydra.sweep.dir={sweep}")
     started.until(lambda: (sweep / "0" / "checkpoints" / "last.ckpt").exists(), 120)
     subprocess.run([tmp_path / "slurm" / "scancel", "--signal=USR2", "1000"], check=True)
-    outcome = started.end()
-    assert outcome.code == 0, outcome.err
+    runs.succeeded(started.end())
     output = (sweep / "0" / "output.log").read_text()
     assert "interrupted by SIGTERM" in output  # not by its own USR2, which reached the task alone
     assert re.search(r"resuming after batch [1-9]", output)
@@ -235,7 +233,5 @@ def test_ranks_that_would_run_wrong(hardware, environment, message, tmp_path, mo
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     outcome = runs.train(*hardware.split(), "data=synthetic", f"hydra.run.dir={tmp_path / 'run'}")
-    assert outcome.code == 2
-    assert re.match(rf"error: {message}", outcome.err), outcome.err
-    assert outcome.err.count("\n") == 1
+    runs.assert_refused(outcome, f"^error: {message}")
     assert not (tmp_path / "run" / "checkpoints").exists()

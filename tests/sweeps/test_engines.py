@@ -1,4 +1,4 @@
-"""How jobs get their devices, their locks and their end, without a cluster."""
+"""How jobs get their devices and their end, without a cluster."""
 
 import errno
 import fcntl
@@ -16,13 +16,10 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from anomalib_lite.errors import UserError
-from anomalib_lite.sweeps import command as command_module
 from anomalib_lite.sweeps.cluster import RaySweep, SlurmSweep
 from anomalib_lite.sweeps.command import Command
 from anomalib_lite.sweeps.engines import SlurmJobs
 from anomalib_lite.sweeps.job import Job
-from anomalib_lite.sweeps.locks import lock, locked
 from anomalib_lite.sweeps.sweep import Sweep
 from tests.helpers.user_folder import assert_refused
 
@@ -180,39 +177,11 @@ def test_a_job_saves_before_it_is_queued_again(name, tmp_path, monkeypatch):
     assert found[0][1].process is None
 
 
-# --- locks ---
-
-
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks(number, tmp_path, monkeypatch):
-    """Lustre without -o flock: the sweep and its jobs go on, and say so."""
-
+def test_a_job_starts_on_a_file_system_without_locks(tmp_path, monkeypatch):
     def refuse(*_: Any) -> None:
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with locked(tmp_path / "sweep.lock") as remark:
-        assert "this file system has no locks" in remark
-    with Command([], tmp_path / "job", {}).sole_output():
-        pass
-    assert "has no locks" in (tmp_path / "job" / "output.log").read_text()
-    assert command_module.lock is lock
-
-
-def test_other_errors_of_locks_are_raised(tmp_path, monkeypatch):
-    def refuse(*_: Any) -> None:
-        raise OSError(errno.EIO, "bad disk")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(OSError, match="bad disk"), locked(tmp_path / "sweep.lock"):
-        pass
-
-
-def test_the_holder_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("anomalib_lite.sweeps.locks.PATIENCE", 0.05)
-    with locked(tmp_path / "sweep.lock") as remark:
-        assert remark == ""
-        with pytest.raises(UserError, match=f"another sweep works in it .process {os.getpid()} on"):
-            locked(tmp_path / "sweep.lock").__enter__()
-    with locked(tmp_path / "sweep.lock"):
-        pass
+    with Command([], tmp_path / "job", {}).sole_output() as output:
+        output.write(b"started")
+    assert (tmp_path / "job" / "output.log").read_bytes() == b"started"

@@ -166,6 +166,7 @@ def test_folder_of_another_search(tmp_path):
         (("seed=1,2", "hydra.sweeper.n_trials=0"), "hydra.sweeper.n_trials=0: give a whole number from 1"),
         (("seed=1,2", "hydra.sweeper.seed=x"), "hydra.sweeper.seed=x: give a whole number from 0, or null"),
         (("seed=1,2", "hydra.sweeper.trials=3"), "hydra.sweeper.trials: no such option"),
+        (("seed=1,2", "+hydra.sweeper.trials=3"), "hydra.sweeper.trials: no such option of random; see --cfg hydra"),
         (("seed=1,2", "hydra/sweeper=tpe", "hydra.sweeper.n_jobs=0"), "hydra.sweeper.n_jobs=0: give a whole number"),
         (("seed=1,2", "data.val_fraction=0"), "hydra/sweeper: .*data.val_fraction=0; give .*data.val_fraction=0.2"),
         (("seed=1,2", "objective=metrics.image_auroc"), "objective=metrics.image_auroc: .*test set chooses nothing"),

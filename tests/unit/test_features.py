@@ -28,7 +28,7 @@ from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.features.cache import FeatureFiles, image_key, key, on_network
 from anomalib_lite.features.precompute import as_rows, shapes_of, smallest_type
 from tests.helpers.image_trees import make_mvtec
-from tests.helpers.run_programs import folder_data, method, result_of, train
+from tests.helpers.run_programs import folder_data, method, result_of, succeeded, train
 
 RESNET = "resnet18.tv_in1k"
 CPU = torch.device("cpu")
@@ -230,8 +230,7 @@ def test_jobs_of_a_sweep_share_it(root, cache, tmp_path):
     """Five at two a time: computed once, whoever is first."""
     sweep = tmp_path / "sweep"
     arguments = ("method=norm_occ", "method.norm=0.1,0.2,0.3,0.4,0.5", "hardware.threads=1", f"cache.folder={cache}")
-    outcome = train("-m", *folder_data(root), *arguments, "hydra.launcher.jobs=2", f"hydra.sweep.dir={sweep}")
-    assert outcome.code == 0, outcome.err
+    succeeded(train("-m", *folder_data(root), *arguments, "hydra.launcher.jobs=2", f"hydra.sweep.dir={sweep}"))
     reports = [json.loads((sweep / str(i) / "result.json").read_text())["cache"] for i in range(5)]
     assert sorted(report["computed"] for report in reports) == [0, 0, 0, 0, 12]
     assert all(report["used"] for report in reports)

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image, ImageFilter, ImageOps, PngImagePlugin
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
-from anomalib_lite.data.image_files import decoding
+from anomalib_lite.data.image_files import decoding, read_header
 from anomalib_lite.data.integrity import check
-from anomalib_lite.data.masks import PIXELS, looked_at, read_mask
+from anomalib_lite.data.masks import PIXELS, evenly_spread, read_mask
 from anomalib_lite.data.readers import read_folder
-from anomalib_lite.data.samples import load_mask, load_rgb, size_of
+from anomalib_lite.data.samples import load_mask, load_rgb
 from anomalib_lite.errors import UserError
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.run_programs import python
@@ -266,9 +266,9 @@ def test_masks_that_mark_nearly_everything(tmp_path):
 
 def test_many_masks_are_not_all_decoded():
     sizes = {Path(f"{i}.png"): (1000, PIXELS // 10_000) for i in range(100)}
-    assert looked_at(sizes) == [Path(f"{i}.png") for i in range(0, 100, 10)]
-    assert looked_at(dict(list(sizes.items())[:7])) == list(sizes)[:7]
-    assert looked_at({Path("x"): (10**5, 10**5)}) == [Path("x")]
+    assert evenly_spread(sizes) == [Path(f"{i}.png") for i in range(0, 100, 10)]
+    assert evenly_spread(dict(list(sizes.items())[:7])) == list(sizes)[:7]
+    assert evenly_spread({Path("x"): (10**5, 10**5)}) == [Path("x")]
 
 
 # --- orientation ---
@@ -296,14 +296,14 @@ def test_images_are_upright(number, tmp_path):
     wanted = np.asarray(ImageOps.exif_transpose(stored := with_tag(picture, number)))
     for suffix, options in ((".png", {}), (".webp", {"lossless": True}), (".tif", {}), (".jpg", {"quality": 100})):
         stored.save(path := tmp_path / f"x{suffix}", exif=tagged(number), **options)
-        assert size_of(path) == wanted.shape[:2]
+        assert read_header(path).size == wanted.shape[:2]
         exact = suffix != ".jpg"
         reference = wanted if exact else np.asarray(ImageOps.exif_transpose(Image.open(path)))
         assert (load_rgb(path) == reference).all(), suffix
     for name, values in (("late", picture[..., ::-1]), ("deep", picture[..., ::-1].astype(np.uint16) * 257)):
         cv2.imwrite(str(path := tmp_path / f"{name}.png"), values)
         insert_exif(path, number, b"IEND" if name == "late" else b"IDAT")
-        assert size_of(path) == wanted.shape[:2]
+        assert read_header(path).size == wanted.shape[:2]
         assert (load_rgb(path) == wanted).all(), name
     Image.fromarray(picture[..., 0] > 127).save(tmp_path / "m.png", exif=tagged(number))
     assert (load_mask(tmp_path / "m.png") == (wanted[..., 0] > 127)).all()
@@ -359,7 +359,7 @@ def test_large_images_and_long_descriptions(tmp_path):
     header = struct.pack(">IIBBBBB", 20_000, 15_000, 1, 0, 0, 0, 0)
     chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
     (tmp_path / "large.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 9) + b"IDAT")
-    assert size_of(tmp_path / "large.png") == (15_000, 20_000)
+    assert read_header(tmp_path / "large.png").size == (15_000, 20_000)
     text = PngImagePlugin.PngInfo()
     for key in ("settings", "log"):
         text.add_text(key, "x" * 40_000_000, zip=True)

@@ -14,6 +14,7 @@ from anomalib_lite.data.samples import load_mask
 from anomalib_lite.data.tables import COLUMNS, read_table
 from anomalib_lite.errors import UserError
 from tests.helpers.image_trees import make_mvtec, save_image, save_mask
+from tests.unit import test_readers
 
 
 def picked(samples):
@@ -105,9 +106,7 @@ def test_as_the_mvtec_layout(tmp_path):
 
 
 def refused(message, *arguments, **options):
-    with pytest.raises(UserError, match=message) as error:
-        read_folder(*arguments, **options)
-    assert "\n" not in str(error.value)
+    test_readers.refused(message, read_folder, *arguments, **options)
 
 
 def test_faulty_folders(phone):
@@ -160,7 +159,7 @@ def test_faulty_folders(phone):
         ("", "a.png,c,good,train,a.png", "a normal image with a mask"),
         ("", "a.png,c,crack,train,", "no normal training images of 'c'"),
         ("", "a.png,c,good,train", "line 2: 5 fields are needed"),
-        ("", "a.png,c,good,train,\na.png,c,bad,test,", "line 3: a.png is in line 2 already"),
+        ("", "a.png,c,good,train,\na.png,c,bad,test,", "line 3: .*a.png is in .* line 2 already"),
         ("", "../x.png,c,good,train,", "missing|leads out"),
     ],
 )
@@ -180,4 +179,4 @@ def test_table_labels_and_notes(tmp_path):
     assert picked(data.train) == [("0.png", "good", 0, None)]
     assert picked(data.test) == [("2.png", "good", 0, None), ("3.png", "1", 1, None)]
     assert data.notes[0] == "list.csv: 1 defective training images left out"
-    assert data.notes[1] == "list.csv: columns that are not used: camera"
+    assert data.notes[-1] == "list.csv: columns that are not used: camera"

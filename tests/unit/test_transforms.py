@@ -127,15 +127,6 @@ def test_random_angles_leave_the_first_copy():
     assert not any((turned(Turn(angles=[40, 50]), copy)[0] == 0).all(-1).any() for copy in range(1, 9))
 
 
-def test_corruption_comes_after_the_transforms():
-    def corrupt(image):
-        assert image.shape == (8, 8, 3)
-        return image, np.ones((8, 8), bool)
-
-    _, mask = Pipeline([Resize(16), A.CenterCrop(8, 8)])(noise(32), np.zeros((32, 32), bool), corrupt=corrupt)
-    assert mask.all()
-
-
 def test_seeding_is_fast():
     pipeline = Pipeline([], [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)], "none")
     picture, mask = noise(8), np.zeros((8, 8), bool)
