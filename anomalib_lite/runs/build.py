@@ -175,11 +175,11 @@ def make_loggers(cfg: dict[str, Any], folder: Path) -> list[Logger]:
 
 
 def make_trainer(
-    hardware: dict[str, Any], folder: Path, callbacks: list[L.Callback], loggers: list[Logger], steps: int
+    options: dict[str, Any], folder: Path, callbacks: list[L.Callback], loggers: list[Logger], steps: int
 ) -> L.Trainer:
-    """Lightning's Trainer. `hardware` are its options by `runs.devices`; Training counts `steps` and ends the run."""
+    """Lightning's Trainer. `options` are those of `runs.devices` and more; Training counts `steps` and ends the run."""
     trainer = L.Trainer(
-        **hardware,
+        **options,
         max_epochs=-1 if steps else 0,
         logger=loggers or False,
         callbacks=callbacks,

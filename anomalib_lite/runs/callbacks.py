@@ -144,7 +144,7 @@ class Training(L.Callback):
 
     def _log(self, trainer: L.Trainer, row: dict[str, float]) -> None:
         for logger in trainer.loggers if trainer.is_global_zero else ():
-            logger.log_metrics(row, step=self.steps)
+            logger.log_metrics(row, step=self.steps - 1)  # as Lightning logs what a method gives to self.log
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         allow_tf32(False)  # Lightning calls this before the method's own on_train_end

@@ -54,9 +54,9 @@ def execute(
         result.json's content on rank 0, None on other ranks.
     """
     silence_libraries()
-    hardware = lightning_options(cfg["hardware"], multirun)
+    options = lightning_options(cfg["hardware"], multirun) | {"log_every_n_steps": cfg["trainer"]["log_every"]}
     if fit:
-        check_batch_size(cfg["data"]["batch_size"], hardware["devices"] * hardware["num_nodes"])
+        check_batch_size(cfg["data"]["batch_size"], options["devices"] * options["num_nodes"])
     used = checkpoint.is_file() and (cfg["resume"] or not fit)  # a new run uses no checkpoint, whatever lies there
     stored = read_checkpoint(checkpoint, cfg) if used else {}
     if not fit and not stored.get("finished", True):
@@ -71,7 +71,7 @@ def execute(
 
     training, evaluation = Training(cfg, checkpoint, model.total_steps), Evaluation(run)
     loggers = build.make_loggers(cfg["logger"], run) if fit else []
-    trainer = build.make_trainer(hardware, run, [training, evaluation], loggers, model.total_steps)
+    trainer = build.make_trainer(options, run, [training, evaluation], loggers, model.total_steps)
     if trainer.is_global_zero:
         announce(cfg, names, data, loggers)
 

@@ -1,9 +1,11 @@
 """A user's own method: its file is found again from another folder; one line names the switch of a missing key."""
 
+import csv
 import importlib
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +58,46 @@ class Mine(AnomalyModule):
     def anomaly_map(self, batch):
         return batch["image"].mean(1)
 """
+
+
+MINE = """import torch
+
+from anomalib_lite.methods.base import AnomalyModule
+
+
+class Mine(AnomalyModule):
+    frozen_features = True
+
+    def __init__(self, {arguments}):
+        super().__init__({handed_on})
+        self.net = torch.nn.Conv2d(self.backbone.channels[0], 4, 1)
+        {construct}
+
+    def training_step(self, batch, batch_idx):
+        loss = self.anomaly_map(batch).mean()
+        {step}
+        return loss
+
+    def anomaly_map(self, batch):
+        return self.net(self.features(batch)[0]).square().sum(1)
+
+    {more}
+"""
+CONTEXT = {"arguments": "**context", "handed_on": "**context", "construct": "pass", "step": "pass", "more": ""}
+
+
+def test_what_a_method_logs_is_in_the_rows_of_its_loss(data, own_folder):
+    given = own_method(own_folder, MINE.format(**CONTEXT | {"step": "self.log('part', 2 * loss)"}))
+    budget = ("trainer.max_epochs=null", "trainer.max_steps=7", "trainer.log_every=2")
+    assert train(*given, *folder_data(data), *budget, "hydra.run.dir=run").code == 0
+    logged = rows("run/metrics.csv")
+    assert [row["step"] for row in logged] == ["1", "2", "4", "6", "7"]
+    assert [float(row["part"]) for row in logged[1:]] == pytest.approx([2 * float(row["loss"]) for row in logged[1:]])
+
+
+def rows(file):
+    with Path(file).open(newline="") as opened:
+        return list(csv.DictReader(opened))
 
 
 def test_a_run_of_an_own_method_resumes_from_another_folder(data, own_folder, tmp_path, monkeypatch):
