@@ -61,6 +61,8 @@ class Training(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        for key in (module.CHECKPOINT_HYPER_PARAMS_KEY, module.CHECKPOINT_HYPER_PARAMS_NAME):
+            checkpoint.pop(key, None)  # of save_hyperparameters(): the configuration holds them, and these are objects
         checkpoint["anomalib_lite"] = {
             "version": __version__,
             "config": self.cfg,
@@ -71,6 +73,7 @@ class Training(L.Callback):
         }
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        self.checkpoints.names = set(module.state_dict())
         self.start = time.perf_counter()
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -84,6 +84,67 @@ class Mine(AnomalyModule):
     {more}
 """
 CONTEXT = {"arguments": "**context", "handed_on": "**context", "construct": "pass", "step": "pass", "more": ""}
+LOST = {
+    "context": ({"handed_on": "backbone=context['backbone']"}, "hand image_size, test_size, .*steps, scoring on to"),
+    "steps": (
+        {"arguments": "backbone, scoring, image_size, test_size, optimizer, **context", "handed_on":
+         "backbone, optimizer, scoring=scoring, image_size=image_size, test_size=test_size"},
+        r"mine\.Mine: its constructor does not hand categories, steps on to AnomalyModule; write def __init__\(",
+    ),
+    "optimizer": (
+        {"arguments": "optimizer, **context"},
+        "method.optimizer: Mine would train without an optimizer, and its weights would stay as they are; configure",
+    ),
+    "optimizer of the configuration": ({}, "Mine would train without an optimizer"),
+    "late buffer": (
+        {"more": "def on_fit_start(self):\n        self.register_buffer('bank', torch.ones(3))"},
+        r"Mine: the constructor does not make bank, so no checkpoint could be loaded; .*register_buffer\(NAME, torch",
+    ),
+    "object": (
+        {"more": "def on_save_checkpoint(self, checkpoint):\n        checkpoint['net'] = self.net"},
+        "Mine: its checkpoint holds an object of torch.nn.modules.conv.Conv2d; on_save_checkpoint and",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_a_method_whose_run_would_be_of_no_use(case, data, own_folder):
+    """It would not be trained, would ignore options, or leave a checkpoint that no program loads: refused in a line."""
+    changes, pattern = LOST[case]
+    given = own_method(own_folder, MINE.format(**CONTEXT | changes))
+    without = ["~method.optimizer"] * (case == "optimizer of the configuration")
+    assert_one_line(train(*given, *folder_data(data), *without, "hydra.run.dir=run"), pattern)
+    assert not (own_folder / "run" / "result.json").exists()
+
+
+def test_a_class_that_is_no_method(data, own_folder):
+    given = own_method(own_folder, "class Mine:\n    def __init__(self, **context):\n        pass\n")
+    assert_one_line(
+        train(*given, *folder_data(data), "hydra.run.dir=run"), "mine.Mine: Mine is no AnomalyModule; derive"
+    )
+
+
+def test_hyperparameters_and_fitted_buffers_of_an_own_method(data, own_folder):
+    """Its checkpoint can be loaded: without the objects of save_hyperparameters, with buffers of other shapes."""
+    more = """def on_fit_start(self):
+        means = torch.cat([self.features(batch)[0].mean((2, 3)) for batch in self.fit_batches()])
+        self.bank, self.inner.means = means.mean(0), means.half()
+
+    def score(self, batch):
+        scored = super().score(batch)
+        return scored | {"score": scored["score"] + self.bank.sum() + self.inner.means.float().sum()}
+"""
+    construct = """self.save_hyperparameters(ignore=["backbone"])
+        self.register_buffer("bank", torch.empty(0))
+        self.inner = torch.nn.Module()
+        self.inner.register_buffer("means", torch.empty(0))
+"""
+    given = own_method(own_folder, MINE.format(**CONTEXT | {"construct": construct, "more": more}))
+    assert train(*given, *folder_data(data), "hydra.run.dir=run").code == 0
+    outcome = predict("run=run", f"input={data / 'bottle/test'}", "output=out")
+    assert (outcome.code, outcome.err) == (0, "")
+    scores = [sorted(float(row["score"]) for row in rows(f"{folder}/scores.csv")) for folder in ("run", "out")]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
 
 
 def test_what_a_method_logs_is_in_the_rows_of_its_loss(data, own_folder):
