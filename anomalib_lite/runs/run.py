@@ -17,12 +17,13 @@ from anomalib_lite.data.samples import Sample
 from anomalib_lite.errors import UserError, enough_memory
 from anomalib_lite.features.precompute import BATCH
 from anomalib_lite.methods.base import AnomalyModule
-from anomalib_lite.runs import build, other_test_set, summary, without_effect
+from anomalib_lite.runs import build, other_test_set, own_modules, summary, without_effect
 from anomalib_lite.runs.callbacks import Training
 from anomalib_lite.runs.checkpoints import read_checkpoint
 from anomalib_lite.runs.devices import lightning_options, peak_memory_mb
 from anomalib_lite.runs.efficiency import no_speed, sizes
 from anomalib_lite.runs.extras import write_with_extras
+from anomalib_lite.runs.folder import stored_digests
 from anomalib_lite.runs.held_features import with_features
 from anomalib_lite.runs.run_logger import RunLogger
 from anomalib_lite.runs.terminal import silence_libraries
@@ -61,6 +62,7 @@ def execute(
     stored = read_checkpoint(checkpoint, cfg) if used else {}
     if not fit and not stored.get("finished", True):
         raise UserError(f"{checkpoint}: its training has not ended; resume=true hydra.run.dir={checkpoint.parents[1]}")
+    remarks = [*own_modules.change_notes(cfg, stored_digests(checkpoint.parents[1])), *remarks]
     L.seed_everything(cfg["seed"], workers=True, verbose=False)
 
     data, other = read_data(cfg, stored, checkpoint, may_differ)

@@ -12,7 +12,7 @@ import pytest
 from anomalib_lite.errors import UserError
 from anomalib_lite.runs import own_modules
 from tests.helpers.image_trees import make_mvtec
-from tests.helpers.run_programs import folder_data, predict, train
+from tests.helpers.run_programs import evaluate, folder_data, predict, train
 from tests.programs.test_bad_input import assert_one_line, own_method
 
 
@@ -156,6 +156,34 @@ def test_what_a_method_logs_is_in_the_rows_of_its_loss(data, own_folder):
     assert [float(row["part"]) for row in logged[1:]] == pytest.approx([2 * float(row["loss"]) for row in logged[1:]])
 
 
+def test_a_module_that_has_changed_since_the_run(data, own_folder):
+    """Every program that uses the run says so, and the result has the hash of the module."""
+    given = [*own_method(own_folder, MINE.format(**CONTEXT)), *folder_data(data), "hydra.run.dir=run"]
+    assert train(*given).code == 0
+    used = json.loads((own_folder / "run" / "result.json").read_text())["environment"]["modules"]
+    assert evaluate("run=run", "output=same").code == 0
+    assert not [note for note in notes("same") if "the module" in note]
+    (own_folder / "mine.py").write_text(MINE.format(**CONTEXT | {"step": "loss = 2 * loss"}))
+    assert evaluate("run=run", "output=other").code == 0
+    assert "the module mine is not as it was when the run was started" in notes("other")
+    now = json.loads((own_folder / "other" / "result.json").read_text())["environment"]["modules"]
+    assert used.keys() == now.keys() == {"mine"}
+    assert used != now
+
+    (own_folder / "run" / "result.json").unlink()  # as of a run that was killed in its test
+    for _ in range(2):  # the hash of the start remains
+        assert train("resume=true", "hydra.run.dir=run", small=False).code == 0
+        assert "the module mine is not as it was when the run was started" in notes("run")
+        (own_folder / "run" / "result.json").unlink()
+    (own_folder / "run" / "checkpoints" / "last.ckpt").unlink()  # nothing of the earlier version remains
+    assert train("resume=true", "hydra.run.dir=run", small=False).code == 0
+    assert not [note for note in notes("run") if "the module" in note]
+
+
+def notes(folder):
+    return json.loads(Path(folder, "result.json").read_text())["notes"]
+
+
 def rows(file):
     with Path(file).open(newline="") as opened:
         return list(csv.DictReader(opened))
@@ -199,6 +227,25 @@ def test_the_folders_of_own_modules(tmp_path, monkeypatch):
         own_modules.make_importable(config, {})
     own_modules.make_importable(config, stored)
     assert sys.path == [*path, str(tmp_path)]
+
+
+def test_the_hash_of_a_module(tmp_path, monkeypatch):
+    """Of what Python imports: a package with all its files, a file rather than a folder without __init__.py."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    for name in ("own_package/__init__.py", "own_package/part/net.py", "own_file.py", "own_file/net.py", "own/net.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("one = 1\n")
+    config = {"list": [{"_target_": f"{name}.A"} for name in ("own_package", "own_file", "own.net")]}
+
+    def hashes():
+        own_modules.digest.cache_clear()
+        return own_modules.digests(config)
+
+    for name, other in (("own_package/part/net.py", "own_package"), ("own_file.py", "own_file"), ("own/net.py", "own")):
+        before = hashes()
+        (tmp_path / name).write_text("one = 2\n")
+        (tmp_path / "own_file" / "net.py").write_text(f"one = '{name}'\n")
+        assert {key for key, value in hashes().items() if before[key] != value} == {other}
 
 
 def test_predict_without_the_method_file(data, own_folder, tmp_path, capfd):
