@@ -146,6 +146,8 @@ def _notes(rows: list[Row], runs: list[Run], categories: list[str]) -> Iterator[
         if len(values) > 1:
             rows_by_value = "; ".join(f"{value}: {shorten(labels)}" for value, labels in values.items())
             yield f"protocol.{key} differs ({rows_by_value})"
+    if mixed := [row.full_label for row in rows if len(_module_versions(row)) > 1]:
+        yield f"averaged over runs of several versions of one module (environment.modules): {shorten(mixed)}"
     beside = [
         f"{row.label} ({jobs} jobs)" for row in rows if (jobs := max(map(_jobs_beside, row.all_runs()), default=0))
     ]
@@ -163,6 +165,12 @@ def _development(dataset: str, categories: Sequence[str]) -> Iterator[str]:
     elif named and dataset not in OFFICIAL:
         listed = ", ".join(named)
         yield f"{listed}: names of our development data; if these are its images, defaults were chosen on them"
+
+
+def _module_versions(row: Row) -> set[str]:
+    """The versions of the user's own modules that the row's runs used; runs of earlier versions stored none."""
+    used = [dict_at(run.result, "environment", "modules") for run in row.all_runs()]
+    return {_json(modules) for modules in used if modules}
 
 
 def _jobs_beside(run: Run) -> int:

@@ -11,6 +11,8 @@ from anomalib_lite.data.tiling import Tiling
 from anomalib_lite.errors import UserError
 from anomalib_lite.features.backbones import Backbone, has_bf16
 from anomalib_lite.methods import graphs
+from anomalib_lite.methods.fitted_buffers import make_room
+from anomalib_lite.methods.options import configured_optimizer
 from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.scoring import image_scores, smooth
 from anomalib_lite.methods.tiles import tiled_map, tiles_of
@@ -24,7 +26,8 @@ class AnomalyModule(L.LightningModule):
     A subclass defines `training_step(batch, batch_idx) -> loss` and `anomaly_map(batch) -> Tensor[B, h, w]`
     (float32, higher is more anomalous, at any resolution). It may also define
 
-    - `on_fit_start()`, which computes a closed form before training: `for batch in self.fit_batches(): ...`;
+    - `on_fit_start()`, which computes a closed form before training: `for batch in self.fit_batches(): ...`. The
+      constructor registers its results as buffers of any shape, as `self.register_buffer("bank", torch.empty(0))`;
     - `configure_optimizers()`, if `optimizer` and `scheduler` from the configuration are not enough;
     - `visualize(batch)` -> {title: [B, 1 or 3, H, W] in [0, 1]}: images for the figures, such as reconstructions;
     - `notes()` -> list of str: what result.json should say of the fitted method, such as its size;
@@ -42,9 +45,9 @@ class AnomalyModule(L.LightningModule):
       whose features are stored are not decoded, and their batches come without these keys;
     - `clip`, set in the constructor: the largest norm of a step's gradient;
     - `networks()`: what method.compile=true compiles, each called with tensors of one shape in all batches;
-    - `on_save_checkpoint(checkpoint)`, which adds plain Python values and tensors (it is loaded with weights_only);
     - `unused_parameters = True`: a training step may leave some weights unused, which several devices must know;
-    - `own_image_score = True`: `anomaly_map` returns (maps, image scores [B]) for scoring.image_score=own.
+    - `own_image_score = True`: `anomaly_map` returns (maps, image scores [B]) for scoring.image_score=own;
+    - `on_save_checkpoint(checkpoint)`, which adds plain Python values and tensors to it, and nothing else.
 
     A batch is a dict: `image` float32 [B, 3, H, W], `mask` bool [B, H, W] (on the host), `label` int64 [B], `category`
     int64 [B], `path` list of str, `index` int64 [B] (positions in the data set). The error for a missing key names it.
@@ -105,6 +108,7 @@ class AnomalyModule(L.LightningModule):
         self.test_size = test_size if isinstance(test_size, str) else tuple(test_size or image_size)
         self.tiling, self.precision = tiling, str(precision)
         self.steps, self.compiles = steps, compile
+        self.register_load_state_dict_pre_hook(make_room)
         self.autocasted = False  # whether the method's own networks have run under `self.autocast()`
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -229,13 +233,7 @@ class AnomalyModule(L.LightningModule):
 
     def make_optimizer(self, parameters: list[Any], **options: Any) -> torch.optim.Optimizer | None:
         """The configured optimizer for parameters or parameter groups; `options` override the configured options."""
-        if self.optimizer is None:
-            return None
-        try:
-            return self.optimizer(parameters, **options)
-        except (TypeError, ValueError) as error:
-            given = ", ".join(f"{key}={value}" for key, value in getattr(self.optimizer, "keywords", {}).items())
-            raise UserError(f"method.optimizer: {error}; check its values ({given})") from error
+        return configured_optimizer(self, parameters, options)
 
     @property
     def map_size(self) -> tuple[int, ...] | str:

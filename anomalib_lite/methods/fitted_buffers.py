@@ -6,14 +6,10 @@ import torch
 from torch import Tensor, nn
 
 
-def register_fitted(module: nn.Module, **buffers: Tensor) -> None:
-    """Register buffers that get other shapes in fitting; loading a checkpoint gives them its shapes."""
-    for name, buffer in buffers.items():
-        module.register_buffer(name, buffer)
-
-    def make_room(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-        for name in buffers:
-            if (stored := state.get(f"{prefix}{name}")) is not None:
-                setattr(module, name, torch.empty_like(stored, device=getattr(module, name).device))
-
-    module.register_load_state_dict_pre_hook(make_room)
+def make_room(module: nn.Module, state: dict[str, Tensor], prefix: str, *_rest: Any) -> None:
+    """Give buffers the shapes and types of a checkpoint's state before it is loaded: a hook of `load_state_dict`."""
+    for name, buffer in list(module.named_buffers()):
+        stored = state.get(f"{prefix}{name}")
+        if stored is not None and (stored.shape, stored.dtype) != (buffer.shape, buffer.dtype):
+            owner, _, own_name = name.rpartition(".")
+            setattr(module.get_submodule(owner), own_name, torch.empty_like(stored, device=buffer.device))

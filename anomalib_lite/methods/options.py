@@ -1,6 +1,32 @@
 """Checks of options that several methods have."""
 
+from typing import Any
+
+import torch
+
 from anomalib_lite.errors import UserError
+
+
+def configured_optimizer(method: Any, parameters: list[Any], options: dict[str, Any]) -> torch.optim.Optimizer | None:
+    """The optimizer that `method.optimizer` makes for parameters; None for a method without training that has none.
+
+    Raises:
+        UserError: an option is not valid, or the method trains and nothing was configured.
+    """
+    make = method.optimizer
+    if make is None:
+        if not method.steps:
+            return None
+        raise UserError(
+            f"method.optimizer: {type(method).__name__} would train without an optimizer, and its weights would stay "
+            "as they are; configure one, as {_target_: torch.optim.AdamW, _partial_: true, lr: 1e-3}, which the "
+            "constructor hands on to AnomalyModule"
+        )
+    try:
+        return make(parameters, **options)
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{key}={value}" for key, value in getattr(make, "keywords", {}).items())
+        raise UserError(f"method.optimizer: {error}; check its values ({given})") from error
 
 
 def check_counts(**counts: int | None) -> None:

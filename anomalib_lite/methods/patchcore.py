@@ -20,7 +20,6 @@ from anomalib_lite.data.sampler import rank_and_world
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
 from anomalib_lite.methods.coreset import greedy_coreset, sparse_projection
-from anomalib_lite.methods.fitted_buffers import register_fitted
 from anomalib_lite.methods.nearest import Bank, nearest_in_parts
 from anomalib_lite.methods.options import check_counts
 from anomalib_lite.methods.patches import patch_features
@@ -62,8 +61,8 @@ class PatchCore(AnomalyModule):
         assert self.backbone is not None
         self.coreset, self.neighbours, self.max_patches, self.project = coreset, neighbours, max_patches, project
         # `owners`: indices of the bank's training images
-        bank = torch.empty(0, sum(self.backbone.channels))
-        register_fitted(self, bank=bank, owners=torch.empty(0, dtype=torch.long))
+        self.register_buffer("bank", torch.empty(0, sum(self.backbone.channels)))
+        self.register_buffer("owners", torch.empty(0, dtype=torch.long))
         self._search: Bank | None = None
 
     @property

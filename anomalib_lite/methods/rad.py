@@ -18,7 +18,6 @@ from torch import Tensor
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
-from anomalib_lite.methods.fitted_buffers import register_fitted
 from anomalib_lite.methods.options import check_counts, check_from_0
 from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.tiles import position_note
@@ -51,8 +50,10 @@ class RAD(AnomalyModule):
         self.k, self.r, self.levels = k, r, len(token_grids(self))
         # descriptors [N, C] and indices [N] of N training images (of data.copies or of tiles), and for each level patch
         # tokens [H_i·W_i, N, C_i]; descriptors and tokens have the norm 1
-        register_fitted(self, descriptors=torch.empty(0), owners=torch.empty(0, dtype=torch.long))
-        register_fitted(self, **{f"bank{i}": torch.empty(0, dtype=torch.bfloat16) for i in range(self.levels)})
+        self.register_buffer("descriptors", torch.empty(0))
+        self.register_buffer("owners", torch.empty(0, dtype=torch.long))
+        for i in range(self.levels):
+            self.register_buffer(f"bank{i}", torch.empty(0, dtype=torch.bfloat16))
 
     @property
     def banks(self) -> list[Tensor]:

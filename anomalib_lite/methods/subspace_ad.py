@@ -14,7 +14,6 @@ from torch import Tensor
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
-from anomalib_lite.methods.fitted_buffers import register_fitted
 from anomalib_lite.methods.moments import check_folds, moments
 from anomalib_lite.methods.patches import patch_features
 
@@ -43,7 +42,8 @@ class SubspaceAD(AnomalyModule):
         self.keeps = "mean" if len(shapes) == 1 else ""
         self.variance, self.folds = variance, folds
         # μ [1 + folds, C] and the components that are not in C, as columns beside zeros, [1 + folds, C, C]
-        register_fitted(self, mean=torch.empty(0), minor=torch.empty(0))
+        self.register_buffer("mean", torch.empty(0))
+        self.register_buffer("minor", torch.empty(0))
 
     def kept(self, levels: list[Tensor]) -> list[Tensor]:
         """The mean of levels of one shape."""

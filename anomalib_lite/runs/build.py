@@ -100,20 +100,36 @@ def make_method(
 ) -> AnomalyModule:
     """The method on its backbone, with a budget of so many batches in each of its phases."""
     check_types("method", _method_class(cfg), cfg["method"])
-    model = instantiate(
-        cfg["method"],
-        backbone=backbone,
-        scoring=cfg["scoring"],
-        image_size=data.image_size,
+    context = {
+        "image_size": data.image_size,
         **({"tiling": data.tiling} if data.tiling else {"test_size": data.test_size}),
-        categories=categories,
-        precision=cfg["hardware"]["precision"],
-        steps=steps,
-        _convert_="all",
-    )
+        "categories": categories,
+        "precision": str(cfg["hardware"]["precision"]),
+        "steps": steps,
+    }
+    model = instantiate(cfg["method"], backbone=backbone, scoring=cfg["scoring"], **context, _convert_="all")
+    check_context(model, cfg, context)
     if open_keys := [key for key, value in model.scoring.items() if value == "auto"]:
         raise UserError(f"scoring.{open_keys[0]}=auto: this method has none of its own; give a value")
     return model
+
+
+def check_context(model: Any, cfg: dict[str, Any], context: dict[str, Any]) -> None:
+    """UserError unless the method is an AnomalyModule whose constructor handed its context on to AnomalyModule."""
+    target = f"method._target_={cfg['method']['_target_']}"
+    if not isinstance(model, AnomalyModule):
+        raise UserError(f"{target}: {type(model).__name__} is no AnomalyModule; derive it from that class")
+    lost = [name for name, value in context.items() if _list(getattr(model, name)) != _list(value)]
+    lost += ["scoring"] * (not cfg["scoring"].keys() <= model.scoring.keys())  # a method may change its values
+    if lost:
+        raise UserError(
+            f"{target}: its constructor does not hand {', '.join(lost)} on to AnomalyModule; write "
+            "def __init__(self, ..., **context) and super().__init__(**context)"
+        )
+
+
+def _list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _method_class(cfg: dict[str, Any]) -> Any:
@@ -141,7 +157,8 @@ def load_weights(model: AnomalyModule, checkpoint: Path) -> None:
     try:
         model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
     except RuntimeError as error:
-        raise UserError(f"{checkpoint}: damaged, or not a checkpoint of {type(model).__name__}") from error
+        reason = " ".join(str(error).split()).partition(": ")[2][:200]
+        raise UserError(f"{checkpoint}: damaged, or not a checkpoint of {type(model).__name__} ({reason})") from error
 
 
 def budget(cfg: dict[str, Any], data: AnomalyDataModule) -> int:
@@ -175,11 +192,11 @@ def make_loggers(cfg: dict[str, Any], folder: Path) -> list[Logger]:
 
 
 def make_trainer(
-    hardware: dict[str, Any], folder: Path, callbacks: list[L.Callback], loggers: list[Logger], steps: int
+    options: dict[str, Any], folder: Path, callbacks: list[L.Callback], loggers: list[Logger], steps: int
 ) -> L.Trainer:
-    """Lightning's Trainer. `hardware` are its options by `runs.devices`; Training counts `steps` and ends the run."""
+    """Lightning's Trainer. `options` are those of `runs.devices` and more; Training counts `steps` and ends the run."""
     trainer = L.Trainer(
-        **hardware,
+        **options,
         max_epochs=-1 if steps else 0,
         logger=loggers or False,
         callbacks=callbacks,

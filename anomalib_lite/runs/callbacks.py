@@ -61,6 +61,8 @@ class Training(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        for key in (module.CHECKPOINT_HYPER_PARAMS_KEY, module.CHECKPOINT_HYPER_PARAMS_NAME):
+            checkpoint.pop(key, None)  # of save_hyperparameters(): the configuration holds them, and these are objects
         checkpoint["anomalib_lite"] = {
             "version": __version__,
             "config": self.cfg,
@@ -71,6 +73,7 @@ class Training(L.Callback):
         }
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        self.checkpoints.names = set(module.state_dict())
         self.start = time.perf_counter()
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -144,7 +147,7 @@ class Training(L.Callback):
 
     def _log(self, trainer: L.Trainer, row: dict[str, float]) -> None:
         for logger in trainer.loggers if trainer.is_global_zero else ():
-            logger.log_metrics(row, step=self.steps)
+            logger.log_metrics(row, step=self.steps - 1)  # as Lightning logs what a method gives to self.log
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         allow_tf32(False)  # Lightning calls this before the method's own on_train_end

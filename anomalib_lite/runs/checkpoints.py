@@ -1,6 +1,8 @@
 """Checkpoints that are complete and usable: written beside the old one and replaced, and never with NaN weights."""
 
 import os
+import pickle
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,11 +28,12 @@ class CheckpointWriter:
         self.file, self.seconds = file, 60 * minutes
         self.batch = 0
         self.checked: list[str] = []
+        self.names: set[str] | None = None  # of the tensors that the method's constructor has made, if known
         self.saved = time.perf_counter()
 
     def start(self, module: L.LightningModule) -> None:
         """Note which tensors of the method are finite before training: a mask of -inf among its buffers is not."""
-        self.checked = [name for name, tensor in module.state_dict().items() if all_finite([tensor])]
+        self.checked = [name for name, tensor in self.state_of(module).items() if all_finite([tensor])]
         self.saved = time.perf_counter()
 
     def due(self) -> bool:
@@ -42,7 +45,7 @@ class CheckpointWriter:
         Raises:
             UserError: weights or moments of the optimizers are not finite; the stored checkpoint stays.
         """
-        weights = trainer.lightning_module.state_dict()
+        weights = self.state_of(trainer.lightning_module)
         moments = [x for optimizer in trainer.optimizers for state in optimizer.state.values() for x in state.values()]
         if on_any_rank(trainer, [not all_finite([*(weights[name] for name in self.checked), *moments])])[0]:
             raise self.diverged("weights are NaN or infinite", batch)
@@ -51,10 +54,22 @@ class CheckpointWriter:
         part = self.file.with_suffix(".part")
         trainer.save_checkpoint(part)  # on all ranks; only rank 0 writes a file
         if trainer.is_global_zero:
+            if not self.batch:
+                check_readable(part, type(trainer.lightning_module).__name__)
             with part.open("rb") as file:
                 os.fsync(file.fileno())
             part.replace(self.file)
         self.batch, self.saved = batch, time.perf_counter()
+
+    def state_of(self, module: L.LightningModule) -> dict[str, Any]:
+        """The method's state. UserError if it has tensors that the constructor does not make: they can't be loaded."""
+        state = module.state_dict()
+        if late := [name for name in state if self.names is not None and name not in self.names]:
+            raise UserError(
+                f"{type(module).__name__}: the constructor does not make {', '.join(late[:4])}, so no checkpoint could "
+                "be loaded; make them there, a buffer with any shape: self.register_buffer(NAME, torch.empty(0))"
+            )
+        return state
 
     def diverged(self, what: str, batch: int) -> UserError:
         stored = f"the checkpoint of batch {self.batch} remains" if self.batch else "there is no checkpoint yet"
@@ -68,6 +83,19 @@ def all_finite(values: Iterable[Any]) -> bool:
     """Whether no tensor among the values holds NaN or infinity; one wait for the device."""
     checks = [torch.isfinite(x).all() for x in values if isinstance(x, torch.Tensor) and x.is_floating_point()]
     return bool(torch.stack([check.to(checks[0].device) for check in checks]).all()) if checks else True
+
+
+def check_readable(file: Path, method: str) -> None:
+    """UserError if the checkpoint holds objects that are not read again, because they could hold code."""
+    try:
+        torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
+        file.unlink()
+        raise UserError(
+            f"{method}: its checkpoint holds an object of {named[1] if named else 'another type'}; on_save_checkpoint "
+            "and the state of optimizers and schedulers may hold plain Python values and tensors only"
+        ) from error
 
 
 def on_any_rank(trainer: L.Trainer, flags: list[bool]) -> list[bool]:

@@ -107,7 +107,7 @@ def open_run(run: Path, config: dict[str, Any], names: dict[str, str], overrides
         raise UserError(f"{run} already holds a run: add resume=true to continue it, or choose another hydra.run.dir")
     if is_run(run):  # once more: another process may have been here since `resumed`
         check_unchanged(read_config(run)[0], config, run)
-    digests = inputs.digests(config, stored_digests(run))
+    digests = inputs.digests(config, stored_digests(run) if checkpoint(run).is_file() else {})
     if is_finished(run):
         return False
     (run / CHECKPOINTS).mkdir(exist_ok=True)

@@ -1,5 +1,5 @@
-"""Files that a run is made from: whether they exist, and beside its data, the split's list and the weights, whether
-those that have moved have the same contents.
+"""Files that a run is made from: whether they exist, and beside its data, the split's list, the weights and the user's
+own modules, whether those that have moved have the same contents.
 
 Keys with `free=("moved",)` in the schema may name another place on resume and evaluation. The SHA-256 of the contents
 is stored with the run; runs of version 0.2 and before have none.
@@ -11,6 +11,8 @@ from typing import Any
 
 from anomalib_lite.cli.keys import lookup
 from anomalib_lite.errors import UserError
+from anomalib_lite.runs import own_modules
+from anomalib_lite.runs.own_modules import key_of
 
 
 def check_inputs(config: dict[str, Any]) -> None:
@@ -43,12 +45,17 @@ def path_of(key: str, value: Any) -> Path | None:
 
 
 def digests(config: dict[str, Any], before: dict[str, str]) -> dict[str, str]:
-    """{key: SHA-256} of the files and folders that the configuration names; those `before` where one is gone."""
+    """{key: SHA-256} of the files and folders that the configuration names; those `before` where one is gone.
+
+    Those of the user's own modules stay those `before`: what changed since the start is noted, see `own_modules`.
+    """
     from anomalib_lite.cli.schema import free
 
     paths = {key: path_of(key, lookup(config, key)) for key in free("moved")}
     found = {key: digest(path) if path else None for key, path in paths.items()}
-    return {key: value for key in paths if paths[key] and (value := found[key] or before.get(key))}
+    own = {key_of(name): value for name, value in own_modules.digests(config).items()}
+    own |= {key: value for key, value in before.items() if key in own}
+    return {key: value for key in paths if paths[key] and (value := found[key] or before.get(key))} | own
 
 
 def digest(path: Path) -> str | None:

@@ -1,5 +1,6 @@
 """A trained run in Python: load it once, score arrays of images that no file holds."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from anomalib_lite.data.dataset import Batch
 from anomalib_lite.data.image_files import to_uint8
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule
-from anomalib_lite.runs import build, ranks
+from anomalib_lite.runs import build, own_modules, ranks
 from anomalib_lite.runs.artifacts import thresholds_of
 from anomalib_lite.runs.checkpoints import read_checkpoint
 from anomalib_lite.runs.devices import lightning_options
-from anomalib_lite.runs.folder import read_run
+from anomalib_lite.runs.folder import read_run, stored_digests
+
+log = logging.getLogger(__name__)
 
 
 class LoadedRun:
@@ -116,6 +119,8 @@ def load_run(
 def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyModule, AnomalyDataModule]:
     """A run's method with its trained weights, in evaluation mode, and its DataModule without its data."""
     stored = read_checkpoint(checkpoint, cfg)
+    for note in own_modules.change_notes(cfg, stored_digests(checkpoint.parents[1])):
+        log.warning(note)
     if device == "gpu" and not torch.cuda.is_available():
         raise UserError("device=gpu: no GPU is visible here; choose device=cpu or device=auto")
     hardware = cfg["hardware"] | {"accelerator": device, "devices": 1, "nodes": 1, "ranks": None}

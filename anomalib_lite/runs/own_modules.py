@@ -4,6 +4,8 @@ A run stores the folder of each. A module that is not found otherwise is read fr
 """
 
 import contextlib
+import functools
+import hashlib
 import importlib
 import logging
 import sys
@@ -30,6 +32,41 @@ def places(config: dict[str, Any]) -> dict[str, str]:
         for name, place in found.items()
         if place and not place.is_relative_to(python) and not INSTALLED & set(place.parts)
     }
+
+
+def digests(config: dict[str, Any]) -> dict[str, str]:
+    """{module: SHA-256} of the same modules: of a file, or of all Python files of a package."""
+    return {name: digest(name, place) for name, place in places(config).items()}
+
+
+@functools.cache
+def digest(name: str, place: str) -> str:
+    """It is read once: what this process imports is what it found at its start, also if the file changes then."""
+    module, package, content = Path(place, f"{name}.py"), Path(place, name), hashlib.sha256()
+    is_file = module.is_file() and not (package / "__init__.py").is_file()  # otherwise Python reads the folder
+    for file in [module] if is_file else sorted(package.rglob("*.py")):
+        with contextlib.suppress(OSError):
+            content.update(f"{file.relative_to(place)}\n".encode(errors="surrogateescape") + file.read_bytes())
+    return content.hexdigest()
+
+
+def changed(config: dict[str, Any], stored: dict[str, str]) -> list[str]:
+    """The modules that are not as they were when the run was started; a run of an earlier version stored nothing.
+
+    Args:
+        stored: the run's digests.
+    """
+    return [name for name, found in digests(config).items() if stored.get(key_of(name), found) != found]
+
+
+def change_notes(config: dict[str, Any], stored: dict[str, str]) -> list[str]:
+    """A note for each changed module, see `changed`."""
+    return [f"the module {name} is not as it was when the run was started" for name in changed(config, stored)]
+
+
+def key_of(module: str) -> str:
+    """The name of a module's digest among a run's digests."""
+    return f"module {module}"
 
 
 def make_importable(config: dict[str, Any], stored: dict[str, str]) -> None:

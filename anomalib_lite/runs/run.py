@@ -20,12 +20,13 @@ from anomalib_lite.errors import UserError, enough_memory
 from anomalib_lite.features.precompute import BATCH
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.paths import HOME
-from anomalib_lite.runs import build, other_test_set, summary
+from anomalib_lite.runs import build, other_test_set, own_modules, summary
 from anomalib_lite.runs.callbacks import Training
 from anomalib_lite.runs.checkpoints import read_checkpoint
 from anomalib_lite.runs.devices import lightning_options, peak_memory_mb
 from anomalib_lite.runs.efficiency import no_speed, sizes
 from anomalib_lite.runs.extras import write_with_extras
+from anomalib_lite.runs.folder import stored_digests
 from anomalib_lite.runs.held_features import with_features
 from anomalib_lite.runs.run_logger import RunLogger
 from anomalib_lite.runs.terminal import silence_libraries
@@ -57,13 +58,14 @@ def execute(
         result.json's content on rank 0, None on other ranks.
     """
     silence_libraries()
-    hardware = lightning_options(cfg["hardware"], multirun)
+    options = lightning_options(cfg["hardware"], multirun) | {"log_every_n_steps": cfg["trainer"]["log_every"]}
     if fit:
-        check_batch_size(cfg["data"]["batch_size"], hardware["devices"] * hardware["num_nodes"])
+        check_batch_size(cfg["data"]["batch_size"], options["devices"] * options["num_nodes"])
     used = checkpoint.is_file() and (cfg["resume"] or not fit)  # a new run uses no checkpoint, whatever lies there
     stored = read_checkpoint(checkpoint, cfg) if used else {}
     if not fit and not stored.get("finished", True):
         raise UserError(f"{checkpoint}: its training has not ended; resume=true hydra.run.dir={checkpoint.parents[1]}")
+    remarks = [*own_modules.change_notes(cfg, stored_digests(checkpoint.parents[1])), *remarks]
     L.seed_everything(cfg["seed"], workers=True, verbose=False)
 
     data, other = read_data(cfg, stored, checkpoint, may_differ)
@@ -74,7 +76,7 @@ def execute(
 
     training, evaluation = Training(cfg, checkpoint, model.total_steps), Evaluation(run)
     loggers = build.make_loggers(cfg["logger"], run) if fit else []
-    trainer = build.make_trainer(hardware, run, [training, evaluation], loggers, model.total_steps)
+    trainer = build.make_trainer(options, run, [training, evaluation], loggers, model.total_steps)
     if trainer.is_global_zero:
         announce(cfg, names, data, loggers)
 

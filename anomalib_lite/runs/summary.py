@@ -18,6 +18,7 @@ from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.metrics.functional import Metrics
 from anomalib_lite.metrics.per_category import decisions, mean_metrics, measure_categories, ranking_notes, thresholds
 from anomalib_lite.paths import HOME
+from anomalib_lite.runs import own_modules
 from anomalib_lite.runs.artifacts import SCHEMA
 from anomalib_lite.runs.devices import device_name
 from anomalib_lite.runs.saturation import add_spro
@@ -169,9 +170,11 @@ def normal_columns(outputs: dict[int, dict[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def environment(cfg: dict[str, Any], model: AnomalyModule, device: torch.device) -> dict[str, Any]:
-    """Versions, device, git revision, precision, and whether algorithms were deterministic where they can be."""
+    """Versions, device, git revision, the user's own modules, precision, and whether algorithms were deterministic."""
+    own = own_modules.digests(cfg)
     where = {"device": device_name(device), "precision": precision(cfg["hardware"]["precision"], model, device)}
-    return software() | where | {"deterministic": torch.are_deterministic_algorithms_enabled()}
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return software() | ({"modules": own} if own else {}) | where | {"deterministic": deterministic}
 
 
 @functools.cache

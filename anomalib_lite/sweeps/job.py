@@ -6,7 +6,7 @@ import re
 import shutil
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import HOME
-from anomalib_lite.runs import folder
+from anomalib_lite.runs import folder, own_modules
 from anomalib_lite.runs.artifacts import read_result
 from anomalib_lite.sweeps.command import Command, config_flags, quoted
 
@@ -41,6 +41,7 @@ class Job:
     started: float = 0.0
     seconds: float | None = None
     failure: str = ""
+    changed: list[str] = field(default_factory=list)  # the user's own modules that have changed since a run was done
     result: dict[str, Any] | None = None
 
     @property
@@ -85,6 +86,7 @@ class Job:
                 for key in ("metrics", "validation", "method", "dataset", "categories"):  # what a sweep shows
                     result[key]
                 self.result, self.state = result, "done before"
+                self.changed = own_modules.changed(self.plain, folder.stored_digests(self.folder))
             except (UserError, KeyError) as error:
                 reason = error if isinstance(error, UserError) else f"{self.folder / folder.RESULT}: no {error} in it"
                 log.warning("%s; job %d is evaluated again", reason, self.number)

@@ -20,6 +20,7 @@ from hydra.core.utils import JobReturn, configure_log, setup_globals
 from omegaconf import OmegaConf, open_dict, read_write
 
 from anomalib_lite.cli import schema as configuration
+from anomalib_lite.comparison.find_runs import shorten
 from anomalib_lite.data.cores import cores, threads
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import write_text
@@ -110,6 +111,14 @@ class Sweep:
                 folder = str(job.folder.relative_to(self.folder))
                 known[key] = {"number": job.number, "folder": folder, "overrides": overrides}
         write_text(self.index, json.dumps({"jobs": list(known.values())}, indent=1) + "\n")
+        if older := [job for job in self.jobs.values() if job.changed]:
+            log.warning(
+                "the module %s has changed since these jobs ended, whose results remain: %s; remove their folders in "
+                "%s to run them again",
+                ", ".join(sorted({name for job in older for name in job.changed})),
+                shorten(str(job.number) for job in older),
+                self.folder,
+            )
 
     def compose(self, overrides: list[str], number: int, entry: Any, others: list[dict[str, Any]]) -> Job:
         """A job with its folder and state: as stored in its entry, else the first free number and folder."""

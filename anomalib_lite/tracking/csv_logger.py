@@ -32,6 +32,7 @@ class CSVLogger(RunLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        step = (step or 0) + 1  # Lightning counts batches from 0
         if self.rows and int(self.rows[-1]["step"]) == step:
             self.rows[-1].update(metrics)
             self.written = 0 if self.written == len(self.rows) else self.written

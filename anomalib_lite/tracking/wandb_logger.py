@@ -173,9 +173,9 @@ class WandbRun(RunLogger):
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Log scalars; a resumed run repeats the steps after its checkpoint with the same values, which W&B has."""
-        if step is None or step >= self.first_step:
+        if (done := (step or 0) + 1) >= self.first_step:  # Lightning counts batches from 0
             with self._harmless(FAILED):
-                self._log(dict(metrics) | ({} if step is None else {"step": step}), step)
+                self._log(dict(metrics) | {"step": done}, done)
 
     def _log(self, row: dict[str, Any], step: int | None = None) -> None:
         """W&B drops rows whose step does not grow, but several of our rows may belong to one step."""

@@ -149,6 +149,9 @@ def restored() -> Iterator[None]:
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.singleton import Singleton
 
+    from anomalib_lite.runs import own_modules
+
+    own_modules.digest.cache_clear()
     GlobalHydra.instance().clear()
     root = logging.getLogger()
     before = os.environ.copy(), Path.cwd(), list(sys.argv), list(sys.path)

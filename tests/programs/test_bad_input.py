@@ -461,7 +461,10 @@ def test_weights_without_an_unused_layer_are_fine(weights, data, tmp_path):
 
 def own_method(folder: Path, code: str) -> list[str]:
     (folder / "conf" / "method").mkdir(parents=True)
-    (folder / "conf" / "method" / "mine.yaml").write_text("# @package _global_\nmethod:\n  _target_: mine.Mine\n")
+    optimizer = "{_target_: torch.optim.SGD, _partial_: true, lr: 0.1}"
+    (folder / "conf" / "method" / "mine.yaml").write_text(
+        f"# @package _global_\nmethod:\n  _target_: mine.Mine\n  optimizer: {optimizer}\n"
+    )
     (folder / "mine.py").write_text(code)
     return ["--config-dir", str(folder / "conf"), "method=mine", "trainer.max_epochs=1"]
 

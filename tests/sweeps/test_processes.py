@@ -76,11 +76,15 @@ def test_the_next_launch(swept, tmp_path):
     done = state_of(folder / "0")
     time = (folder / "1" / "result.json").stat().st_mtime_ns
     (folder / "0" / "result.json").write_text("{")
+    stored = json.loads((folder / "1" / "checkpoints" / "config.json").read_text())
+    stored["digests"]["module sweep_methods"] = "as of another file"
+    (folder / "1" / "checkpoints" / "config.json").write_text(json.dumps(stored))
     Path("marker").touch()
     outcome = in_process("-m", *HYDRA, *reversed(VARIED), f'hydra.sweep.dir="{folder}"')
     assert outcome.code == 1
     assert "error: 6 of 10 jobs failed" in outcome.err
     assert f"{folder}/0/result.json: not readable as a result" in outcome.out
+    assert "the module sweep_methods has changed since these jobs ended, whose results remain: 1; " in outcome.out
     assert outcome.out.count("1 done before") == 2  # at the start and at the end
     assert state_of(folder / "0") == done
     assert (folder / "1" / "result.json").stat().st_mtime_ns == time

@@ -153,6 +153,18 @@ def test_latency_beside_other_jobs_is_marked(write):
     ]
 
 
+def test_versions_of_a_module_of_the_users_own(write):
+    """Runs of one row that used different ones are noted; runs of earlier versions of the package stored none."""
+    write("a", seed=0)
+    for method, seed, version in (("a", 1, "x"), ("a", 2, "x"), ("b", 0, "y")):
+        write(method, seed=seed, environment__modules={"mine": version})
+    (table,) = tables(write)
+    assert not [note for note in table.notes if "module" in note]
+    write("a", seed=3, environment__modules={"mine": "y"})
+    (table,) = tables(write)
+    assert "averaged over runs of several versions of one module (environment.modules): a" in table.notes
+
+
 def test_ties_within_rounding_are_all_best(write):
     for method, value in (("a", 0.9811), ("b", 0.9812), ("c", 0.9799)):
         write(method, per_category={"bottle": {"image_auroc": value}})

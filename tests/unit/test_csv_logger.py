@@ -11,10 +11,10 @@ from anomalib_lite.tracking.csv_logger import CSVLogger
 
 
 def written_at_once(rows: list[tuple[int, dict[str, float]]]) -> str:
-    """The table of all rows, with the columns in the order in which they occur first."""
+    """The table of all rows, with the columns in the order in which they occur first. Batches are counted from 0."""
     merged: dict[int, dict[str, float]] = {}
-    for step, values in rows:
-        merged.setdefault(step, {"step": step}).update(values)
+    for batch, values in rows:
+        merged.setdefault(batch, {"step": batch + 1}).update(values)
     columns = dict.fromkeys(key for row in merged.values() for key in row)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(columns))
@@ -60,6 +60,6 @@ def test_a_part_of_a_line_is_dropped(tmp_path):
     (tmp_path / "metrics.csv").write_bytes(b"step,loss\r\n5,0.5\r\n40,0.25\r\n12")
     logger = CSVLogger(tmp_path)
     logger.keep_until(20)
-    logger.log_metrics({"loss": 0.1}, 21)
+    logger.log_metrics({"loss": 0.1}, 20)
     logger.save()
     assert read(tmp_path) == "step,loss\r\n5,0.5\r\n21,0.1\r\n"
