@@ -92,7 +92,6 @@ def predict(options: dict[str, Any]) -> None:
         predictor = Predictor(
             model,
             data,
-            wanted == "bf16",
             limits,
             output,
             found.base,

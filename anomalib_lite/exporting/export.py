@@ -50,7 +50,7 @@ def export_run(run: Path, output: Path, category: str | None, precision: str, fo
     chosen = chosen_categories(model, category)
     thresholds = {name: result["thresholds"]["per_category"][name] for name in chosen}
     about = metadata(model, data, thresholds, names["method"], result["thresholds"]["quantile"])
-    reference = LoadedRun(model, data, {"category": chosen[0]}, bf16=False)
+    reference = LoadedRun(model, data, {"category": chosen[0]})
     for note in threshold_notes(result["environment"].get("precision")):
         yield f"note: {note}"
 

@@ -31,9 +31,8 @@ class LoadedRun:
             of a normal map; `category`, the category that they hold for.
     """
 
-    def __init__(self, model: AnomalyModule, data: AnomalyDataModule, thresholds: dict[str, Any], bf16: bool):
-        self.model, self.thresholds = model, thresholds
-        self._pipeline, self._bf16 = data.eval_pipeline, bf16
+    def __init__(self, model: AnomalyModule, data: AnomalyDataModule, thresholds: dict[str, Any]):
+        self.model, self.thresholds, self._pipeline = model, thresholds, data.eval_pipeline
 
     def predict(self, images: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
         """Scores float32 [N] and smoothed anomaly maps, N arrays float32 [h, w], of images uint8 [H_i, W_i, 3] (RGB).
@@ -69,7 +68,7 @@ class LoadedRun:
             index=torch.zeros(1, dtype=torch.int64, device=device),
             path=[f"images[{index}]"],
         )
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
+        with torch.inference_mode():
             return self.model.predict_step(batch, 0)
 
     def _to_uint8(self, image: Any) -> Any:
@@ -113,7 +112,7 @@ def load_run(
     cfg["hardware"]["precision"] = precision or cfg["hardware"]["precision"]
     thresholds = thresholds_of(Path(run).expanduser(), category, quantile)
     model, data = load(checkpoint, cfg, device)
-    return LoadedRun(model, data, thresholds, bf16=cfg["hardware"]["precision"] == "bf16")
+    return LoadedRun(model, data, thresholds)
 
 
 def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyModule, AnomalyDataModule]:

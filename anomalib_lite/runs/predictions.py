@@ -27,7 +27,7 @@ class Predictor:
     """Scores files with a trained run, and draws them.
 
     Args:
-        model, data: the run's. bf16: whether it computes in bfloat16.
+        model, data: the run's.
         limits: the thresholds as `artifacts.thresholds_of` gives them.
         output, base: the folder for the pictures, and the one that all inputs share.
         batch_size, workers: of the loader.
@@ -38,7 +38,6 @@ class Predictor:
         self,
         model: AnomalyModule,
         data: AnomalyDataModule,
-        bf16: bool,
         limits: dict[str, Any],
         output: Path,
         base: Path,
@@ -47,7 +46,7 @@ class Predictor:
         most: int,
         about: dict[str, str],
     ):
-        self.model, self.data, self.bf16, self.limits = model, data, bf16, limits
+        self.model, self.data, self.limits = model, data, limits
         self.output, self.base, self.batch_size, self.workers = output, base, batch_size, workers
         self.report = Report(most, about, self.pictures)
         self.headers: dict[str, Any] = {}  # of the images that were read, by path
@@ -92,8 +91,7 @@ class Predictor:
         return self.data.eval_pipeline.load(path), load_rgb(self._file(OVERLAYS, path))
 
     def _maps(self, batch: Any) -> Iterator[tuple[str, Any, float]]:
-        autocast = torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
-        with torch.inference_mode(), autocast:
+        with torch.inference_mode():
             found = self.model.predict_step(move_data_to_device(batch, self.model.device), 0)
         return zip(batch["path"], found["map"], found["score"].tolist(), strict=True)
 

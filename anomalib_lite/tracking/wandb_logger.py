@@ -57,7 +57,7 @@ class WandbRun(RunLogger):
         self.options = {key: value for key, value in options.items() if value}
         self.run: Any = None  # of type wandb.Run
         self.failed = False  # W&B raised an exception: nothing more is logged
-        self.first_step = self.next_step = 0  # W&B's own steps: the first of this process, and the next one
+        self.next_step = self.logged = 0  # W&B's own next step; the last of ours that a resumed run's server has
         self.variables: dict[str, str] = {}  # environment variables that are set for this run only
 
     @property
@@ -98,7 +98,7 @@ class WandbRun(RunLogger):
             if mode == "disabled":  # by W&B's own settings file
                 return
             self.run = self._init(settings, mode, self._init_options(cfg, names, data, bool(settings.sweep_id)))
-            self.first_step = self.next_step = self.run.step
+            self.next_step, self.logged = self.run.starting_step, int(self.run.summary.get("step") or 0)
             self.run.define_metric("step", hidden=True)
             self.run.define_metric("*", step_metric="step", step_sync=True)
             self.run.define_metric("loss", step_metric="step")
@@ -173,7 +173,7 @@ class WandbRun(RunLogger):
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Log scalars; a resumed run repeats the steps after its checkpoint with the same values, which W&B has."""
-        if (done := (step or 0) + 1) >= self.first_step:  # Lightning counts batches from 0
+        if (done := (step or 0) + 1) > self.logged:  # Lightning counts batches from 0
             with self._harmless(FAILED):
                 self._log(dict(metrics) | {"step": done}, done)
 

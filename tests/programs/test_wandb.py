@@ -37,6 +37,7 @@ class Stops(NormOCC):
         if Stops.stops and self.trainer.callbacks[0].steps == 7:
             Stops.stops = False
             raise KeyboardInterrupt
+        self.log("term", 1.0)
         return super().training_step(batch, index)
 """
 
@@ -368,6 +369,24 @@ def test_online(root, tmp_path, monkeypatch):
     assert not warnings(text)
     assert run["summary"]["metrics"] == measured(results.read_result(tmp_path / "run")["metrics"])
     assert run["exit"] == 0
+
+
+def test_a_resumed_run_online(root, tmp_path, monkeypatch):
+    """The server has two rows for each step, of the loss and of the method's own term, and none is missing."""
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    (tmp_path / "stops_online.py").write_text(STOPS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    more = (
+        "method=norm_occ", "method._target_=stops_online.Stops", "trainer.max_epochs=6", "trainer.log_every=1",
+        "trainer.checkpoint_minutes=0", "logger.wandb.timeout=4",
+    )  # fmt: skip
+    with wandb_file.Server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        train(tmp_path / "run", root, *more, code=130)
+        train(tmp_path / "run", root, *more, "resume=true")
+    ((_, run),) = server.runs.items()
+    for key in ("loss", "term"):
+        assert [row["step"] for row in run["history"] if key in row] == list(range(1, 19))
 
 
 def test_a_server_that_goes_away(root, tmp_path, monkeypatch):
