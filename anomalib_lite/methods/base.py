@@ -14,7 +14,7 @@ from anomalib_lite.methods import graphs
 from anomalib_lite.methods.fitted_buffers import make_room
 from anomalib_lite.methods.options import configured_optimizer
 from anomalib_lite.methods.resizing import resize
-from anomalib_lite.methods.scoring import image_scores, smooth
+from anomalib_lite.methods.scoring import image_scores, maps_and_scores, smooth
 from anomalib_lite.methods.tiles import tiled_map, tiles_of
 
 Batch = dict[str, Any]
@@ -243,10 +243,8 @@ class AnomalyModule(L.LightningModule):
 
     def score(self, batch: Batch) -> dict[str, Any]:
         """The smoothed `map`, [B, H, W] or (map_size "original") B maps [H_i, W_i], and `score` [B]; float32."""
-        raw, own = tiled_map(self.anomaly_map, batch, self.tiling) if self.tiling else self.anomaly_map(batch), None
-        if isinstance(raw, tuple):
-            raw, own = raw
-        raw = raw.float()
+        found = tiled_map(self.anomaly_map, batch, self.tiling) if self.tiling else self.anomaly_map(batch)
+        raw, own = maps_and_scores(found, type(self).__name__, self.scoring["image_score"] == "own")
         size = batch.get("map_size", self.map_size)  # an exported file sets it: all images of its batches have one size
         if not isinstance(size, str):
             scored: dict[str, Any] = self._scored(raw, size)

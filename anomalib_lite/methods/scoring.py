@@ -1,10 +1,13 @@
 """Smoothing of a method's raw maps, and image scores from the smoothed maps."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from anomalib_lite.errors import UserError
 
 PIXELS = 2**22  # of maps that are filtered together: a convolution takes several copies of them
 
@@ -68,3 +71,21 @@ def _row_means(rows: Tensor) -> Tensor:
     rows and threads."""
     count = rows.shape[1]
     return F.pad(rows, (0, -count % 1024)).unflatten(1, (-1, 1024)).sum(2).sum(1) / count
+
+
+def maps_and_scores(found: Any, name: str, scores: bool) -> tuple[Tensor, Tensor | None]:
+    """What `anomaly_map` of the method `name` has returned: maps float32 [B, h, w], and images' scores [B] or None.
+
+    Args:
+        scores: whether the images' scores are needed (scoring.image_score=own).
+
+    Raises:
+        UserError: it has returned something else.
+    """
+    maps, own = found if isinstance(found, tuple) else (found, None)
+    if not isinstance(maps, Tensor) or maps.ndim != 3:
+        what = f"a tensor {list(maps.shape)}" if isinstance(maps, Tensor) else type(maps).__name__
+        raise UserError(f"{name}.anomaly_map has returned {what}; it must return one map for each image, [B, h, w]")
+    if scores and own is None:
+        raise UserError(f"scoring.image_score=own: {name}.anomaly_map must return (maps, image scores [B])")
+    return maps.float(), own

@@ -119,6 +119,8 @@ def check_context(model: Any, cfg: dict[str, Any], context: dict[str, Any]) -> N
     target = f"method._target_={cfg['method']['_target_']}"
     if not isinstance(model, AnomalyModule):
         raise UserError(f"{target}: {type(model).__name__} is no AnomalyModule; derive it from that class")
+    if type(model).anomaly_map is AnomalyModule.anomaly_map:
+        raise UserError(f"{target}: {type(model).__name__} defines no anomaly_map; see AnomalyModule's docstring")
     lost = [name for name, value in context.items() if _list(getattr(model, name)) != _list(value)]
     lost += ["scoring"] * (not cfg["scoring"].keys() <= model.scoring.keys())  # a method may change its values
     if lost:

@@ -13,6 +13,7 @@ import torch
 from anomalib_lite import __version__
 from anomalib_lite.cli import signals
 from anomalib_lite.console import ProgressBar
+from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.methods.held_out import mean_loss
 from anomalib_lite.runs.checkpoints import CheckpointWriter, on_any_rank
@@ -116,6 +117,8 @@ class Training(L.Callback):
         stop = signals.received() and trainer.world_size == 1
         steps_per_epoch = int(trainer.num_training_batches)
         trainer.should_stop = trainer.should_stop or last
+        if not outputs and self.steps == 1 and module.automatic_optimization:
+            raise UserError(f"{type(module).__name__}.training_step has returned no loss, so nothing would be trained")
         if self.steps % self.log_every == 0 or last or self.steps == 1:
             loss = float(outputs["loss"]) if outputs else float("nan")
             due, stop = self._check(trainer, loss, bool(outputs), last)

@@ -117,6 +117,24 @@ def test_a_method_whose_run_would_be_of_no_use(case, data, own_folder):
     assert not (own_folder / "run" / "result.json").exists()
 
 
+PARTS = {
+    "no map": ("def anomaly_map(", "def anomaly_maps(", "Mine defines no anomaly_map; see", False),
+    "no loss": ("return loss", "return None", "Mine.training_step has returned no loss, so nothing", False),
+    "channels": (".sum(1)", ".sum(1, keepdim=True)", r"Mine.anomaly_map has returned a tensor \[.*, 1, .*\]; it", True),
+    "scores": (".sum(1)", ".sum(1).mean((1, 2))", r"Mine.anomaly_map has returned a tensor \[\d+\]; it", True),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_a_method_with_a_wrong_part(case, data, own_folder):
+    """A missing part is found before training, a wrong map once there is one."""
+    old, new, pattern, trained = PARTS[case]
+    code = MINE.format(**CONTEXT | {"step": "loss = self.net.weight.square().sum()"}).replace(old, new)
+    assert code.count(new) == 1
+    assert_one_line(train(*own_method(own_folder, code), *folder_data(data), "hydra.run.dir=run"), pattern)
+    assert (own_folder / "run" / "checkpoints" / "last.ckpt").exists() == trained
+
+
 def test_a_class_that_is_no_method(data, own_folder):
     given = own_method(own_folder, "class Mine:\n    def __init__(self, **context):\n        pass\n")
     assert_one_line(
