@@ -98,6 +98,12 @@ def median_seconds(run: Callable[[], Any], device: torch.device, times: int = 5)
     return float(np.median(taken))
 
 
+#: a synthetic set that is drawn at once
+FEW_IMAGES = (
+    "+data.reader.size=64", "+data.reader.train=8", "+data.reader.good=2", "+data.reader.defective=1",
+)  # fmt: skip
+
+
 class Timings:
     """Rows of speed, each from one run with the published settings on drawn images of wood."""
 
@@ -133,6 +139,7 @@ class Timings:
         sizes = (
             [*runs.SMALL[1:5], *runs.method(method)] if self.small else [f"method={method}", "backbone.weights=none"]
         )
+        images = FEW_IMAGES if self.small else ()
         if method == "norm_occ":
             sizes.append("method.residual=null")  # by its own rule it ends after a few batches of random features
         if self.small and method in ("dinomaly", "inp_former"):
@@ -144,7 +151,7 @@ class Timings:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(build, "make_trainer", make)
             outcome = runs.train(
-                *sizes, "data=synthetic", "data.category=wood", f"hardware={self.name}", "logger=csv",
+                *sizes, "data=synthetic", "data.category=wood", *images, f"hardware={self.name}", "logger=csv",
                 "trainer.max_epochs=null", f"trainer.max_steps={clock.needed}", "trainer.log_every=1000",
                 f"cache.folder={self.folder / 'cache'}", f"hydra.run.dir={run}", *options, small=False,
             )  # fmt: skip

@@ -241,13 +241,17 @@ def test_a_run(tmp_path):
 @pytest.mark.parametrize(
     "argument", ["method.coreset=0", "method.coreset=1.5", "method.neighbours=0", "method.max_patches=0"]
 )
-def test_values_that_mean_nothing(argument):
-    outcome = train("method=patchcore", argument)
+def test_values_that_mean_nothing(argument, tmp_path):
+    make_mvtec(tmp_path)
+    outcome = train("method=patchcore", argument, *folder_data(tmp_path), f"hydra.run.dir={tmp_path / 'run'}")
     assert outcome.code == 2
     assert outcome.err.startswith(f"error: {argument}")
 
 
-def test_no_score_of_its_own():
-    outcome = train("method=norm_occ", "scoring.image_score=own")
+def test_no_score_of_its_own(tmp_path):
+    make_mvtec(tmp_path)
+    outcome = train(
+        "method=norm_occ", "scoring.image_score=own", *folder_data(tmp_path), f"hydra.run.dir={tmp_path / 'run'}"
+    )
     assert outcome.code == 2
     assert outcome.err == "error: scoring.image_score=own: NormOCC has no image score of its own; give max\n"

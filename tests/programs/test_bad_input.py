@@ -384,8 +384,9 @@ def test_spoilt_folder_that_was_corrected(tmp_path):
     assert_accepted(*folder_data(tmp_path / "data"), run_dir=tmp_path / "run")
 
 
-def test_damage_that_only_decoding_shows(tmp_path):
+def test_damage_that_only_decoding_shows(tmp_path, monkeypatch):
     """The fast check reads headers and ends; what it can't see is met in the run, in a worker process as well."""
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)  # how long torch waits for the worker
     path = make_mvtec(tmp_path / "data") / "test" / "broken" / "001.png"
     content = bytearray(path.read_bytes())
     content[100:1000] = bytes(900)
