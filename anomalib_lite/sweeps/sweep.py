@@ -100,9 +100,13 @@ class Sweep:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.index}: damaged; choose another hydra.sweep.dir") from error
         if not self.jobs and known and not (known.keys() <= batch.keys() or batch.keys() <= known.keys()):
-            other = next(entry for key, entry in known.items() if key not in batch)
+            theirs = next(entry["overrides"] for key, entry in known.items() if key not in batch)
+            ours = min(batch.values(), key=lambda each: len({*each} ^ {*theirs}))
+            has, given = (
+                " ".join(x for x in a if x not in b) or "nothing" for a, b in ((theirs, ours), (ours, theirs))
+            )
             raise UserError(
-                f"{self.folder} holds another sweep, with the job {' '.join(other['overrides'])}; repeat its "
+                f"{self.folder} holds another sweep: a job of it has {has} where this command has {given}; repeat its "
                 "command to continue it, or choose another hydra.sweep.dir"
             )
         for number, (key, overrides) in enumerate(batch.items(), first):

@@ -320,7 +320,10 @@ def test_folder_of_another_sweep(tmp_path):
     job = {"number": 0, "folder": "0", "overrides": ["method=mean", "seed=7"]}
     (tmp_path / "sweep.json").write_text(json.dumps({"jobs": [job]}))
     assert_refused(
-        "holds another sweep, with the job method=mean seed=7", "method=mean", "seed=0", f"hydra.sweep.dir={tmp_path}"
+        "holds another sweep: a job of it has seed=7 where this command has .*seed=0; repeat",
+        "method=mean",
+        "seed=0",
+        f"hydra.sweep.dir={tmp_path}",
     )
     (tmp_path / "sweep.json").write_text("{")
     assert_refused("sweep.json: damaged", "method=mean", "seed=0", f"hydra.sweep.dir={tmp_path}")
