@@ -80,14 +80,18 @@ class Command:
 
         The job of a killed launcher may still work there; the job that replaces it waits here. All processes of a job
         inherit the lock together with the file. Under SLURM only the first rank takes it, because the ranks share it.
-        On a file system without locks (Lustre without -o flock) the job starts at once.
+        On a file system without locks (Lustre without -o flock) the job starts at once, and output.log says so.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "output.log").open("ab") as output:
             is_first = os.environ.get("SUBMITIT_EXECUTOR") != "slurm" or os.environ["SLURM_PROCID"] == "0"
             if is_first:
-                with contextlib.suppress(OSError):
+                try:
                     fcntl.flock(output, fcntl.LOCK_EX)
+                except OSError as error:
+                    text = f"{self.folder}: this file system has no locks ({error.strerror}); the job starts at once"
+                    output.write(f"{text}, although a job of a killed launcher may still work here\n".encode())
+                    output.flush()
             yield output
 
     def resuming_arguments(self) -> list[str]:
