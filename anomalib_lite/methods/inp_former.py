@@ -84,12 +84,14 @@ class INPFormer(GroupedReconstruction):
         self.bottleneck = bottleneck(self.dim, dropout, None)
         self.decoder = nn.ModuleList(GuidedBlock(self.dim, self.heads) for _ in range(self.blocks))
 
-    def reconstructed(self, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
+    def reconstructed(self, tokens: Tensor) -> tuple[list[Tensor], Tensor | float]:
         prototypes, outputs = self.extractor(tokens), []
         x = self.bottleneck(tokens).to(tokens.dtype)
         for block in self.decoder:
             x = block(x, prototypes)
             outputs.append(x)
+        if not self.training:  # nothing needs its loss there, and torch.export fails on what nothing needs
+            return outputs, 0.0
         with torch.autocast(tokens.device.type, enabled=False):
             return outputs, self.coherence * coherence(tokens, prototypes.to(tokens.dtype))
 
