@@ -1,9 +1,11 @@
 """Turns the `hardware` group of the configuration into arguments of Lightning's Trainer."""
 
+import contextlib
 import os
 import platform
 import resource
 import sys
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -139,8 +141,17 @@ def device_name(device: torch.device) -> str:
 
 def peak_memory_mb() -> dict[str, float]:
     """Peak memory of this process in MiB, and of its GPU if it has one."""
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, else in KiB
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20}
+    peak = {"host": peak_resident() / 2**20}
     if torch.cuda.is_available():
         peak["gpu"] = torch.cuda.max_memory_allocated() / 2**20
     return peak
+
+
+def peak_resident() -> int:
+    """Peak of this process's resident memory in bytes. Linux gives ru_maxrss the peak of the process that started this
+    one if that is larger, so /proc is read where it exists."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, else in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -3,7 +3,6 @@
 In a process of its own, so that the peak of memory is this work's.
 """
 
-import resource
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from anomalib_lite.data.readers import read_mvtec
 from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.methods.coreset import greedy_coreset
 from anomalib_lite.methods.patches import patch_features
+from anomalib_lite.runs.devices import peak_resident
 from tests.helpers import real_images as real
 from tests.helpers import run_programs as runs
 
@@ -34,7 +34,7 @@ def main(parts: str, weights: str) -> None:
     wall, processor = time.perf_counter(), time.process_time()
     picks = greedy_coreset(patches, len(patches) // 10)
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = peak_resident() / 2**30
     print(wall, processor, peak, len(picks.unique()), len(patches))
 
 

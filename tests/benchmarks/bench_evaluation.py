@@ -4,7 +4,6 @@ Each in a process of its own, so that the peak of memory is this work's.
 """
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from anomalib_lite.data.samples import Sample
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.metrics.per_category import measure_categories
 from anomalib_lite.runs.artifacts import NORMAL_KEYS, write_maps, write_scores
+from anomalib_lite.runs.devices import peak_resident
 from anomalib_lite.runs.test_outputs import NORMAL, TEST, Evaluation
 from tests.helpers import run_programs as runs
 
@@ -103,7 +103,7 @@ def main(folder: str, count: str) -> None:
     write_scores(Path(folder), test)
     write_maps(Path(folder), test, found.curves, dict.fromkeys(NORMAL_KEYS, np.zeros(1)))
     seconds = (collected - started, measured - collected, time.perf_counter() - measured)
-    print(*seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    print(*seconds, peak_resident() / 2**30)
 
 
 @pytest.mark.bench

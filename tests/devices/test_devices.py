@@ -1,7 +1,9 @@
 """Several CPU ranks: as launched from the command line, and as processes that something else has started."""
 
 import importlib.util
+import inspect
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from anomalib_lite.runs import artifacts as results
+from anomalib_lite.runs.devices import peak_resident
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.ranks import PROCESSES, on_ranks, start_ranks
@@ -238,3 +241,15 @@ def test_a_batch_that_ranks_can_not_share(root, tmp_path):
     assert outcome.code == 2
     assert outcome.err.startswith("error: data.batch_size=4 is not divisible by 3 devices")
     assert outcome.err.count("\n") == 1
+
+
+def test_peak_memory_is_that_of_this_process():
+    """Linux gives a small process the ru_maxrss of the large one that has started it, such as this one."""
+    program = f"""
+import contextlib, resource, sys
+from pathlib import Path
+{inspect.getsource(peak_resident)}
+print(peak_resident())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert 2**20 < int(done.stdout) < 100 * 2**20
