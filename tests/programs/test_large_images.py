@@ -11,14 +11,14 @@ from tests.helpers import run_programs as runs
 
 pytestmark = pytest.mark.slow
 GIB = 2**30
-#: runs a program and prints its peak memory in bytes: VmHWM is that of this process alone
+#: runs a program and prints its peak memory in bytes
 MEASURED = """
 import sys
-from pathlib import Path
 from importlib import import_module
 program = sys.argv.pop(1)
 import_module(f"anomalib_lite.{program}").main()
-print("peak", next(1024 * int(x.split()[1]) for x in Path("/proc/self/status").open() if x.startswith("VmHWM")))
+from anomalib_lite.runs.devices import peak_resident
+print("peak", peak_resident())
 """
 
 
