@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from anomalib_lite.methods.screening import Screen, screen_of
+
 PRODUCTS = ((256, 2048), (16384, 4096))  # patches × rows compared at once: a CPU likes its cache, a GPU large products
+BOUNDS = 2**26  # the most bounds of pairs that a CPU holds at once
 
 
 class Bank:
@@ -14,15 +17,22 @@ class Bank:
         self.size = rows.square().sum(1)
         #: whether all rows belong to one image: then none may be left out
         self.one_owner = bool((owners == owners[:1]).all())
+        self.screen = screen_of(rows)
 
     def nearest(self, x: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Distance [B, M] of patches [B, M, D] to the nearest row, and that row's index [B, M]. Nothing waits.
+        """Distance [B, M] of patches [B, M, D] to the nearest row, and its index [B, M]. A GPU waits for nothing.
 
         The rows of image own[i] are left out for the patches of x[i], unless no row would remain.
         """
+        own = None if self.one_owner else own
+        index = self.compared(x, own) if self.screen is None else self.screened(self.screen, x, own)
+        return torch.linalg.vector_norm(x - self.rows[index], dim=2), index
+
+    def compared(self, x: Tensor, own: Tensor | None) -> Tensor:
+        """Indices [B, M] of the nearest rows, found by comparing all."""
         patches, part = PRODUCTS[x.is_cuda]
         parts = x.flatten(0, 1).split(patches)
-        if own is None or self.one_owner:
+        if own is None:
             found = [nearest_in_parts(some, self.rows, self.size, part) for some in parts]
         else:
             owned = own.repeat_interleave(x.shape[1]).split(patches)
@@ -30,8 +40,21 @@ class Bank:
                 nearest_in_parts(some, self.rows, self.size, part, self.owners, mine)
                 for some, mine in zip(parts, owned, strict=True)
             ]
-        index = torch.cat(found).view(x.shape[:2])
-        return torch.linalg.vector_norm(x - self.rows[index], dim=2), index
+        return torch.cat(found).view(x.shape[:2])
+
+    def screened(self, screen: Screen, x: Tensor, own: Tensor | None) -> Tensor:
+        """Indices [B, M] of the nearest rows, found by comparing those that the screen leaves."""
+        patches = min(x.shape[1], PRODUCTS[False][0], max(16, BOUNDS // len(self.rows)))
+        bounds, index = screen.buffer(patches), torch.empty(x.shape[:2], dtype=torch.long)
+        for i, image in enumerate(x):
+            excluded = None if own is None else (self.owners == own[i]).nonzero().squeeze(1)
+            for start in range(0, len(image), patches):
+                some = image[start : start + patches]
+                found = screen.nearest(some, excluded, bounds[:, : len(some)])
+                if found is None:
+                    found = self.compared(some[None], None if own is None else own[i : i + 1])[0]
+                index[i, start : start + patches] = found
+        return index
 
 
 def nearest_in_parts(

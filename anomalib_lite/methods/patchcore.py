@@ -144,8 +144,8 @@ class PatchCore(AnomalyModule):
 
     def anomaly_map(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Distances of the patches to the bank, [B, h, w], and the images' re-weighted scores, [B]."""
-        patches = self.patches(batch)
-        distance, nearest = self.nearest(patches, batch["index"] if batch.get("is_train_image") else None)
+        patches, own = self.patches(batch), batch["index"] if batch.get("is_train_image") else None
+        distance, nearest = self.nearest(patches, own)
         score, at = distance.flatten(1).max(1)
         rows = torch.arange(patches.shape[0], device=at.device)
         worst, star = patches.flatten(1, 2)[rows, at], nearest[rows, at]
@@ -154,8 +154,12 @@ class PatchCore(AnomalyModule):
         count, exporting = min(self.neighbours, len(self.bank)), torch.compiler.is_exporting()
         size = self.bank.square().sum(1) if exporting else self.search.size
         # less ‖m*‖², which is the same for all rows of the bank
-        around = torch.addmm(size, self.bank[star], self.bank.T, alpha=-2).topk(count, largest=False).indices  # [B, b]
+        squares = torch.addmm(size, self.bank[star], self.bank.T, alpha=-2)
+        if own is not None and not self.search.one_owner:
+            squares = squares.masked_fill(self.owners == own[:, None], torch.inf)
+        squares, around = squares.topk(count, largest=False)  # [B, b]
         exponents = torch.linalg.vector_norm(worst[:, None] - self.bank[around], dim=2)
+        exponents = exponents.masked_fill(squares == torch.inf, -torch.inf)
         return distance, (1 - (score - exponents.logsumexp(1)).exp()) * score
 
     def nearest(self, patches: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.readers import read_folder
 from anomalib_lite.data.transforms import Turn
+from anomalib_lite.methods import screening
 from anomalib_lite.methods.coreset import greedy_coreset, sparse_projection
 from anomalib_lite.methods.nearest import Bank
 from anomalib_lite.methods.patchcore import PatchCore
@@ -76,6 +77,46 @@ def test_neighbours_are_the_nearest(kind, owned):
             assert torch.equal(index[i], every.argmin(1))
 
 
+@pytest.mark.parametrize("owned", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", ["directions", "far", "copies", "equal", "isotropic"])
+def test_screening_leaves_the_nearest(kind, bf16, owned, monkeypatch):
+    """Bounds from few directions rule out rows; the nearest of all rows are found, against float64."""
+    monkeypatch.setattr(screening, "has_bf16", lambda device: bf16)
+    torch.manual_seed(0)
+    rank = 96 if kind == "isotropic" else 8
+    points = (
+        torch.randn(5100, rank) @ torch.randn(rank, 96) + 0.2 * torch.randn(5100, 96) + (100 if kind == "far" else 1)
+    )
+    rows, x = points[:5000], points[5000:].view(2, 50, 96) + 0.01
+    if kind == "copies":
+        rows = torch.cat([rows[:2500]] * 2)
+    if kind == "equal":
+        rows = rows[:1].expand(5000, -1).contiguous()
+    owners = torch.arange(5000) % 7
+    bank = Bank(rows, owners)
+    assert (bank.screen is None) == (kind == "isotropic" and not bf16)
+    distance, index = bank.nearest(x, torch.tensor([3, 5]) if owned else None)
+    for i, own in enumerate((3, 5)):
+        every = torch.cdist(x[i].double(), rows.double())
+        if owned:
+            every[:, own::7] = torch.inf
+        torch.testing.assert_close(distance[i].double(), every.min(1).values, rtol=1e-5, atol=0)
+        if kind in ("directions", "isotropic"):
+            assert torch.equal(index[i], every.argmin(1))
+
+
+def test_screening_takes_patches_that_are_not_finite():
+    x = clouds("directions", 5000)
+    bank = Bank(x, torch.zeros(5000))
+    assert bank.screen is not None
+    some = x[:3].clone()
+    some[1, 4], some[2, 5] = torch.nan, torch.inf
+    distance = bank.nearest(some[None])[0][0]
+    assert distance[0] == 0
+    assert not distance[1:].isfinite().any()
+
+
 def test_the_only_image_is_not_left_out():
     bank = Bank(torch.randn(50, 8), torch.full((50,), 3))
     assert bank.nearest(bank.rows[None], torch.tensor([3]))[0].max() == 0
@@ -94,13 +135,13 @@ class Plain(Given):
     channels = (3,)
 
 
-@pytest.mark.parametrize("is_train_image", [False, True])
-def test_image_score_is_equation_7(is_train_image):
+@pytest.mark.parametrize(("is_train_image", "rows"), [(False, 40), (True, 40), (True, 10)])
+def test_image_score_is_equation_7(is_train_image, rows):
     """And a training image is scored without its own patches."""
     torch.manual_seed(0)
     backbone: Any = Given()
     model = PatchCore(neighbours=3, backbone=backbone, scoring={"image_score": "own"}, image_size=(4, 4))
-    model.bank, model.owners = torch.randn(40, 5), torch.arange(40) % 9
+    model.bank, model.owners = torch.randn(rows, 5), torch.arange(rows) % 9
     images = torch.randn(6, 5, 4, 4)
     batch = {"image": images, "path": ["?"] * 6, "index": torch.arange(6), "is_train_image": is_train_image}
     scores = model.score(batch)
@@ -112,7 +153,10 @@ def test_image_score_is_equation_7(is_train_image):
             every[:, i::9] = torch.inf
         test = int(every.min(1).values.argmax())
         star = int(every[test].argmin())
-        around = (bank - bank[star]).norm(dim=1).argsort()[:3]
+        apart = (bank - bank[star]).norm(dim=1)
+        if is_train_image:
+            apart[i::9] = torch.inf
+        around = [n for n in apart.argsort()[:3] if apart[n] < torch.inf]
         top = math.exp(every[test, star])
         weight = 1 - top / sum(math.exp((patches[test] - bank[int(n)]).norm()) for n in around)
         assert float(scores["score"][i]) == pytest.approx(weight * float(every[test, star]), rel=1e-4)
