@@ -60,17 +60,22 @@ class Screen:
         error = norm(exact - rounded.float()) + ROUNDING * length
         return size, rounded, *((1 + 2**-7) * torch.stack([length, error])).to(self.dtype)
 
+    def bound(self, x: Tensor, buffer: Tensor) -> Tensor:
+        """Bounds of patches [M, D] with all rows, written into `buffer` [parts, M, PART]; ‖x‖² [M]."""
+        size, rounded, length, error = self.coordinates(x)
+        columns = torch.column_stack([rounded, rounded.new_ones(len(x), 3), length, error])
+        for part, bounds in zip(self.parts, buffer, strict=True):
+            torch.mm(columns, part, out=bounds)
+        return size
+
     def nearest(self, x: Tensor, excluded: Tensor | None, buffer: Tensor) -> Tensor | None:
         """The nearest row's index [M] for patches [M, D], or None if too many rows remain.
 
         Args:
             excluded: indices of rows that are left out.
-            buffer: of `dtype` and [parts, M, PART]; it is overwritten with the bounds.
+            buffer: what `buffer(M)` gives; it is overwritten with the bounds.
         """
-        size, rounded, length, error = self.coordinates(x)
-        columns = torch.column_stack([rounded, rounded.new_ones(len(x), 3), length, error])
-        for part, bounds in zip(self.parts, buffer, strict=True):
-            torch.mm(columns, part, out=bounds)
+        size = self.bound(x, buffer)
         if excluded is not None:
             buffer[excluded // PART, :, excluded % PART] = -torch.inf
         each = torch.arange(len(x))

@@ -84,10 +84,8 @@ def test_screening_leaves_the_nearest(kind, bf16, owned, monkeypatch):
     """Bounds from few directions rule out rows; the nearest of all rows are found, against float64."""
     monkeypatch.setattr(screening, "has_bf16", lambda device: bf16)
     torch.manual_seed(0)
-    rank = 96 if kind == "isotropic" else 8
-    points = (
-        torch.randn(5100, rank) @ torch.randn(rank, 96) + 0.2 * torch.randn(5100, 96) + (100 if kind == "far" else 1)
-    )
+    points = 0.2 * torch.randn(5100, 96) + (100 if kind == "far" else 1)
+    points += torch.randn(5100, 96) if kind == "isotropic" else torch.randn(5100, 8) @ torch.randn(8, 96)
     rows, x = points[:5000], points[5000:].view(2, 50, 96) + 0.01
     if kind == "copies":
         rows = torch.cat([rows[:2500]] * 2)
@@ -104,6 +102,25 @@ def test_screening_leaves_the_nearest(kind, bf16, owned, monkeypatch):
         torch.testing.assert_close(distance[i].double(), every.min(1).values, rtol=1e-5, atol=0)
         if kind in ("directions", "isotropic"):
             assert torch.equal(index[i], every.argmin(1))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_no_bound_is_too_small(bf16, monkeypatch):
+    """x·y − ‖y‖²/2 in float64, with x and y less the mean of the rows. Rounding to bf16 keeps an order."""
+    monkeypatch.setattr(screening, "has_bf16", lambda device: bf16)
+    torch.manual_seed(0)
+    points = torch.randn(2300, 8) @ torch.randn(8, 96) + 0.2 * torch.randn(2300, 96) + 5
+    points[:1000] *= torch.rand(1000, 1)
+    x, rows = points[::10], points  # a bound is tightest for a row that equals the patch
+    screen = screening.Screen(rows)
+    buffer = screen.buffer(len(x))
+    screen.bound(x, buffer)
+    x, rows = (each.double() - screen.mean.double() for each in (x, rows))
+    exact = (x @ rows.T - rows.square().sum(1) / 2).to(buffer.dtype)
+    bounds = buffer.movedim(1, 0).flatten(1)
+    assert (bounds[:, : len(rows)] >= exact).all()
+    assert (bounds[:, len(rows) :] == -torch.inf).all()
+    assert (bounds[:, : len(rows)] - exact).float().mean() < 0.05 * exact.float().abs().mean()  # they are of use
 
 
 def test_screening_takes_patches_that_are_not_finite():
