@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.attention import Attention, Grid, LocalWindow, project
 from anomalib_lite.methods.base import AnomalyModule, Batch
-from anomalib_lite.methods.options import check_counts, check_from_0
+from anomalib_lite.methods.options import check_clip, check_counts, check_from_0
 from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.transformer import feed_forward, jitter, largest_window, near, sine_positions, token_grids
 
@@ -131,6 +131,7 @@ class RLR(AnomalyModule):
         learnable_key: whether B's keys come from the reference instead of the image.
         zero_fill: one optimiser step per level, in which the levels that were stepped before have gradients of zero,
             as the authors' code does under torch 1.12. Otherwise the levels' losses are summed, and there is one step.
+        clip: largest norm of a step's gradient; None, as published, is no limit.
     """
 
     frozen_features = True
@@ -148,6 +149,7 @@ class RLR(AnomalyModule):
         masked: bool = True,
         learnable_key: bool = True,
         zero_fill: bool = False,
+        clip: float | None = None,
         **context: Any,
     ):
         super().__init__(**context)
@@ -157,7 +159,8 @@ class RLR(AnomalyModule):
             raise UserError(f"method.mix={list(mix)}: give the two blocks' weights, such as [2,1]: from 0, not both 0")
         check_counts(layers=layers, heads=heads)
         check_from_0(jitter=jitter)
-        self.jitter, self.automatic_optimization = jitter, not zero_fill
+        check_clip(clip)
+        self.jitter, self.clip, self.automatic_optimization = jitter, clip, not zero_fill
         self.mix, self.locality, self.masked = list(mix), locality, masked
         self.unused_parameters = zero_fill or (not mix[0] and not learnable_key)  # other levels; the reference
         dims = per_level("dims", [32 * r for r in self.backbone.reductions] if dims is None else dims, grids)
@@ -185,7 +188,7 @@ class RLR(AnomalyModule):
         if len(self.levels) == 1:
             unused["zero_fill"] = "one level in backbone.layers"
         if not self.automatic_optimization:
-            unused["scheduler"] = "method.zero_fill=true"
+            unused |= dict.fromkeys(("scheduler", "clip"), "method.zero_fill=true")
         return unused
 
     def errors(self, batch: Batch, noise: float) -> Iterator[Tensor]:

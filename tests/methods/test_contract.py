@@ -339,6 +339,7 @@ COMBINATIONS = [
     ("rlr", ("method.locality=false", "method.masked=false"), "method.windows=[1,1,1]", (
         "method.windows has no effect with method.mix=[2, 1], method.locality=false and method.masked=false"
     )),
+    ("rlr", ("method.zero_fill=true",), "method.clip=1", "method.clip has no effect with method.zero_fill=true"),
     ("recontrast one_class", ("method.mining=null",), "method.variants.one_class.warm_up=0.5",
      "method.variants.one_class.warm_up has no effect with method.mining=null"),
     ("ltad", ("method.fill=null",), "method.synthesis=between", "method.synthesis has no effect with method.fill=null"),

@@ -398,6 +398,18 @@ def test_ablated_blocks_literally():
     np.testing.assert_allclose(array(layer(tokens, r, None, None)[0]), expected, atol=1e-10)
 
 
+def test_clipping():
+    """Lightning calls this after the backward pass; without method.clip the gradient stays."""
+    norms = []
+    for clip in (None, 1e-3):
+        found = model(clip=clip)
+        found.training_step(batch(), 0).backward()
+        found.configure_gradient_clipping(torch.optim.Adam(found.parameters()))
+        norms.append(sum(float(p.grad.square().sum()) for p in found.parameters() if p.grad is not None) ** 0.5)
+    assert norms[0] > 1e-2
+    assert norms[1] == pytest.approx(1e-3, rel=1e-3)
+
+
 def test_zero_fill_makes_a_step_a_level():
     """As under torch 1.12, whose zero_grad left zeros: a level's moments move it in the other levels' steps, too.
 
