@@ -11,12 +11,16 @@ import sys
 import venv
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from anomalib_lite.errors import UserError
+from anomalib_lite.methods.ssae import SSAE
 from anomalib_lite.runs.load import load_run
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
@@ -24,7 +28,7 @@ from tests.helpers.image_trees import make_mvtec
 pytest.importorskip("onnxscript")
 onnx, ort = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 from anomalib_lite.exporting import checks, files, resize  # noqa: E402
-from anomalib_lite.exporting.export import threshold_notes  # noqa: E402
+from anomalib_lite.exporting.export import chosen_categories, threshold_notes  # noqa: E402
 
 FILTERS = ("nearest", *resize.FILTERS)
 SIZES = ((64, 64), (37, 53), (200, 90), (66, 60))
@@ -362,6 +366,19 @@ def test_another_transform(trained, tmp_path):
     outcome = export(f"run={run}", f"output={tmp_path / 'a.onnx'}")
     assert outcome.err.startswith("error: data.transform: a file can hold one resizing and not CenterCrop; ")
     assert outcome.code == 2
+
+
+@pytest.mark.parametrize(("calibrate", "chosen"), [(True, None), (False, ["bottle", "wood"])])
+def test_a_category_is_required_where_the_scores_depend_on_it(calibrate, chosen):
+    model = SSAE(width=4, image_size=(32, 32), calibrate=calibrate, categories=["bottle", "wood"])
+    pipeline = SimpleNamespace(steps=[], mean=torch.zeros(1), std=torch.ones(1))
+    data: Any = SimpleNamespace(eval_pipeline=pipeline, test_size="original")
+    assert chosen_categories(model, data, "wood", "ssae") == ["wood"]
+    if chosen is None:
+        with pytest.raises(UserError, match=r"^category= is not set: ssae's scores .*; give one of bottle, wood$"):
+            chosen_categories(model, data, None, "ssae")
+    else:
+        assert chosen_categories(model, data, None, "ssae") == chosen
 
 
 def test_ltad_needs_a_category(trained, tmp_path):
