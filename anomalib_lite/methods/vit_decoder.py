@@ -17,7 +17,7 @@ from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.methods.base import AnomalyModule, Batch
 from anomalib_lite.methods.options import check_clip, check_counts, check_from_0
 from anomalib_lite.methods.resizing import resize
-from anomalib_lite.methods.schedules import per_step, warm_up_then_cosine
+from anomalib_lite.methods.schedules import after_every_batch, per_step, warm_up_then_cosine
 from anomalib_lite.methods.transformer import feed_forward
 
 
@@ -145,8 +145,10 @@ class GroupedReconstruction(AnomalyModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.parameter_groups())
-        if optimizer is None or self.scheduler is not None:
-            return super().configure_optimizers()
+        if optimizer is None:
+            return None
+        if self.scheduler is not None:
+            return after_every_batch(optimizer, self.scheduler(optimizer))
         return per_step(optimizer, lambda i: warm_up_then_cosine(i, self.total_steps, self.warm_up, self.final))
 
 

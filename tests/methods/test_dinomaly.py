@@ -1,6 +1,7 @@
 """Dinomaly, Dinomaly2 and INP-Former beside literal readings in float64, and StableAdamW beside its formula."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -335,6 +336,9 @@ def test_learning_rates():
     ]  # fmt: skip
     assert {id(p) for p in groups[1]["params"]} == {id(p) for p in second.bottleneck[0].parameters()}
     assert sum(len(group["params"]) for group in groups) == len(list(second.parameters()))
+    second.scheduler = partial(torch.optim.lr_scheduler.StepLR, step_size=5)
+    groups = second.configure_optimizers()["optimizer"].param_groups
+    assert [group["initial_lr"] for group in groups] == [2e-3, 2e-4]
     assert [warm_up_then_cosine(i, 40000, 100, 1.0) for i in (99, 100, 39999)] == [1, 1, 1]
 
 
