@@ -1,5 +1,6 @@
 """Checks of options that several methods have."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,6 +28,17 @@ def configured_optimizer(method: Any, parameters: list[Any], options: dict[str, 
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{key}={value}" for key, value in getattr(make, "keywords", {}).items())
         raise UserError(f"method.optimizer: {error}; check its values ({given})") from error
+
+
+def unused_by_variant(variants: Iterable[str], variant: str, optimizer: dict[str, Any]) -> dict[str, str]:
+    """For `without_effect`: the other variants, and the options of the optimizer that the variant overrides.
+
+    Args:
+        variants: names of all variants. variant: the chosen one. optimizer: the options that it overrides.
+    """
+    unused = {f"variants.{name}": f"method.variant={variant}" for name in variants if name != variant}
+    chosen = f"method.variants.{variant}.optimizer"
+    return unused | {f"optimizer.{key}": f"{chosen}.{key}={str(value).lower()}" for key, value in optimizer.items()}
 
 
 def check_counts(**counts: int | None) -> None:

@@ -138,6 +138,9 @@ class GroupedReconstruction(AnomalyModule):
         size = [side * max(self.backbone.reductions) for side in grid]
         return resize(maps[:, None], size, align_corners=True)[:, 0]
 
+    def without_effect(self) -> dict[str, str]:
+        return {} if self.scheduler is None else dict.fromkeys(("warm_up", "final"), "method.scheduler")
+
     # --- optimisation ---
 
     def parameter_groups(self) -> list[Any]:
