@@ -175,7 +175,8 @@ def test_the_runner_alone_gives_the_scores_of_predict(exported, trained, root, t
     photos = [turned(tmp_path / "turned.jpg"), root / "wood/test/good/000.png"]
     Image.fromarray(pictures((40, 60))[0][0, ..., 0]).save(tmp_path / "gray.png")
     Image.fromarray(pictures((40, 60))[0][0, ..., 0].astype(np.uint16)).save(tmp_path / "deep.png")
-    photos += [tmp_path / "gray.png", tmp_path / "deep.png"]
+    (tmp_path / "cut.ppm").write_bytes(b"P6 4")
+    photos += [tmp_path / "gray.png", tmp_path / "cut.ppm", tmp_path / "deep.png"]
     code = (
         "import runpy, sys; sys.argv = sys.argv[1:]\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
@@ -184,7 +185,7 @@ def test_the_runner_alone_gives_the_scores_of_predict(exported, trained, root, t
     command = [sys.executable, "-I", "-c", code, file.with_suffix(".py"), "category=wood", *photos]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 1
-    assert "left out: " in done.stderr
+    assert f"left out: {tmp_path / 'cut.ppm'}: " in done.stderr
     assert "deep.png: more than 8 bits per channel; convert it to 8 bits, as predict does by itself\n" in done.stderr
     loaded = set(ast.literal_eval(done.stderr.strip().splitlines()[-1]))
     assert loaded & {"torch", "cv2", "anomalib_lite", "onnx", "scipy", "timm"} == set()
