@@ -65,3 +65,12 @@ def check_clip(clip: float | None) -> None:
     """Raise UserError for an option `clip` that is no norm of a gradient."""
     if clip is not None and clip <= 0:
         raise UserError(f"method.clip={clip}: give a norm above 0, or null")
+
+
+def check_drop(option: str, drop: dict[str, float] | None) -> None:
+    """Raise UserError for a drop of the learning rate that is neither None nor {at: share of the budget, factor}."""
+    if drop is not None and not (drop.keys() == {"at", "factor"} and 0 < drop["at"] <= 1 and drop["factor"] >= 0):
+        raise UserError(
+            f"{option}={drop}: give null, or {{at: A, factor: F}} with a share A of the budget, above 0 and at most 1, "
+            "and a number F from 0"
+        )
