@@ -155,7 +155,8 @@ def normal_samples(
             "give precision=float32"
         ) from error
     count = max(1, checks.NORMAL_IMAGES // len(categories))
-    each = [[sample for sample in data.train_samples if sample.category == name] for name in categories]
+    normal = [sample for sample in data.train_samples if not sample.label]
+    each = [[sample for sample in normal if sample.category == name] for name in categories]
     return [sample for samples in each for sample in checks.spread(samples, count)], data
 
 

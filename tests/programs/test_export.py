@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from anomalib_lite.data.samples import Sample
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.ssae import SSAE
 from anomalib_lite.runs.load import load_run
@@ -28,6 +29,7 @@ from tests.helpers.image_trees import make_mvtec
 pytest.importorskip("onnxscript")
 onnx, ort = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 from anomalib_lite.exporting import checks, files, resize  # noqa: E402
+from anomalib_lite.exporting import export as exporting  # noqa: E402
 from anomalib_lite.exporting.export import chosen_categories, threshold_notes  # noqa: E402
 
 FILTERS = ("nearest", *resize.FILTERS)
@@ -296,6 +298,14 @@ def test_int8_is_near_and_smaller(exported, tmp_path):
     assert 0 < checks.largest_difference(found, expected) < 0.3  # of a random network
     meta = [ort.InferenceSession(str(each)).get_modelmeta().custom_metadata_map for each in (file, source)]
     assert meta[0] == meta[1]
+
+
+def test_defective_training_images_calibrate_no_file(monkeypatch):
+    samples = [Sample(Path(f"{i}.png"), "bottle", "good", int(i == 1), None) for i in range(3)]
+    monkeypatch.setattr(exporting.build, "make_data", lambda *given: SimpleNamespace(train_samples=samples))
+    monkeypatch.setattr(exporting, "check_fingerprint", lambda *given: None)
+    found, _ = exporting.normal_samples({}, {}, Path(), ["bottle"], "int8")
+    assert [sample.path.stem for sample in found] == ["0", "2"]
 
 
 @pytest.mark.slow
