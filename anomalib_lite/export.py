@@ -6,7 +6,8 @@ run=DIR             the folder of a finished run
 output=FILE         FILE.onnx, for onnxruntime; beside it FILE.py is written, which scores images with numpy,
                     onnxruntime and pillow: python FILE.py IMAGE... (python FILE.py --help explains it)
                     FILE.pt2, for torch.export.load; neither file may exist yet
-category=NAME       the file holds the threshold of this category alone (default: of all; ltad needs one)
+category=NAME       the file holds the threshold of this category alone (default: of all; required for a model of
+                    several categories if its scores depend on the category, as those of ltad and ssae)
 precision=float32   float32; float16: weights are stored with 16 bits, so the file is half as large, and computation
                     stays in float32; int8: weights and activations of convolutions and linear layers have 8 bits (ONNX
                     only; calibrated on normal training images)

@@ -2,7 +2,8 @@
 
 python experiments/ssae_normals.py RUN...    RUN is a folder of ssae's on one synthetic texture
 
-No image of the run's test set takes part. Prints the normal images' mean squared error, and image AUROC per content.
+No image of the run's test set takes part. Prints the mean of the normal images' maps (with
+method.calibrate=false their mean squared error), and image AUROC per content.
 """
 
 import json
@@ -14,9 +15,10 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from anomalib_lite.data.corruptions import CONTENTS, corrupt
+from anomalib_lite.data.dataset import Batch
 from anomalib_lite.data.synthetic_drawings import picture
 from anomalib_lite.methods.scoring import smooth
-from anomalib_lite.runs.run import load
+from anomalib_lite.runs.load import load
 
 SEED, COUNT = 77, 60  # of the pictures; the data set's own is 0
 AREAS = ((0.002, 0.01), (0.01, 0.05))  # shares of the image
@@ -30,7 +32,8 @@ def main(run: Path) -> None:
     @torch.no_grad()
     def errors(images: list[np.ndarray]) -> torch.Tensor:
         x = torch.from_numpy(np.stack(images)).movedim(-1, 1).float() / 255
-        return torch.cat([model.anomaly_map({"image": part}) for part in x.split(8)])  # type: ignore[misc, list-item]
+        batches = [Batch(image=part, category=torch.zeros(len(part), dtype=torch.int64)) for part in x.split(8)]
+        return torch.cat([model.anomaly_map(batch) for batch in batches])  # type: ignore[misc]
 
     def scores(maps: torch.Tensor) -> np.ndarray:
         return smooth(maps, {"box": 21}).flatten(1).amax(1).numpy()
@@ -38,7 +41,7 @@ def main(run: Path) -> None:
     pictures = [picture(category, None, SEED, 256, 0, i)[0] for i in range(COUNT)]
     normal = [image if image.shape[2] == 3 else image.repeat(3, 2) for image in pictures]
     maps, rng = errors(normal), np.random.default_rng(3)
-    print(f"{run}: {category}, mean squared error of {COUNT} normal images {float(maps.mean()):.4f}")
+    print(f"{run}: {category}, mean of the maps of {COUNT} normal images {float(maps.mean()):.4f}")
     labels = [0] * COUNT + [1] * COUNT
     for content in CONTENTS:
         found = []

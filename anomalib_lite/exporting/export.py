@@ -15,9 +15,8 @@ from anomalib_lite.data.samples import Sample
 from anomalib_lite.data.transforms import Resize
 from anomalib_lite.errors import UserError
 from anomalib_lite.exporting import checks, files
-from anomalib_lite.exporting.graph import HalfWeights, ScoringGraph, check_exportable, traced
+from anomalib_lite.exporting.graph import HalfWeights, ScoringGraph, check_exportable, reads_category, traced
 from anomalib_lite.methods.base import AnomalyModule
-from anomalib_lite.methods.ltad import LTAD
 from anomalib_lite.paths import replacing
 from anomalib_lite.runs import build
 from anomalib_lite.runs.artifacts import read_result
@@ -47,7 +46,7 @@ def export_run(run: Path, output: Path, category: str | None, precision: str, fo
     stored = read_checkpoint(checkpoint, cfg)
     model, data = load(checkpoint, cfg, "cpu")
     check_exportable(cfg, stored, data)
-    chosen = chosen_categories(model, category)
+    chosen = chosen_categories(model, data, category, names["method"])
     thresholds = {name: result["thresholds"]["per_category"][name] for name in chosen}
     about = metadata(model, data, thresholds, names["method"], result["thresholds"]["quantile"])
     reference = LoadedRun(model, data, {"category": chosen[0]})
@@ -58,7 +57,8 @@ def export_run(run: Path, output: Path, category: str | None, precision: str, fo
     if precision != "float32":
         samples, data = normal_samples(cfg, stored, checkpoint, chosen, precision)
         images = [data.eval_pipeline.load(sample.path) for sample in samples]
-    graph: torch.nn.Module = ScoringGraph(model, data, model.categories.index(chosen[0])).eval()
+    index = model.categories.index(chosen[0]) if len(chosen) == 1 else None
+    graph: torch.nn.Module = ScoringGraph(model, data, index).eval()
     graph = HalfWeights(graph) if precision == "float16" else graph
     program = traced(graph, example(model, data), names["method"], own_sizes=data.test_size == "original")
     with tempfile.TemporaryDirectory() as folder:
@@ -108,13 +108,15 @@ def threshold_notes(tested: str | None) -> list[str]:
     ]
 
 
-def chosen_categories(model: AnomalyModule, category: str | None) -> list[str]:
+def chosen_categories(model: AnomalyModule, data: AnomalyDataModule, category: str | None, method: str) -> list[str]:
     """The categories that the file is for. Raises UserError for an unknown one, and where one must be chosen."""
     names = model.categories
     if category is not None and category not in names:
         raise UserError(f"category={category}: this run's categories are {', '.join(names)}")
-    if category is None and len(names) > 1 and isinstance(model, LTAD):
-        raise UserError(f"category= is not set: ltad's scores depend on the category; give one of {', '.join(names)}")
+    if category is None and len(names) > 1 and reads_category(ScoringGraph(model, data), example(model, data)):
+        raise UserError(
+            f"category= is not set: {method}'s scores depend on the category; give one of {', '.join(names)}"
+        )
     return names if category is None else [category]
 
 
@@ -153,7 +155,8 @@ def normal_samples(
             "give precision=float32"
         ) from error
     count = max(1, checks.NORMAL_IMAGES // len(categories))
-    each = [[sample for sample in data.train_samples if sample.category == name] for name in categories]
+    normal = [sample for sample in data.train_samples if not sample.label]
+    each = [[sample for sample in normal if sample.category == name] for name in categories]
     return [sample for samples in each for sample in checks.spread(samples, count)], data
 
 

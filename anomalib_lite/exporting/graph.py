@@ -23,13 +23,13 @@ class ScoringGraph(nn.Module):
     """Images uint8 [B, H, W, 3] (RGB) of one size -> scores [B] and smoothed maps [B, h, w], those of `predict_step`.
 
     Args:
-        category: index of the category that the images belong to, for a method that uses it.
+        category: index of the category that the images belong to; None: the method sees no category.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: AnomalyModule, data: AnomalyDataModule, category: int = 0):
+    def __init__(self, model: AnomalyModule, data: AnomalyDataModule, category: int | None = None):
         super().__init__()
         pipeline = data.eval_pipeline
         self.model, self.category = model, category
@@ -42,10 +42,9 @@ class ScoringGraph(nn.Module):
         if self.resize is not None:
             images = resized(images, self.resize.size, self.resize.resample)
         pixels = images.permute(0, 3, 1, 2).float() / 255
-        batch: dict[str, Any] = {
-            "image": (pixels - self.mean) / self.std,
-            "category": torch.full((count,), self.category),
-        }
+        batch: dict[str, Any] = {"image": (pixels - self.mean) / self.std}
+        if self.category is not None:
+            batch["category"] = torch.full((count,), self.category)
         if self.model.map_size == "original":
             batch["map_size"] = height, width
         scored = self.model.score(batch)
@@ -68,6 +67,16 @@ class HalfWeights(nn.Module):
         stored = {name: getattr(self, own) for name, own in self.names.items()}
         used = {name: x.float() if x.dtype == torch.float16 else x for name, x in stored.items()}
         return torch.func.functional_call(self.inner[0], used, (images,))
+
+
+def reads_category(graph: ScoringGraph, images: Tensor) -> bool:
+    """Whether the method of a graph without a category reads the category of the images."""
+    try:
+        with torch.no_grad():
+            graph(images)
+    except Exception as error:  # `traced` reports every other error
+        return isinstance(error, KeyError) and error.args == ("category",)
+    return False
 
 
 def check_exportable(cfg: dict[str, Any], stored: dict[str, Any], data: AnomalyDataModule) -> None:

@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
         try:
             score = float(session.run(["score"], {"images": read(path)})[0][0])
             rows.writerow([path, repr(score), repr(threshold), "defective" if score > threshold else "good"])
-        except OSError as error:
+        except Exception as error:  # of a damaged file Pillow raises also ValueError and SyntaxError
             print(f"left out: {path}: {error}", file=sys.stderr)
             code = 1
     return code

@@ -14,6 +14,7 @@ from anomalib_lite.methods import graphs
 from anomalib_lite.methods.fitted_buffers import make_room
 from anomalib_lite.methods.options import configured_optimizer
 from anomalib_lite.methods.resizing import resize
+from anomalib_lite.methods.schedules import after_every_batch
 from anomalib_lite.methods.scoring import image_scores, maps_and_scores, smooth
 from anomalib_lite.methods.tiles import tiled_map, tiles_of
 
@@ -224,7 +225,7 @@ class AnomalyModule(L.LightningModule):
         optimizer = self.make_optimizer(parameters) if parameters else None
         if optimizer is None or self.scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+        return after_every_batch(optimizer, self.scheduler(optimizer))
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         if self.clip is not None:

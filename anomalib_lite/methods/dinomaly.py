@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.attention import Dropout
+from anomalib_lite.methods.options import unused_by_variant
 from anomalib_lite.methods.vit_decoder import GroupedReconstruction, by_heads, linear, mlp, norm
 
 
@@ -89,7 +90,7 @@ class Dinomaly(GroupedReconstruction):
     ):
         if variant not in variants:
             raise UserError(f"method.variant={variant}: choose {' or '.join(variants)}")
-        self.own = variants[variant]
+        self.own, self.variants = variants[variant], tuple(variants)
         super().__init__(final=self.own["final"], **context)
         self.variant, self.mining = variant, mining
         self.check()
@@ -112,6 +113,17 @@ class Dinomaly(GroupedReconstruction):
                 f"method.variants.{self.variant}.recentre=true: the class token is subtracted from the targets, and "
                 f"{self.backbone.name} has none; give false, or a ViT that has one (backbone=dinov2_small)"
             )
+
+    def without_effect(self) -> dict[str, str]:
+        unused, chosen = (
+            unused_by_variant(self.variants, self.variant, self.own["optimizer"]),
+            f"variants.{self.variant}",
+        )
+        if self.own["narrow"] is None:
+            unused[f"{chosen}.first_lr"] = f"method.{chosen}.narrow=null"
+        if self.scheduler is not None:
+            unused[f"{chosen}.final"] = "method.scheduler"
+        return super().without_effect() | unused
 
     def reconstructed(self, tokens: Tensor) -> tuple[list[Tensor], float]:
         x, outputs = self.bottleneck(tokens).to(tokens.dtype), []  # the residual sums of all blocks stay in float32

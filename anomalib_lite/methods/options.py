@@ -1,5 +1,6 @@
 """Checks of options that several methods have."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,6 +30,17 @@ def configured_optimizer(method: Any, parameters: list[Any], options: dict[str, 
         raise UserError(f"method.optimizer: {error}; check its values ({given})") from error
 
 
+def unused_by_variant(variants: Iterable[str], variant: str, optimizer: dict[str, Any]) -> dict[str, str]:
+    """For `without_effect`: the other variants, and the options of the optimizer that the variant overrides.
+
+    Args:
+        variants: names of all variants. variant: the chosen one. optimizer: the options that it overrides.
+    """
+    unused = {f"variants.{name}": f"method.variant={variant}" for name in variants if name != variant}
+    chosen = f"method.variants.{variant}.optimizer"
+    return unused | {f"optimizer.{key}": f"{chosen}.{key}={str(value).lower()}" for key, value in optimizer.items()}
+
+
 def check_counts(**counts: int | None) -> None:
     """Raise UserError for the first option that is no whole number, or below 1; None is a value of its own."""
     for name, count in counts.items():
@@ -53,3 +65,12 @@ def check_clip(clip: float | None) -> None:
     """Raise UserError for an option `clip` that is no norm of a gradient."""
     if clip is not None and clip <= 0:
         raise UserError(f"method.clip={clip}: give a norm above 0, or null")
+
+
+def check_drop(option: str, drop: dict[str, float] | None) -> None:
+    """Raise UserError for a drop of the learning rate that is neither None nor {at: share of the budget, factor}."""
+    if drop is not None and not (drop.keys() == {"at", "factor"} and 0 < drop["at"] <= 1 and drop["factor"] >= 0):
+        raise UserError(
+            f"{option}={drop}: give null, or {{at: A, factor: F}} with a share A of the budget, above 0 and at most 1, "
+            "and a number F from 0"
+        )

@@ -19,7 +19,7 @@ from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.methods.base import AnomalyModule, Batch
 from anomalib_lite.methods.batch_norm import stabilise, sum_over_ranks
 from anomalib_lite.methods.cosine import cosine, distance, products
-from anomalib_lite.methods.options import check_from_0
+from anomalib_lite.methods.options import check_drop, check_from_0, unused_by_variant
 from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.reverse_distillation import Bottleneck, Decoder, blocks_of, check_levels, initialise
 from anomalib_lite.methods.schedules import with_drop
@@ -65,7 +65,10 @@ class ReContrast(AnomalyModule):
         self.scoring_of_variant = tuple(filled)
         if encoder_bn not in ("eval", "train"):
             raise UserError(f"method.encoder_bn={encoder_bn}: choose eval or train")
+        if mining is not None and (len(mining) != 2 or mining[0] > mining[1]):
+            raise UserError(f"method.mining={mining}: give null, or the first α and the last one, at least as large")
         check_from_0(encoder_lr=encoder_lr)
+        check_drop(f"method.variants.{chosen}.lr_drop", own["lr_drop"])
         self.automatic, self.variant, self.own = variant == "auto", chosen, own
         self.encoder_lr, self.mining, self.variants = encoder_lr, mining, tuple(variants)
         self.encoder_trains = encoder_bn == "train" or own["stable"] is not None
@@ -146,11 +149,8 @@ class ReContrast(AnomalyModule):
 
     def without_effect(self) -> dict[str, str]:
         chosen, own = f"variants.{self.variant}", self.own
-        unused = {f"variants.{name}": f"method.variant={self.variant}" for name in self.variants}
-        unused.pop(chosen)
+        unused = unused_by_variant(self.variants, self.variant, own["optimizer"])
         unused["scheduler"] = "method=recontrast"  # its schedule is the variant's lr_drop
-        for key, value in own["optimizer"].items():
-            unused[f"optimizer.{key}"] = f"method.{chosen}.optimizer.{key}={value}"
         for key in own["scoring"]:
             if key not in self.scoring_of_variant:
                 unused[f"{chosen}.scoring.{key}"] = f"scoring.{key}={self.scoring.get(key)}"

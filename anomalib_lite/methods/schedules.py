@@ -7,10 +7,14 @@ from typing import Any
 import torch
 
 
+def after_every_batch(optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, Any]:
+    """Lightning's dictionary of an optimizer and its scheduler, which is stepped after every batch."""
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
 def per_step(optimizer: torch.optim.Optimizer, rate: Callable[[int], float]) -> dict[str, Any]:
     """Lightning's dictionary of an optimizer whose learning rates are multiplied by `rate(step)`, from step 0 on."""
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    return after_every_batch(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate))
 
 
 def with_drop(optimizer: torch.optim.Optimizer, drop: dict[str, float], total_steps: int) -> dict[str, Any]:

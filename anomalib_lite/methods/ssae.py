@@ -19,6 +19,7 @@ from anomalib_lite.methods.held_out import mean_loss
 from anomalib_lite.methods.options import check_counts, check_from_0
 from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.scoring import smooth
+from anomalib_lite.methods.tiles import position_note
 
 FLOOR = 0.2  # of the mean normal error; it bounds how much a place with hardly any error counts
 CHANGED = 1.5 / 255  # |x̂ − x| > 1/255, between two 8-bit levels: 1/255 itself rounds either way in float32
@@ -127,6 +128,9 @@ class SSAE(AnomalyModule):
 
     def without_effect(self) -> dict[str, str]:
         return {"eval_every": "method.patience=null"} if self.patience is None else {}
+
+    def notes(self) -> list[str]:
+        return position_note(self.tiling) if self.calibrate else []
 
     def losses(self, batch: Batch) -> Tensor:
         """The loss of each image, [B]."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
-from anomalib_lite.methods.options import check_clip, check_counts, check_dropout, check_from_0
+from anomalib_lite.methods.options import check_clip, check_counts, check_drop, check_dropout, check_from_0
 from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.schedules import with_drop
 from anomalib_lite.methods.transformer import ReconstructionTransformer, jitter, largest_window, token_grids
@@ -64,6 +64,7 @@ class UniAD(AnomalyModule):
         check_dropout(dropout)
         check_from_0(jitter=jitter)
         check_clip(clip)
+        check_drop("method.drop", drop)
         self.jitter, self.clip, self.drop = jitter, clip, drop
         channels = sum(self.backbone.channels)
         self.net = ReconstructionTransformer(channels, self.grid, dim, layers, heads, hidden, dropout, neighbours)

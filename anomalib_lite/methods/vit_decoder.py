@@ -17,7 +17,7 @@ from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.methods.base import AnomalyModule, Batch
 from anomalib_lite.methods.options import check_clip, check_counts, check_from_0
 from anomalib_lite.methods.resizing import resize
-from anomalib_lite.methods.schedules import per_step, warm_up_then_cosine
+from anomalib_lite.methods.schedules import after_every_batch, per_step, warm_up_then_cosine
 from anomalib_lite.methods.transformer import feed_forward
 
 
@@ -138,6 +138,9 @@ class GroupedReconstruction(AnomalyModule):
         size = [side * max(self.backbone.reductions) for side in grid]
         return resize(maps[:, None], size, align_corners=True)[:, 0]
 
+    def without_effect(self) -> dict[str, str]:
+        return {} if self.scheduler is None else dict.fromkeys(("warm_up", "final"), "method.scheduler")
+
     # --- optimisation ---
 
     def parameter_groups(self) -> list[Any]:
@@ -145,8 +148,10 @@ class GroupedReconstruction(AnomalyModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.parameter_groups())
-        if optimizer is None or self.scheduler is not None:
-            return super().configure_optimizers()
+        if optimizer is None:
+            return None
+        if self.scheduler is not None:
+            return after_every_batch(optimizer, self.scheduler(optimizer))
         return per_step(optimizer, lambda i: warm_up_then_cosine(i, self.total_steps, self.warm_up, self.final))
 
 

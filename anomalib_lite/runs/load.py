@@ -13,6 +13,7 @@ from anomalib_lite.data.dataset import Batch
 from anomalib_lite.data.image_files import to_uint8
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule
+from anomalib_lite.methods.recontrast import ReContrast
 from anomalib_lite.runs import build, own_modules, ranks
 from anomalib_lite.runs.artifacts import thresholds_of
 from anomalib_lite.runs.checkpoints import read_checkpoint
@@ -128,4 +129,7 @@ def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyMod
     data = build.data_module(cfg, category=stored["categories"], pixels=build.stored_pixels(stored))
     model = build.make_method(cfg, build.make_backbone(cfg, stored=True), data, stored["categories"])
     build.load_weights(model, checkpoint)
-    return model.eval().to("cuda" if options["accelerator"] == "gpu" else "cpu"), data
+    model.eval().to("cuda" if options["accelerator"] == "gpu" else "cpu")
+    if isinstance(model, ReContrast):
+        model.lay_out(model.device)  # made on the CPU; a trainer would call its `setup`
+    return model, data

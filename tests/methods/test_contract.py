@@ -20,8 +20,10 @@ from torch import Tensor
 from anomalib_lite.cli.messages import one_line
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule
+from anomalib_lite.methods.recontrast import ReContrast
 from anomalib_lite.runs import build, summary
 from anomalib_lite.runs.devices import lightning_options
+from anomalib_lite.runs.load import load_run
 from anomalib_lite.runs.run import notes_of
 from tests.helpers import run_programs as runs
 from tests.helpers.fake_cuda import Counted, FakeTrainer, fake_batch, fake_cuda, to_fake
@@ -291,6 +293,20 @@ def test_recontrast_learns_its_encoder(name, finished):
     weights = torch.load(finished(name) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     frozen, trained = (weights[f"{part}.net.conv_stem.weight"] for part in ("backbone", "encoder"))
     assert not torch.equal(frozen, trained)
+
+
+def test_a_loaded_recontrast_is_laid_out_for_its_device(finished, monkeypatch):
+    """A second time, after it has been made on the CPU: outside of a trainer nothing calls its `setup`."""
+    run, devices = finished("recontrast one_class"), list[torch.device]()
+    choose = ReContrast.lay_out
+
+    def note(model: ReContrast, device: torch.device) -> None:
+        devices.append(device)
+        choose(model, device)
+
+    monkeypatch.setattr(ReContrast, "lay_out", note)
+    model = load_run(run, device="cpu").model
+    assert devices == [torch.device("cpu"), model.device]
 
 
 @pytest.mark.parametrize(("name", "option"), [(name, option) for name, more in SWITCHES.items() for option in more])

@@ -1,6 +1,7 @@
 """Dinomaly, Dinomaly2 and INP-Former beside literal readings in float64, and StableAdamW beside its formula."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -335,7 +336,32 @@ def test_learning_rates():
     ]  # fmt: skip
     assert {id(p) for p in groups[1]["params"]} == {id(p) for p in second.bottleneck[0].parameters()}
     assert sum(len(group["params"]) for group in groups) == len(list(second.parameters()))
+    second.scheduler = partial(torch.optim.lr_scheduler.StepLR, step_size=5)
+    groups = second.configure_optimizers()["optimizer"].param_groups
+    assert [group["initial_lr"] for group in groups] == [2e-3, 2e-4]
     assert [warm_up_then_cosine(i, 40000, 100, 1.0) for i in (99, 100, 39999)] == [1, 1, 1]
+
+
+def test_options_without_effect():
+    """What another variant, the variant's optimizer, its missing layer, or a scheduler replaces."""
+    expected = {
+        "variants.v2": "method.variant=v1",
+        "optimizer.amsgrad": "method.variants.v1.optimizer.amsgrad=true",
+        "variants.v1.first_lr": "method.variants.v1.narrow=null",
+    }
+    assert dinomaly().without_effect() == expected
+    rates = dict.fromkeys(("warm_up", "final"), "method.scheduler")
+    assert inp_former().without_effect() == {}
+    assert inp_former(scheduler=object).without_effect() == rates
+    expected |= rates | {"variants.v1.final": "method.scheduler"}
+    assert dinomaly(scheduler=object).without_effect() == expected
+    assert "variants.v2.first_lr" not in dinomaly("v2").without_effect()
+
+
+def test_another_optimizer_than_the_configured_one():
+    """It gets no option that AdamW does not have."""
+    [group] = dinomaly(optimizer=torch.optim.AdamW).configure_optimizers()["optimizer"].param_groups
+    assert group["amsgrad"]
 
 
 def test_the_image_score_is_the_mean_of_655_pixels():

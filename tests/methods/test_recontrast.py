@@ -344,11 +344,20 @@ def test_variant_by_categories():
 @pytest.mark.parametrize(("options", "message"), [
     ({"variant": "two"}, "method.variant=two: choose auto, one_class, unified, stable"),
     ({"encoder_bn": "on"}, "method.encoder_bn=on: choose eval or train"),
+    ({"mining": [-3]}, r"method.mining=\[-3\]: give null, or the first α and the last one, at least as large"),
+    ({"mining": [1, -3]}, r"method.mining=\[1, -3\]: give null"),
     ({"size": 48}, "data.image_size=48×48: with this backbone's levels, give multiples of 32"),
 ])  # fmt: skip
 def test_mistakes(options, message):
     with pytest.raises(UserError, match=message):
         make(**options)
+
+
+def test_a_drop_names_its_variant():
+    changed = variants()
+    changed["unified"]["lr_drop"] = {"at": 80, "factor": 0.2}
+    with pytest.raises(UserError, match=r"^method.variants.unified.lr_drop={'at': 80, 'factor': 0.2}: give null"):
+        ReContrast(changed, variant="unified", backbone=Backbone(TINY, [1, 2, 3], "none", "32"))
 
 
 def test_modes_of_batch_norm():

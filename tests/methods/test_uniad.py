@@ -1,6 +1,7 @@
 """UniAD beside a literal reading built on nn.MultiheadAttention, and its runs."""
 
 import copy
+import re
 from typing import Any
 
 import numpy as np
@@ -270,6 +271,15 @@ def test_only_training_is_jittered_and_dropped_out():
 def test_a_mask_that_leaves_nothing_is_refused(options):
     with pytest.raises(UserError, match=r"method.neighbours=-?\d: give null, or an odd number from 1 to 3, .* 4×4"):
         model(**options)
+
+
+@pytest.mark.parametrize(
+    "drop", [{"at": 0.8}, {"at": 80, "factor": 0.1}, {"at": 0, "factor": 0.1}, {"at": 0.8, "factor": -1}]
+)
+def test_a_drop_that_can_not_happen_is_refused(drop):
+    message = rf"^method.drop={re.escape(str(drop))}: give null, or {{at: A, factor: F}} with a share A of the budget"
+    with pytest.raises(UserError, match=message):
+        model(drop=drop)
 
 
 # --- runs ---

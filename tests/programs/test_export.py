@@ -11,12 +11,17 @@ import sys
 import venv
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from anomalib_lite.data.samples import Sample
+from anomalib_lite.errors import UserError
+from anomalib_lite.methods.ssae import SSAE
 from anomalib_lite.runs.load import load_run
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
@@ -24,7 +29,8 @@ from tests.helpers.image_trees import make_mvtec
 pytest.importorskip("onnxscript")
 onnx, ort = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 from anomalib_lite.exporting import checks, files, resize  # noqa: E402
-from anomalib_lite.exporting.export import threshold_notes  # noqa: E402
+from anomalib_lite.exporting import export as exporting  # noqa: E402
+from anomalib_lite.exporting.export import chosen_categories, threshold_notes  # noqa: E402
 
 FILTERS = ("nearest", *resize.FILTERS)
 SIZES = ((64, 64), (37, 53), (200, 90), (66, 60))
@@ -171,7 +177,8 @@ def test_the_runner_alone_gives_the_scores_of_predict(exported, trained, root, t
     photos = [turned(tmp_path / "turned.jpg"), root / "wood/test/good/000.png"]
     Image.fromarray(pictures((40, 60))[0][0, ..., 0]).save(tmp_path / "gray.png")
     Image.fromarray(pictures((40, 60))[0][0, ..., 0].astype(np.uint16)).save(tmp_path / "deep.png")
-    photos += [tmp_path / "gray.png", tmp_path / "deep.png"]
+    (tmp_path / "cut.ppm").write_bytes(b"P6 4")
+    photos += [tmp_path / "gray.png", tmp_path / "cut.ppm", tmp_path / "deep.png"]
     code = (
         "import runpy, sys; sys.argv = sys.argv[1:]\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
@@ -180,7 +187,7 @@ def test_the_runner_alone_gives_the_scores_of_predict(exported, trained, root, t
     command = [sys.executable, "-I", "-c", code, file.with_suffix(".py"), "category=wood", *photos]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 1
-    assert "left out: " in done.stderr
+    assert f"left out: {tmp_path / 'cut.ppm'}: " in done.stderr
     assert "deep.png: more than 8 bits per channel; convert it to 8 bits, as predict does by itself\n" in done.stderr
     loaded = set(ast.literal_eval(done.stderr.strip().splitlines()[-1]))
     assert loaded & {"torch", "cv2", "anomalib_lite", "onnx", "scipy", "timm"} == set()
@@ -293,6 +300,14 @@ def test_int8_is_near_and_smaller(exported, tmp_path):
     assert meta[0] == meta[1]
 
 
+def test_defective_training_images_calibrate_no_file(monkeypatch):
+    samples = [Sample(Path(f"{i}.png"), "bottle", "good", int(i == 1), None) for i in range(3)]
+    monkeypatch.setattr(exporting.build, "make_data", lambda *given: SimpleNamespace(train_samples=samples))
+    monkeypatch.setattr(exporting, "check_fingerprint", lambda *given: None)
+    found, _ = exporting.normal_samples({}, {}, Path(), ["bottle"], "int8")
+    assert [sample.path.stem for sample in found] == ["0", "2"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("suffix", "precision"), [(".onnx", "float16"), (".onnx", "int8"), (".pt2", "float16")])
 def test_precision(suffix, precision, trained, tmp_path, monkeypatch):
@@ -362,6 +377,19 @@ def test_another_transform(trained, tmp_path):
     outcome = export(f"run={run}", f"output={tmp_path / 'a.onnx'}")
     assert outcome.err.startswith("error: data.transform: a file can hold one resizing and not CenterCrop; ")
     assert outcome.code == 2
+
+
+@pytest.mark.parametrize(("calibrate", "chosen"), [(True, None), (False, ["bottle", "wood"])])
+def test_a_category_is_required_where_the_scores_depend_on_it(calibrate, chosen):
+    model = SSAE(width=4, image_size=(32, 32), calibrate=calibrate, categories=["bottle", "wood"])
+    pipeline = SimpleNamespace(steps=[], mean=torch.zeros(1), std=torch.ones(1))
+    data: Any = SimpleNamespace(eval_pipeline=pipeline, test_size="original")
+    assert chosen_categories(model, data, "wood", "ssae") == ["wood"]
+    if chosen is None:
+        with pytest.raises(UserError, match=r"^category= is not set: ssae's scores .*; give one of bottle, wood$"):
+            chosen_categories(model, data, None, "ssae")
+    else:
+        assert chosen_categories(model, data, None, "ssae") == chosen
 
 
 def test_ltad_needs_a_category(trained, tmp_path):

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib
 import re
 import shutil
 import subprocess
@@ -95,6 +96,16 @@ def test_imports_have_no_circle():
 
     for module in edges:
         visit(module, ())
+
+
+def test_experiments_import_names_that_exist():
+    missing = [
+        f"{path.name}: {module}.{name}"
+        for path in sorted((ROOT / "experiments").glob("*.py"))
+        for module, name in imports(path)
+        if not hasattr(importlib.import_module(module), name)
+    ]
+    assert missing == []
 
 
 def test_no_private_name_of_another_module():
