@@ -1,6 +1,6 @@
 """Checks of options that several methods have."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -69,7 +69,8 @@ def check_clip(clip: float | None) -> None:
 
 def check_drop(option: str, drop: dict[str, float] | None) -> None:
     """Raise UserError for a drop of the learning rate that is neither None nor {at: share of the budget, factor}."""
-    if drop is not None and not (drop.keys() == {"at", "factor"} and 0 < drop["at"] <= 1 and drop["factor"] >= 0):
+    known = isinstance(drop, Mapping) and drop.keys() == {"at", "factor"}
+    if drop is not None and not (known and 0 < drop["at"] <= 1 and drop["factor"] >= 0):
         raise UserError(
             f"{option}={drop}: give null, or {{at: A, factor: F}} with a share A of the budget, above 0 and at most 1, "
             "and a number F from 0"

@@ -65,8 +65,8 @@ class ReContrast(AnomalyModule):
         self.scoring_of_variant = tuple(filled)
         if encoder_bn not in ("eval", "train"):
             raise UserError(f"method.encoder_bn={encoder_bn}: choose eval or train")
-        if mining is not None and (len(mining) != 2 or mining[0] > mining[1]):
-            raise UserError(f"method.mining={mining}: give null, or the first α and the last one, at least as large")
+        if mining is not None and len(mining) != 2:
+            raise UserError(f"method.mining={mining}: give null, or the first α and the last one")
         check_from_0(encoder_lr=encoder_lr)
         check_drop(f"method.variants.{chosen}.lr_drop", own["lr_drop"])
         self.automatic, self.variant, self.own = variant == "auto", chosen, own
