@@ -60,7 +60,9 @@ class Sweep:
         self.engine: Any = None  # starts jobs and reports their ends, as ForkedJobs does
 
     def launch(self, job_overrides: list[list[str]], first: int) -> list[JobReturn]:
-        """Run a batch of jobs, the first with number `first`. Exits with 1 after the last one if a job failed."""
+        """Run a batch of jobs, the first with number `first`. Exits with 1 after the last one if a job failed; a search
+        does so after its last batch.
+        """
         setup_globals()
         if not job_overrides:
             raise without_value(as_typed(self.config.hydra.overrides.task), self.loader)
@@ -79,16 +81,18 @@ class Sweep:
                     job.state = "interrupted" if job.state == "running" else job.state
                 print_interrupted(self.folder, jobs)
                 raise
-        failed = any(job.state == "failed" for job in jobs)
-        if failed or not self.searches:
+        if not self.searches:
             self.print_end()
-        if failed:
-            sys.exit(1)
+            self.exit_if_failed()
         return [self.jobs[key].returned() for key in keys]
 
     def print_end(self) -> None:
         """Print the comparison of all jobs, also of earlier batches."""
         print_end(self.folder, list(self.jobs.values()))
+
+    def exit_if_failed(self) -> None:
+        if any(job.state == "failed" for job in self.jobs.values()):
+            sys.exit(1)
 
     # --- which jobs there are, and where they lie ---
 
