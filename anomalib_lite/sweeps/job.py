@@ -18,6 +18,7 @@ from anomalib_lite.errors import UserError
 from anomalib_lite.paths import HOME
 from anomalib_lite.runs import folder, own_modules
 from anomalib_lite.runs.artifacts import read_result
+from anomalib_lite.runs.objective import objective
 from anomalib_lite.sweeps.command import Command, config_flags, quoted
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Job:
 
     @property
     def objective(self) -> float | None:
-        return folder.objective(self.plain["objective"], self.result) if self.result else None
+        return objective(self.plain["objective"], self.result) if self.result else None
 
     def command(self, hydra: list[str], sweep: Path, threads: int | None, environment: dict[str, str]) -> Command:
         """The command that runs the job alone. `hydra`: the overrides of Hydra's own options given to the sweep."""

@@ -27,6 +27,7 @@ from anomalib_lite.paths import write_text
 from anomalib_lite.runs.claim import claimed
 from anomalib_lite.runs.folder import is_run
 from anomalib_lite.runs.inputs import check_inputs
+from anomalib_lite.runs.objective import check_objective
 from anomalib_lite.sweeps.forks import ForkedJobs
 from anomalib_lite.sweeps.job import Job, as_typed, check_known, check_whole, key_of, without_value
 from anomalib_lite.sweeps.view import View, print_end, print_interrupted
@@ -151,14 +152,15 @@ class Sweep:
         if not entry and subfolder in taken.values():
             raise UserError(f"hydra.sweep.subdir: two jobs share the folder {subfolder}; name all that differs in it")
         configuration.check(plain)
-        self.check_objective(plain)
+        check_objective(plain)
+        self.check_held_out(plain)
         job = Job(number, overrides, self.folder / subfolder, cfg, plain, *self.devices(plain["hardware"]))
         job.find_earlier_run()
         if self.launcher == "processes" and not is_run(job.folder):  # elsewhere this machine may not see the data
             check_inputs(plain)
         return job
 
-    def check_objective(self, plain: dict[str, Any]) -> None:
+    def check_held_out(self, plain: dict[str, Any]) -> None:
         """UserError if a sweeper that optimises would get no objective."""
         if self.sweeper == "BasicSweeper" or (self.sweeper == "RandomSweeper" and plain["objective"] is None):
             return
