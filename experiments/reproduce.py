@@ -62,7 +62,12 @@ class Study:
         place = f"hydra.sweep.dir={self.output / self.name}"
         command = [sys.executable, "-m", "anomalib_lite.train", "-m", *self.arguments(), place]
         print(f"\n== {self.name}: {' '.join(command[1:])}", flush=True)
-        return subprocess.run(command, check=False).returncode
+        sweep = subprocess.Popen(command)
+        try:
+            return sweep.wait()
+        except KeyboardInterrupt:  # the terminal has sent it to the sweep too, whose runs write a checkpoint first
+            sweep.wait()
+            raise SystemExit(130) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
