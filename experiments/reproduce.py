@@ -6,15 +6,17 @@
 DIR holds the data sets: MVTec AD in mvtec/, mvtec_ad/ or parts/ (or in DIR itself), VisA in visa/. Categories that are
 missing are left out, and the board says so. The settings run one sweep after the other. The same command goes on where
 an earlier one was stopped: finished runs stay, and interrupted ones resume.
-KEY=VALUE holds for all runs. --dry-run only prints what would run, with an estimate of its time on this device.
+KEY=VALUE holds for all runs. --dry-run starts none of them: it prints what would run, with an estimate of the time on
+this device.
 """
 
 import argparse
+import functools
 import json
 import math
-import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,8 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(
             f"DIR: no data set of a published setting lies in {options.data}; see --help for the folders' names"
         )
-    estimate(studies, options.output.resolve())
-    failed = [] if options.dry_run else [study.name for study in studies if study.run()]
+    if options.dry_run:
+        estimate(studies)
+        return 0
+    failed = [study.name for study in studies if study.run()]
     options.output.mkdir(parents=True, exist_ok=True)
     board = ["--published", FILE, "--markdown", options.output / "board.md", "--html", options.output / "board.html"]
     compare = [sys.executable, "-m", "anomalib_lite.compare", options.output, *board]
@@ -130,13 +134,13 @@ def categories_below(data: Path, dataset: str) -> Iterator[tuple[Path, list[str]
             yield root.resolve(), found
 
 
-def estimate(studies: Sequence[Study], output: Path) -> None:
+def estimate(studies: Sequence[Study]) -> None:
     """Print what will run and how long it will take: a few training steps and test batches of each are timed."""
     total = 0.0
     print(f"{'study':60} {'runs':>5} {'steps each':>10} {'estimate':>10}")
     for study in studies:
         try:
-            runs, steps, seconds = timed(study, output)
+            runs, steps, seconds = timed(study)
             total += runs * seconds
             print(f"{study.name[:60]:60} {runs:5} {steps:10} {runs * seconds / 3600:8.1f} h", flush=True)
         except Exception as error:  # the study may run nevertheless
@@ -144,7 +148,7 @@ def estimate(studies: Sequence[Study], output: Path) -> None:
     print(f"{'together, without finished runs being left out':60} {'':16} {total / 3600:8.1f} h\n")
 
 
-def timed(study: Study, output: Path) -> tuple[int, int, float]:
+def timed(study: Study) -> tuple[int, int, float]:
     """The number of runs, the steps of one, and its seconds: from a few steps on drawn images with random weights."""
     known = {"mvtec": MVTEC, "visa": VISA}[study.entry.dataset]
     counts = [known[category] for category in study.categories]
@@ -159,29 +163,35 @@ def timed(study: Study, output: Path) -> tuple[int, int, float]:
     runs = seeds
     if study.entry.setting == "single":
         runs, train, test = seeds * len(counts), train // len(counts), test // len(counts)
-    trial = output / "trials" / study.name
     trainer, batch = cfg["trainer"], cfg["data"]["batch_size"]
     limits = [trainer["max_steps"], trainer["max_epochs"] and trainer["max_epochs"] * -(-train // batch)]
     steps = min(limit for limit in limits if limit is not None)
-    budget = ["trainer.max_epochs=null", f"trainer.max_steps={TRIAL_STEPS}"] if steps else []
-    drawn = ["data=synthetic", "data.category=wood", "split=full"]
-    drawn += [f"+data.reader.{part}={number}" for part, number in TRIAL_COUNTS.items()]
-    shutil.rmtree(trial, ignore_errors=True)
-    options = ["hydra.mode=RUN", f"hydra.run.dir={trial}", "logger=csv", "cache.enabled=false", "backbone.weights=none"]
-    options.append("hardware.measure_cost=false")
-    real = ("data=", "data.root=", "data.category=", "split", "trainer.max")
-    given = [argument for argument in arguments if not argument.startswith(real)]
-    command = [sys.executable, "-m", "anomalib_lite.train", *given, *drawn, *budget, *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(done.stderr.strip().rpartition("\n")[2])
-    result = json.loads((trial / "result.json").read_text())
-    shutil.rmtree(trial.parent)  # compare reads all runs below the output
-    timing, tested = result["timing"], sum(result["data"]["test_counts"]["wood"].values()) + TRIAL_COUNTS["train"]
+    real = ("data=", "data.root=", "data.category=", "split", "augment", "trainer.max")
+    result = trial(bool(steps), *(argument for argument in arguments if not argument.startswith(real)))
+    timing, data = result["timing"], result["data"]
+    scored = data["train_counts"]["wood"] + sum(data["test_counts"]["wood"].values())
     step = timing["fit_s"] / timing["steps"] if timing["steps"] else 0.0
     phases = timing["steps"] / TRIAL_STEPS
     passes = train + test + train  # features or a fit, the test, and the scores of training images for thresholds
-    return runs, round(steps * phases), steps * phases * step + passes * timing["test_s"] / tested
+    return runs, round(steps * phases), steps * phases * step + passes * timing["test_s"] / scored
+
+
+@functools.cache  # several studies differ in their data alone
+def trial(has_steps: bool, *arguments: str) -> dict[str, Any]:
+    """The result of a short run on drawn images with random weights."""
+    counts = TRIAL_COUNTS if has_steps else TRIAL_COUNTS | {"train": 4}
+    drawn = ["data=synthetic", "data.category=wood", *(f"+data.reader.{part}={n}" for part, n in counts.items())]
+    budget = ["trainer.max_epochs=null", f"trainer.max_steps={TRIAL_STEPS}"]
+    without_steps = ["hardware.feature_memory_gb=0"]  # all images pass through the backbone when they are scored
+    options = ["hydra.mode=RUN", "logger=csv", "cache.enabled=false", "backbone.weights=none"]
+    options += ["hardware.measure_cost=false", *(budget if has_steps else without_steps)]
+    with tempfile.TemporaryDirectory() as folder:
+        place = f"hydra.run.dir={folder}/run"
+        command = [sys.executable, "-m", "anomalib_lite.train", *arguments, *drawn, *options, place]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(done.stderr.strip().rpartition("\n")[2])
+        return json.loads(Path(folder, "run", "result.json").read_text())
 
 
 def composed(arguments: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """experiments/reproduce.py: which studies run, with which arguments, and the estimate of their time."""
 
+import json
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,3 +33,45 @@ def test_ctrl_c_waits_for_the_sweep(tmp_path, monkeypatch):
         signal.signal(signal.SIGALRM, before)
     assert end.value.code == 130
     assert (tmp_path / "ended").exists()
+
+
+@pytest.fixture
+def trials(monkeypatch):
+    """The arguments of the trials that the estimate starts; each has images that take 0.1 s to score."""
+    started: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        arguments = command[3:]
+        folder = Path(next(a for a in arguments if a.startswith("hydra.run.dir=")).partition("=")[2].strip('"'))
+        steps = 2 * ("trainer.max_steps=2" in arguments)
+        train = next(int(a.partition("=")[2]) for a in arguments if a.startswith("+data.reader.train="))
+        folder.mkdir(parents=True)
+        data = {"train_counts": {"wood": train}, "test_counts": {"wood": {"good": 2, "defective": 4}}}
+        timing = {"fit_s": 1.0, "steps": steps, "test_s": 0.1 * (train + 6)}
+        (folder / "result.json").write_text(json.dumps({"data": data, "timing": timing}))
+        started.append(arguments)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    reproduce.trial.cache_clear()
+    monkeypatch.setattr(subprocess, "run", run)
+    yield started
+    reproduce.trial.cache_clear()
+
+
+def test_the_estimate(tmp_path, trials, capsys):
+    """It starts nothing else and leaves nothing behind. Studies with other data have one trial, without the split and
+    the rotations; a method without steps passes few images, all of them through the backbone.
+    """
+    for category in ("bottle", "cable"):
+        (tmp_path / "data" / "mvtec" / category / "train" / "good").mkdir(parents=True)
+    for category in ("candle", "cashew"):
+        (tmp_path / "data" / "visa" / category / "Data").mkdir(parents=True)
+    output = tmp_path / "output"
+    given = [str(tmp_path / "data"), "--output", str(output), "--only", "subspace_ad,uniad", "--dry-run"]
+    assert reproduce.main(given) == 0
+    assert "can't be estimated" not in capsys.readouterr().out
+    assert not output.exists()
+    uniad, subspace_ad = trials
+    assert not any(argument.startswith(("split", "augment", "data.root")) for argument in subspace_ad)
+    assert {"+data.reader.train=4", "hardware.feature_memory_gb=0"} < set(subspace_ad)
+    assert {"+data.reader.train=16", "trainer.max_steps=2"} < set(uniad)
