@@ -14,6 +14,7 @@ import argparse
 import functools
 import json
 import math
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -26,9 +27,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from anomalib_lite.cli.values import as_typed
 from anomalib_lite.comparison.published import Published, read
 from anomalib_lite.data.readers import MVTEC, VISA
 from anomalib_lite.errors import UserError
+from anomalib_lite.sweeps.command import quoted
 
 HERE = Path(__file__).resolve().parent
 FILE = HERE / "published.yaml"
@@ -51,7 +54,7 @@ class Study:
         """Those of the sweep, or those of its runs on one category."""
         names = category or ",".join(self.categories)
         chosen = f"[{names}]" if self.entry.setting == "unified" and not category else names
-        data = [f"data.root={self.root}", f"data.category={chosen}"]
+        data = [f"data.root={quoted(self.root)}", f"data.category={chosen}"]
         return [f"+experiments={self.entry.experiment}", *self.entry.overrides, *data, *self.extra]
 
     @property
@@ -61,9 +64,9 @@ class Study:
 
     def run(self) -> int:
         """The sweep; its exit code."""
-        place = f"hydra.sweep.dir={self.output / self.name}"
+        place = f"hydra.sweep.dir={quoted(self.output / self.name)}"
         command = [sys.executable, "-m", "anomalib_lite.train", "-m", *self.arguments(), place]
-        print(f"\n== {self.name}: {' '.join(command[1:])}", flush=True)
+        print(f"\n== {self.name}: {shlex.join(command[1:])}", flush=True)
         sweep = subprocess.Popen(command)
         try:
             return sweep.wait()
@@ -186,7 +189,7 @@ def trial(has_steps: bool, *arguments: str) -> dict[str, Any]:
     options = ["hydra.mode=RUN", "logger=csv", "cache.enabled=false", "backbone.weights=none"]
     options += ["hardware.measure_cost=false", *(budget if has_steps else without_steps)]
     with tempfile.TemporaryDirectory() as folder:
-        place = f"hydra.run.dir={folder}/run"
+        place = f"hydra.run.dir={quoted(Path(folder, 'run'))}"
         command = [sys.executable, "-m", "anomalib_lite.train", *arguments, *drawn, *options, place]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -197,7 +200,7 @@ def trial(has_steps: bool, *arguments: str) -> dict[str, Any]:
 def composed(arguments: Sequence[str]) -> dict[str, Any]:
     """`data` and `trainer` of a command line, and the values that its experiment sweeps over."""
     with initialize_config_dir(str(HERE.parent / "conf"), version_base="1.3"):
-        cfg = compose("train", list(arguments), return_hydra_config=True)
+        cfg = compose("train", list(map(as_typed, arguments)), return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
         parts: dict[str, Any] = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("data", "trainer")}
         swept = cfg.hydra.sweeper.get("params")

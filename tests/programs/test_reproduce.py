@@ -5,9 +5,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from anomalib_lite.cli import values
 from anomalib_lite.comparison.published import read
 from experiments import reproduce
 
@@ -33,6 +35,17 @@ def test_ctrl_c_waits_for_the_sweep(tmp_path, monkeypatch):
         signal.signal(signal.SIGALRM, before)
     assert end.value.code == 130
     assert (tmp_path / "ended").exists()
+
+
+def test_any_folder_name(tmp_path, monkeypatch):
+    """Hydra would read a comma as two values, and can't read a bracket."""
+    started = Mock()
+    monkeypatch.setattr(subprocess, "Popen", started)
+    chosen = study("uniad mvtec method=uniad", tmp_path / "MVTec (2021), all", "bottle")
+    chosen.run()
+    *arguments, place = started.call_args.args[0][4:]
+    assert reproduce.composed(arguments)["data"]["root"] == str(chosen.root)
+    assert values.read(place) == str(chosen.output / chosen.name)
 
 
 @pytest.fixture
