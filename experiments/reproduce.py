@@ -119,6 +119,8 @@ def plan(entries: Sequence[Published], data: Path, output: Path, extra: Sequence
             absent.append(f"{entry.method} on {entry.dataset} ({entry.setting}): there is no experiment for it")
         elif found is None:
             absent.append(f"{entry.method} on {entry.dataset}: no such data set below {data}")
+        elif entry.setting == "unified" and len(found[1]) == 1:  # a run on one category has the setting `single`
+            absent.append(f"{entry.method} on {entry.dataset} (unified): {found[0]} holds {found[1][0]} alone")
         else:
             studies.append(Study(entry, *found, output, list(extra)))
     return studies, absent

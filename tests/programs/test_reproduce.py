@@ -37,6 +37,18 @@ def test_ctrl_c_waits_for_the_sweep(tmp_path, monkeypatch):
     assert (tmp_path / "ended").exists()
 
 
+def test_which_studies_run(tmp_path):
+    """Those whose data are there; one model for all categories needs two of them."""
+    for categories in ("bottle",), ("bottle", "cable"):
+        for category in categories:
+            (tmp_path / "mvtec" / category / "train" / "good").mkdir(parents=True, exist_ok=True)
+        studies, absent = reproduce.plan(list(ENTRIES.values()), tmp_path, tmp_path / "output", [])
+        assert all(each.categories == [*categories] and each.entry.dataset == "mvtec" for each in studies)
+        few = f"uniad on mvtec (unified): {tmp_path / 'mvtec'} holds bottle alone"
+        assert (few in absent) == (len(categories) == 1)
+        assert ("uniad" in {each.entry.method for each in studies}) == (len(categories) == 2)
+
+
 def test_any_folder_name(tmp_path, monkeypatch):
     """Hydra would read a comma as two values, and can't read a bracket."""
     started = Mock()
