@@ -25,12 +25,14 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from anomalib_lite.cli.values import as_typed
 from anomalib_lite.comparison.published import Published, read
 from anomalib_lite.data.readers import MVTEC, VISA
 from anomalib_lite.errors import UserError
+from anomalib_lite.splits import without_files
 from anomalib_lite.sweeps.command import quoted
 
 HERE = Path(__file__).resolve().parent
@@ -156,8 +158,6 @@ def estimate(studies: Sequence[Study]) -> None:
 def timed(study: Study) -> tuple[int, int, float]:
     """The number of runs, the steps of one, and its seconds: from a few steps on drawn images with random weights."""
     known = {"mvtec": MVTEC, "visa": VISA}[study.entry.dataset]
-    counts = [known[category] for category in study.categories]
-    train, test = sum(n for n, _, _ in counts), sum(good + bad for _, good, bad in counts)
     arguments = study.arguments(study.categories[0])
     cfg = composed(arguments)
     seeds = math.prod(
@@ -165,9 +165,11 @@ def timed(study: Study) -> tuple[int, int, float]:
         for key, values in cfg["swept"].items()
         if key != "data.category" and not any(given.startswith(f"{key}=") for given in arguments)
     )
-    runs = seeds
-    if study.entry.setting == "single":
-        runs, train, test = seeds * len(counts), train // len(counts), test // len(counts)
+    models = [study.categories] if study.entry.setting == "unified" else [[name] for name in study.categories]
+    split, runs = instantiate(cfg["split"]), seeds * len(models)
+    kept = [len(split(without_files(study.entry.dataset, names)).train) for names in models]
+    train = sum(kept) // len(models)
+    test = sum(good + bad for name in study.categories for _, good, bad in [known[name]]) // len(models)
     trainer, batch = cfg["trainer"], cfg["data"]["batch_size"]
     limits = [trainer["max_steps"], trainer["max_epochs"] and trainer["max_epochs"] * -(-train // batch)]
     steps = min(limit for limit in limits if limit is not None)
@@ -177,7 +179,8 @@ def timed(study: Study) -> tuple[int, int, float]:
     scored = data["train_counts"]["wood"] + sum(data["test_counts"]["wood"].values())
     step = timing["fit_s"] / timing["steps"] if timing["steps"] else 0.0
     phases = timing["steps"] / TRIAL_STEPS
-    passes = train + test + train  # features or a fit, the test, and the scores of training images for thresholds
+    # features or a fit, the test, and the scores of training images for thresholds
+    passes = train * cfg["data"].get("copies", 1) + test + train
     return runs, round(steps * phases), steps * phases * step + passes * timing["test_s"] / scored
 
 
@@ -200,11 +203,12 @@ def trial(has_steps: bool, *arguments: str) -> dict[str, Any]:
 
 
 def composed(arguments: Sequence[str]) -> dict[str, Any]:
-    """`data` and `trainer` of a command line, and the values that its experiment sweeps over."""
+    """`data`, `split` and `trainer` of a command line, and the values that its experiment sweeps over."""
     with initialize_config_dir(str(HERE.parent / "conf"), version_base="1.3"):
         cfg = compose("train", list(map(as_typed, arguments)), return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
-        parts: dict[str, Any] = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("data", "trainer")}
+        names = ("data", "split", "trainer")
+        parts: dict[str, Any] = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in names}
         swept = cfg.hydra.sweeper.get("params")
         return parts | {"swept": OmegaConf.to_container(swept) if swept else {}}
 

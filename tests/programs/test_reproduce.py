@@ -100,3 +100,18 @@ def test_the_estimate(tmp_path, trials, capsys):
     assert not any(argument.startswith(("split", "augment", "data.root")) for argument in subspace_ad)
     assert {"+data.reader.train=4", "hardware.feature_memory_gb=0"} < set(subspace_ad)
     assert {"+data.reader.train=16", "trainer.max_steps=2"} < set(uniad)
+
+
+@pytest.mark.parametrize(
+    ("name", "runs", "steps", "scored"),
+    [
+        ("uniad mvtec method=uniad", 3, 1000 * 454, 3629 + 1725 + 3629),  # batches of 8
+        ("ltad mvtec method=ltad split=exp100", 3, 500 * 173, 1378 + 1725 + 1378),
+        ("subspace_ad mvtec split=shots split.shots=1 augment=rotations_random", 15, 0, 31 + 115 + 1),
+    ],
+)
+@pytest.mark.usefixtures("trials")
+def test_the_estimate_counts_the_images_of_the_split(name, runs, steps, scored, tmp_path):
+    *counts, seconds = reproduce.timed(study(name, tmp_path, *reproduce.MVTEC))
+    assert counts == [runs, steps]
+    assert seconds == pytest.approx(0.5 * steps + 0.1 * scored)
