@@ -71,7 +71,9 @@ def test_failures_stay_in_their_jobs(swept):
 
 
 def test_the_next_launch(swept, tmp_path):
-    """It retries what failed, and evaluates again where a result was damaged; overrides may change their order."""
+    """It retries what failed, and evaluates again where a result was damaged; overrides may change their order. A job's
+    folder may hold an evaluation of the job.
+    """
     folder = shutil.copytree(swept[0], tmp_path / "a sweep")
     done = state_of(folder / "0")
     time = (folder / "1" / "result.json").stat().st_mtime_ns
@@ -79,6 +81,8 @@ def test_the_next_launch(swept, tmp_path):
     stored = json.loads((folder / "1" / "checkpoints" / "config.json").read_text())
     stored["digests"]["module sweep_methods"] = "as of another file"
     (folder / "1" / "checkpoints" / "config.json").write_text(json.dumps(stored))
+    (folder / "1" / "again").mkdir()
+    shutil.copy(folder / "1" / "result.json", folder / "1" / "again")
     Path("marker").touch()
     outcome = in_process("-m", *HYDRA, *reversed(VARIED), f'hydra.sweep.dir="{folder}"')
     assert outcome.code == 1
