@@ -152,6 +152,8 @@ class Sweep:
         if not entry and subfolder in taken.values():
             raise UserError(f"hydra.sweep.subdir: two jobs share the folder {subfolder}; name all that differs in it")
         configuration.check(plain)
+        if plain["data"]["check"] == "only":
+            raise UserError("data.check=only: makes no run; leave out -m, or add hydra.mode=RUN to an experiment")
         check_objective(plain)
         self.check_held_out(plain)
         job = Job(number, overrides, self.folder / subfolder, cfg, plain, *self.devices(plain["hardware"]))

@@ -296,6 +296,7 @@ def test_interrupted_beside_another(home, undisturbed, tmp_path, number):
         ("hydra.launcher.threads=0", "hydra.launcher.threads=0: give a whole number from 1"),
         ("hardware.nodes=2", "hardware.nodes=2: hydra/launcher=processes runs a job on one machine alone; choose"),
         ("objective=metrics.image_auroc", "objective=metrics.image_auroc: .*the test set chooses nothing"),
+        ("data.check=only", "data.check=only: makes no run; leave out -m"),
         ("objective=validation.aupro_5", "objective=validation.aupro_5: no such metric; choose from"),
         ("data.batch_size=0", "data.batch_size=0: give"),
         ("hydra.sweep.subdir=same", "hydra.sweep.subdir: two jobs share the folder same"),
