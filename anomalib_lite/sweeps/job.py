@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from omegaconf import OmegaConf
 
+from anomalib_lite.cli.schema import is_free, types_of
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import HOME
 from anomalib_lite.runs import folder, own_modules
@@ -121,6 +123,30 @@ def key_of(overrides: list[str]) -> str:
     plain = [re.sub("[\"']", "", override) for override in filter_overrides(overrides)]
     named = [each for each in plain if each.lstrip("+").partition("=")[0] not in ("resume", "debug")]
     return json.dumps(sorted(named))
+
+
+def match(known: dict[str, Any], batch: dict[str, list[str]], ours: Collection[str]) -> dict[str, Any]:
+    """A folder's entries by the keys of the jobs that continue them, or by their own keys.
+
+    If no job of the batch has an entry's overrides, a job continues an entry that differs only in what may change on
+    resume. `ours` are the keys of the jobs that this command has already planned.
+    """
+    waiting = [key for key in known if key not in ours]
+    old = {bound_key(known[key]["overrides"]): key for key in waiting}
+    new = {bound_key(overrides): key for key, overrides in batch.items()}
+    if known.keys() & batch.keys() or len(old) < len(waiting) or len(new) < len(batch):  # such keys may be swept too
+        return known
+    continued = {key: new.get(bound, key) for bound, key in old.items()}
+    return {continued.get(key, key): entry for key, entry in known.items()}
+
+
+def bound_key(overrides: list[str]) -> str:
+    """As key_of, without the overrides that may change on resume and concern neither the data nor the objective."""
+
+    def is_bound(key: str) -> bool:
+        return key == "objective" or (key.startswith("data.") and str in types_of(key)) or not is_free(key, "resume")
+
+    return key_of([each for each in overrides if is_bound(each.lstrip("+~").partition("=")[0])])
 
 
 def as_typed(overrides: Any) -> list[str]:

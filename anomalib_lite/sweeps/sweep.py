@@ -29,7 +29,7 @@ from anomalib_lite.runs.folder import is_run
 from anomalib_lite.runs.inputs import check_inputs
 from anomalib_lite.runs.objective import check_objective
 from anomalib_lite.sweeps.forks import ForkedJobs
-from anomalib_lite.sweeps.job import Job, as_typed, check_known, check_whole, key_of, without_value
+from anomalib_lite.sweeps.job import Job, as_typed, check_known, check_whole, key_of, match, without_value
 from anomalib_lite.sweeps.view import View, print_end, print_interrupted
 
 log = logging.getLogger(__name__)
@@ -104,6 +104,7 @@ class Sweep:
             known = {key_of(entry["overrides"]): entry for entry in entries}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.index}: damaged; choose another hydra.sweep.dir") from error
+        known = match(known, batch, self.jobs)
         if not self.jobs and known and not (known.keys() <= batch.keys() or batch.keys() <= known.keys()):
             theirs = next(entry["overrides"] for key, entry in known.items() if key not in batch)
             ours = min(batch.values(), key=lambda each: len({*each} ^ {*theirs}))

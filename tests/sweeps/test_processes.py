@@ -16,7 +16,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from anomalib_lite.sweeps import sweep
-from anomalib_lite.sweeps.job import Job
+from anomalib_lite.sweeps.job import Job, key_of, match
 from tests.helpers.run_programs import Outcome, holding
 from tests.helpers.user_folder import Started, assert_refused, in_process, result_of, state_of
 
@@ -151,6 +151,31 @@ def test_damaged_files_of_a_job(name, content, warning, tmp_path, caplog):
     assert job.resume == (name == "result.json")
     assert not (tmp_path / name).exists()
     assert (tmp_path / "checkpoints" / "last.ckpt").exists() == job.resume
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "is_continued"),
+    [
+        (["seed=0", "seed=1"], ["seed=0 hardware.threads=2", "seed=1 hardware.threads=2"], True),
+        (["seed=0", "seed=1"], ["seed=1 logger=csv"], True),
+        (["seed=0 data.workers=1"], ["seed=0 hardware=gpu", "seed=1 hardware=gpu"], True),
+        (["seed=0 data.root=a"], ["seed=0 data.root=b"], False),
+        (["seed=0"], ["seed=0 objective=null"], False),
+        (["hardware.precision=32", "hardware.precision=bf16"], ["hardware.precision=32 debug=true logger=csv"], False),
+        (["hardware.threads=1"], ["hardware.precision=32", "hardware.precision=bf16"], False),
+    ],
+)
+def test_which_jobs_continue(stored, given, is_continued):
+    """Overrides that may change on resume identify a job only where they are swept."""
+    known = {key_of(overrides.split()): overrides for overrides in stored}
+    entries = {key: {"overrides": overrides.split()} for key, overrides in known.items()}
+    batch = {key_of(overrides.split()): overrides.split() for overrides in given}
+    found = match(entries, batch, [])
+    assert list(found.values()) == list(entries.values())
+    assert bool(found.keys() & batch.keys()) == is_continued
+    for key in found.keys() & batch.keys():
+        assert {*batch[key]} & {"seed=0", "seed=1"} == {*found[key]["overrides"]} & {"seed=0", "seed=1"}
+    assert match(entries, batch, entries.keys()) == entries  # a search's next batch does not continue the previous one
 
 
 @pytest.mark.slow
