@@ -42,6 +42,7 @@ class Job:
     state: str = "waiting"
     resume: bool = False
     started: float = 0.0
+    written: int = 0  # bytes in output.log from earlier attempts
     seconds: float | None = None
     failure: str = ""
     changed: list[str] = field(default_factory=list)  # the user's own modules that have changed since a run was done
@@ -95,6 +96,11 @@ class Job:
                 log.warning("%s; job %d is evaluated again", reason, self.number)
                 put_aside(self.folder / folder.RESULT)
 
+    def start(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.state, self.started = "running", time.monotonic()
+        self.written = self.output.stat().st_size if self.output.exists() else 0
+
     def finish(self, code: int) -> None:
         """Set the state from the exit code and from what the run left."""
         self.seconds = time.monotonic() - self.started
@@ -102,7 +108,7 @@ class Job:
             if code == 0:
                 self.result, self.state = read_result(self.folder), "done"
                 return
-            self.failure = last_line(self.output).removeprefix("error: ") or f"exit code {code}"
+            self.failure = reason(self.output, self.written) or f"exit code {code}"
             if code < 0:
                 self.failure = f"killed by {signal.Signals(-code).name}"
         except UserError as error:
@@ -169,15 +175,31 @@ def put_aside(place: Path) -> None:
         place.replace(aside)
 
 
-def last_line(file: Path) -> str:
-    """The last line of a text file that is not blank; "" if there is none."""
+def last_lines(file: Path, size: int, start: int = 0) -> list[str]:
+    """The lines in the last `size` bytes of a text file, from byte `start`, that are not blank."""
     try:
         with file.open("rb") as stream:
-            stream.seek(max(0, file.stat().st_size - 2000))
+            stream.seek(max(start, file.stat().st_size - size))
             lines = stream.read().decode(errors="replace").split("\n")
     except OSError:
-        return ""
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return []
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+def last_line(file: Path) -> str:
+    """The last line of a text file that is not blank; "" if there is none."""
+    return "".join(last_lines(file, 2000)[-1:]).strip()
+
+
+def reason(file: Path, start: int) -> str:
+    """The first line of the last error in a job's output from byte `start`; else its last line, or ""."""
+    lines = last_lines(file, 2**16, start)
+    for number, line in reversed([*enumerate(lines)]):
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")
+        if line.startswith('  File "'):  # of a traceback, whose message follows without indentation
+            return next((after for after in lines[number:] if not after[0].isspace()), lines[-1].strip())
+    return lines[-1].strip() if lines else ""
 
 
 def check_known(group: str, choice: str, options: dict[str, Any]) -> None:

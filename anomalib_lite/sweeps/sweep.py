@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -254,8 +253,7 @@ class Sweep:
                     for gpu in gpus:
                         free.remove(gpu)
                     running[job.number], held[job.number] = job, gpus
-                    job.folder.mkdir(parents=True, exist_ok=True)
-                    job.state, job.started = "running", time.monotonic()
+                    job.start()
                     environment = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
                     self.engine.start(job, job.command(hydra, self.folder, self.threads(limit), environment))
                     view.started(job)

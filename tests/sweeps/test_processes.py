@@ -154,6 +154,30 @@ def test_damaged_files_of_a_job(name, content, warning, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("", "exit code 3"),
+        ("12:00 training\nerror: marker: no such file\nnote: that is all\n\n", "marker: no such file"),
+        (
+            'Traceback (most recent call last):\n  File "a.py", line 1, in f\n    f()\n    ~^^\n'
+            "RuntimeError: CUDA error: no memory\nCompile with TORCH_USE_CUDA_DSA\n\n",
+            "RuntimeError: CUDA error: no memory",
+        ),
+        ("12:00 training\n  12:01 evaluating\n", "12:01 evaluating"),
+    ],
+)
+def test_the_reason_of_a_failure(output, reason, tmp_path):
+    """What this attempt wrote counts: output.log holds the earlier ones too."""
+    job = Job(0, [], tmp_path, None, {}, 0, False)
+    job.output.write_text("error: an earlier one\n")
+    job.start()
+    with job.output.open("a") as file:
+        file.write(output)
+    job.finish(3)
+    assert job.failure == reason
+
+
+@pytest.mark.parametrize(
     ("stored", "given", "is_continued"),
     [
         (["seed=0", "seed=1"], ["seed=0 hardware.threads=2", "seed=1 hardware.threads=2"], True),
