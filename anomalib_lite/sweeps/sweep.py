@@ -24,7 +24,7 @@ from anomalib_lite.data.cores import cores, threads
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import write_text
 from anomalib_lite.runs.claim import claimed
-from anomalib_lite.runs.folder import is_run
+from anomalib_lite.runs.folder import is_run, make_absolute
 from anomalib_lite.runs.inputs import check_inputs
 from anomalib_lite.runs.objective import check_objective
 from anomalib_lite.sweeps.forks import ForkedJobs
@@ -152,6 +152,7 @@ class Sweep:
         if not entry and subfolder in taken.values():
             raise UserError(f"hydra.sweep.subdir: two jobs share the folder {subfolder}; name all that differs in it")
         configuration.check(plain)
+        make_absolute(plain)  # as the stored configuration of the job
         if plain["data"]["check"] == "only":
             raise UserError("data.check=only: makes no run; leave out -m, or add hydra.mode=RUN to an experiment")
         check_objective(plain)

@@ -153,6 +153,15 @@ def test_damaged_files_of_a_job(name, content, warning, tmp_path, caplog):
     assert (tmp_path / "checkpoints" / "last.ckpt").exists() == job.resume
 
 
+def test_paths_are_absolute_as_in_a_stored_run(home, tmp_path, monkeypatch):
+    """Else a job with a relative one would seem to be another run when the sweep continues."""
+    names: list[str] = []
+    monkeypatch.setattr(sweep.Sweep, "run", lambda _, jobs: names.extend(job.plain["backbone"]["name"] for job in jobs))
+    given = ("backbone.name=local-dir:model", "backbone.layers=[1]", f"hydra.sweep.dir={tmp_path}")
+    assert in_process("-m", "method=mean", "seed=0", *given).code == 0
+    assert names == [f"local-dir:{home / 'model'}"]
+
+
 @pytest.mark.parametrize(
     ("output", "reason"),
     [
