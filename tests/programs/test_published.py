@@ -74,8 +74,9 @@ def published_value(run, category, metric):
 
 def test_a_part_of_the_categories(write, file):
     """Where the figure of the same categories is known, that one is compared; otherwise there is no difference."""
-    write("a", ("tile",))
+    write("a", ("tile",), environment__git="f" * 40 + "+changes")
     lines = lines_of(write, file)
+    assert lines["image_auroc"].remarks[-1].endswith("commit ffffffff+changes")
     assert lines["image_auroc"].published == 85
     assert lines["pixel_auroc"].published is None
     assert lines["pixel_auroc"].texts()[6] == "–"
