@@ -14,6 +14,7 @@ from anomalib_lite.cli.messages import one_line
 from anomalib_lite.runs import folder
 from anomalib_lite.runs.claim import claimed
 from anomalib_lite.runs.inputs import check_inputs
+from anomalib_lite.runs.objective import check_objective, objective
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ def train(cfg: Any) -> float | None:
     folder.make_absolute(config)
     if config["resume"]:
         config, names, overrides = folder.resumed(run, config, names, overrides)
+    check_objective(config)
     one_process = hydra.mode == RunMode.MULTIRUN  # our own launchers give every job a process and mode=RUN
     ranks.check(config["hardware"], str(hydra.runtime.choices.get("hydra/launcher")) if one_process else None)
     first = ranks.settle(config["hardware"])
@@ -67,7 +69,7 @@ def train(cfg: Any) -> float | None:
     if result is None:
         return None
     terminal.show(run, result)
-    return folder.objective(config["objective"], result)
+    return objective(config["objective"], result)
 
 
 def trained(

@@ -6,15 +6,18 @@
 DIR holds the data sets: MVTec AD in mvtec/, mvtec_ad/ or parts/ (or in DIR itself), VisA in visa/. Categories that are
 missing are left out, and the board says so. The settings run one sweep after the other. The same command goes on where
 an earlier one was stopped: finished runs stay, and interrupted ones resume.
-KEY=VALUE holds for all runs. --dry-run only prints what would run, with an estimate of its time on this device.
+KEY=VALUE holds for all runs. --dry-run starts none of them: it prints what would run, with an estimate of the time on
+this device.
 """
 
 import argparse
+import functools
 import json
 import math
-import shutil
+import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +25,15 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from anomalib_lite.cli.values import as_typed
 from anomalib_lite.comparison.published import Published, read
 from anomalib_lite.data.readers import MVTEC, VISA
 from anomalib_lite.errors import UserError
+from anomalib_lite.splits import without_files
+from anomalib_lite.sweeps.command import quoted
 
 HERE = Path(__file__).resolve().parent
 FILE = HERE / "published.yaml"
@@ -49,7 +56,7 @@ class Study:
         """Those of the sweep, or those of its runs on one category."""
         names = category or ",".join(self.categories)
         chosen = f"[{names}]" if self.entry.setting == "unified" and not category else names
-        data = [f"data.root={self.root}", f"data.category={chosen}"]
+        data = [f"data.root={quoted(self.root)}", f"data.category={chosen}"]
         return [f"+experiments={self.entry.experiment}", *self.entry.overrides, *data, *self.extra]
 
     @property
@@ -59,10 +66,15 @@ class Study:
 
     def run(self) -> int:
         """The sweep; its exit code."""
-        place = f"hydra.sweep.dir={self.output / self.name}"
+        place = f"hydra.sweep.dir={quoted(self.output / self.name)}"
         command = [sys.executable, "-m", "anomalib_lite.train", "-m", *self.arguments(), place]
-        print(f"\n== {self.name}: {' '.join(command[1:])}", flush=True)
-        return subprocess.run(command, check=False).returncode
+        print(f"\n== {self.name}: {shlex.join(command[1:])}", flush=True)
+        sweep = subprocess.Popen(command)
+        try:
+            return sweep.wait()
+        except KeyboardInterrupt:  # the terminal has sent it to the sweep too, whose runs write a checkpoint first
+            sweep.wait()
+            raise SystemExit(130) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,8 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(
             f"DIR: no data set of a published setting lies in {options.data}; see --help for the folders' names"
         )
-    estimate(studies, options.output.resolve())
-    failed = [] if options.dry_run else [study.name for study in studies if study.run()]
+    if options.dry_run:
+        estimate(studies)
+        return 0
+    failed = [study.name for study in studies if study.run()]
     options.output.mkdir(parents=True, exist_ok=True)
     board = ["--published", FILE, "--markdown", options.output / "board.md", "--html", options.output / "board.html"]
     compare = [sys.executable, "-m", "anomalib_lite.compare", options.output, *board]
@@ -107,6 +121,8 @@ def plan(entries: Sequence[Published], data: Path, output: Path, extra: Sequence
             absent.append(f"{entry.method} on {entry.dataset} ({entry.setting}): there is no experiment for it")
         elif found is None:
             absent.append(f"{entry.method} on {entry.dataset}: no such data set below {data}")
+        elif entry.setting == "unified" and len(found[1]) == 1:  # a run on one category has the setting `single`
+            absent.append(f"{entry.method} on {entry.dataset} (unified): {found[0]} holds {found[1][0]} alone")
         else:
             studies.append(Study(entry, *found, output, list(extra)))
     return studies, absent
@@ -125,13 +141,13 @@ def categories_below(data: Path, dataset: str) -> Iterator[tuple[Path, list[str]
             yield root.resolve(), found
 
 
-def estimate(studies: Sequence[Study], output: Path) -> None:
+def estimate(studies: Sequence[Study]) -> None:
     """Print what will run and how long it will take: a few training steps and test batches of each are timed."""
     total = 0.0
     print(f"{'study':60} {'runs':>5} {'steps each':>10} {'estimate':>10}")
     for study in studies:
         try:
-            runs, steps, seconds = timed(study, output)
+            runs, steps, seconds = timed(study)
             total += runs * seconds
             print(f"{study.name[:60]:60} {runs:5} {steps:10} {runs * seconds / 3600:8.1f} h", flush=True)
         except Exception as error:  # the study may run nevertheless
@@ -139,11 +155,9 @@ def estimate(studies: Sequence[Study], output: Path) -> None:
     print(f"{'together, without finished runs being left out':60} {'':16} {total / 3600:8.1f} h\n")
 
 
-def timed(study: Study, output: Path) -> tuple[int, int, float]:
+def timed(study: Study) -> tuple[int, int, float]:
     """The number of runs, the steps of one, and its seconds: from a few steps on drawn images with random weights."""
     known = {"mvtec": MVTEC, "visa": VISA}[study.entry.dataset]
-    counts = [known[category] for category in study.categories]
-    train, test = sum(n for n, _, _ in counts), sum(good + bad for _, good, bad in counts)
     arguments = study.arguments(study.categories[0])
     cfg = composed(arguments)
     seeds = math.prod(
@@ -151,40 +165,50 @@ def timed(study: Study, output: Path) -> tuple[int, int, float]:
         for key, values in cfg["swept"].items()
         if key != "data.category" and not any(given.startswith(f"{key}=") for given in arguments)
     )
-    runs = seeds
-    if study.entry.setting == "single":
-        runs, train, test = seeds * len(counts), train // len(counts), test // len(counts)
-    trial = output / "trials" / study.name
+    models = [study.categories] if study.entry.setting == "unified" else [[name] for name in study.categories]
+    split, runs = instantiate(cfg["split"]), seeds * len(models)
+    kept = [len(split(without_files(study.entry.dataset, names)).train) for names in models]
+    train = sum(kept) // len(models)
+    test = sum(good + bad for name in study.categories for _, good, bad in [known[name]]) // len(models)
     trainer, batch = cfg["trainer"], cfg["data"]["batch_size"]
     limits = [trainer["max_steps"], trainer["max_epochs"] and trainer["max_epochs"] * -(-train // batch)]
     steps = min(limit for limit in limits if limit is not None)
-    budget = ["trainer.max_epochs=null", f"trainer.max_steps={TRIAL_STEPS}"] if steps else []
-    drawn = ["data=synthetic", "data.category=wood", "split=full"]
-    drawn += [f"+data.reader.{part}={number}" for part, number in TRIAL_COUNTS.items()]
-    shutil.rmtree(trial, ignore_errors=True)
-    options = ["hydra.mode=RUN", f"hydra.run.dir={trial}", "logger=csv", "cache.enabled=false", "backbone.weights=none"]
-    options.append("hardware.measure_cost=false")
-    real = ("data=", "data.root=", "data.category=", "split", "trainer.max")
-    given = [argument for argument in arguments if not argument.startswith(real)]
-    command = [sys.executable, "-m", "anomalib_lite.train", *given, *drawn, *budget, *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(done.stderr.strip().rpartition("\n")[2])
-    result = json.loads((trial / "result.json").read_text())
-    shutil.rmtree(trial.parent)  # compare reads all runs below the output
-    timing, tested = result["timing"], sum(result["data"]["test_counts"]["wood"].values()) + TRIAL_COUNTS["train"]
+    real = ("data=", "data.root=", "data.category=", "split", "augment", "trainer.max")
+    result = trial(bool(steps), *(argument for argument in arguments if not argument.startswith(real)))
+    timing, data = result["timing"], result["data"]
+    scored = data["train_counts"]["wood"] + sum(data["test_counts"]["wood"].values())
     step = timing["fit_s"] / timing["steps"] if timing["steps"] else 0.0
     phases = timing["steps"] / TRIAL_STEPS
-    passes = train + test + train  # features or a fit, the test, and the scores of training images for thresholds
-    return runs, round(steps * phases), steps * phases * step + passes * timing["test_s"] / tested
+    # features or a fit, the test, and the scores of training images for thresholds
+    passes = train * cfg["data"].get("copies", 1) + test + train
+    return runs, round(steps * phases), steps * phases * step + passes * timing["test_s"] / scored
+
+
+@functools.cache  # several studies differ in their data alone
+def trial(has_steps: bool, *arguments: str) -> dict[str, Any]:
+    """The result of a short run on drawn images with random weights."""
+    counts = TRIAL_COUNTS if has_steps else TRIAL_COUNTS | {"train": 4}
+    drawn = ["data=synthetic", "data.category=wood", *(f"+data.reader.{part}={n}" for part, n in counts.items())]
+    budget = ["trainer.max_epochs=null", f"trainer.max_steps={TRIAL_STEPS}"]
+    without_steps = ["hardware.feature_memory_gb=0"]  # all images pass through the backbone when they are scored
+    options = ["hydra.mode=RUN", "logger=csv", "cache.enabled=false", "backbone.weights=none"]
+    options += ["hardware.measure_cost=false", *(budget if has_steps else without_steps)]
+    with tempfile.TemporaryDirectory() as folder:
+        place = f"hydra.run.dir={quoted(Path(folder, 'run'))}"
+        command = [sys.executable, "-m", "anomalib_lite.train", *arguments, *drawn, *options, place]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(done.stderr.strip().rpartition("\n")[2])
+        return json.loads(Path(folder, "run", "result.json").read_text())
 
 
 def composed(arguments: Sequence[str]) -> dict[str, Any]:
-    """`data` and `trainer` of a command line, and the values that its experiment sweeps over."""
+    """`data`, `split` and `trainer` of a command line, and the values that its experiment sweeps over."""
     with initialize_config_dir(str(HERE.parent / "conf"), version_base="1.3"):
-        cfg = compose("train", list(arguments), return_hydra_config=True)
+        cfg = compose("train", list(map(as_typed, arguments)), return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
-        parts: dict[str, Any] = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("data", "trainer")}
+        names = ("data", "split", "trainer")
+        parts: dict[str, Any] = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in names}
         swept = cfg.hydra.sweeper.get("params")
         return parts | {"swept": OmegaConf.to_container(swept) if swept else {}}
 

@@ -160,5 +160,6 @@ def _where(row: Row) -> str:
     places = []
     for run in row.all_runs():
         about = dict_at(run.result, "environment")
-        places.append(f"{about.get('device', 'unknown device')}, commit {str(about.get('git') or 'unknown')[:8]}")
+        commit = str(about.get("git") or "unknown")
+        places.append(f"{about.get('device', 'unknown device')}, commit {commit[:8]}{commit[40:]}")  # +changes
     return shorten(places, 2)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from rich import box
 from rich.console import Console
@@ -16,6 +17,7 @@ from anomalib_lite.metrics.names import name_of
 MOST_TESTS = 20  # pairs that the terminal shows; the other formats hold them all
 WIDEST = 44  # characters of a label in a line
 
+T = TypeVar("T")
 Place = tuple[str, Column]  # a metric and a column of the table
 
 
@@ -41,7 +43,8 @@ def show(
     names = ", ".join(map(name_of, metrics))
     output.print(Text(f"{number}{table.title}: {names}", style="bold"), soft_wrap=True)
     label_width = min(max(len(row.label) for row in table.rows), WIDEST)
-    for places in _blocks(table, metrics, output.width - label_width - 10):
+    every_place = [(metric, column) for metric in metrics for column in table.columns]
+    for places in _blocks(every_place, lambda place: _width(table, place, metrics), output.width - label_width - 10):
         output.print(_cells(table, places, metrics, label_width))
         output.print()
     best = any(cell.best for row in table.rows for metric in metrics for cell in table.cells(row, metric).values())
@@ -61,11 +64,7 @@ def show(
             grid.add_row(Text(row.full_label), *(Text(text(row)) for text in more.values()))
         output.print(grid)
         output.print()
-    grid = _grid(["method", *(name.replace(" (", "\n(") for name in COSTS)], label_width=label_width)
-    for row, costs in table.costs().items():
-        grid.add_row(Text(row.full_label), *map(texts.amount, costs.values()))
-    output.print(grid)
-    output.print()
+    _show_costs(output, table, label_width)
 
 
 def show_board(output: Console, board: Sequence[Line]) -> None:
@@ -79,6 +78,18 @@ def show_board(output: Console, board: Sequence[Line]) -> None:
     text = "* fewer categories or another setting; --markdown and --html say which, and what each published figure is"
     output.print(Text(text, style="dim"), soft_wrap=True)
     output.print()
+
+
+def _show_costs(output: Console, table: Table, label_width: int) -> None:
+    costs = table.costs()
+    headings = {name: name.replace(" (", "\n(") for name in COSTS}
+    shown = {name: [headings[name], *(texts.amount(of_row[name]) for of_row in costs.values())] for name in COSTS}
+    for names in _blocks(list(COSTS), lambda name: _longest_line(shown[name]), output.width - label_width - 2):
+        grid = _grid(["method", *(headings[name] for name in names)], label_width=label_width)
+        for number, row in enumerate(costs, 1):
+            grid.add_row(Text(row.full_label), *(shown[name][number] for name in names))
+        output.print(grid)
+        output.print()
 
 
 def _show_tests(output: Console, table: Table, metric: str, name: str) -> None:
@@ -114,20 +125,28 @@ def _grid(headings: Sequence[str], labels: int = 1, label_width: int | None = No
     return grid
 
 
-def _blocks(table: Table, metrics: Sequence[str], room: int) -> list[list[Place]]:
+def _blocks(columns: Sequence[T], width: Callable[[T], int], room: int) -> list[list[T]]:
     """The columns in blocks: as many beside each other as there is room for."""
-    blocks: list[list[Place]] = [[]]
+    blocks: list[list[T]] = [[]]
     left = room
-    for place in ((metric, column) for metric in metrics for column in table.columns):
-        cells = [texts.percent(table.cells(row, place[0]).get(place[1])) for row in table.rows]
-        lines = _heading(place, metrics).split("\n")
-        needed = max(len(text) for text in [*cells, *(line[:16] for line in lines), " " * 9]) + 3
+    for column in columns:
+        needed = width(column) + 3
         if blocks[-1] and left < needed:
             blocks.append([])
             left = room
-        blocks[-1].append(place)
+        blocks[-1].append(column)
         left -= needed
     return blocks
+
+
+def _width(table: Table, place: Place, metrics: Sequence[str]) -> int:
+    """The characters that a column needs; a long name is folded."""
+    heading = [line[:16] for line in _heading(place, metrics).split("\n")]
+    return max(9, _longest_line([*heading, *(cell.plain for cell in _column(table, place).values())]))
+
+
+def _longest_line(shown: Sequence[str]) -> int:
+    return max(len(line) for text in shown for line in text.split("\n"))
 
 
 def _heading(place: Place, metrics: Sequence[str]) -> str:
@@ -139,16 +158,21 @@ def _cells(table: Table, places: Sequence[Place], metrics: Sequence[str], label_
     """The cells of a block of columns; settings have headings where there are several."""
     body = table.body(places[0][0])
     grid = _grid(["method", *(_heading(place, metrics) for place in places), "seeds"], label_width=label_width)
-    cells = {row: [table.cells(row, metric).get(column) for metric, column in places] for row in table.rows}
-    with_sd = [any(cell and cell.sd is not None for cell in column) for column in zip(*cells.values(), strict=True)]
+    columns = [_column(table, place) for place in places]
     for setting, rows in body.items():
         if len(body) > 1:
             grid.add_row(Text(setting, style="italic"))
         for row, of_first in rows.items():
-            shown = [_cell(cell, sd) for cell, sd in zip(cells[row], with_sd, strict=True)]
-            grid.add_row(Text(row.label), *shown, texts.seeds_of(of_first))
+            grid.add_row(Text(row.label), *(column[row] for column in columns), texts.seeds_of(of_first))
         grid.add_section()
     return grid
+
+
+def _column(table: Table, place: Place) -> dict[Row, Text]:
+    metric, column = place
+    cells = {row: table.cells(row, metric).get(column) for row in table.rows}
+    with_sd = any(cell and cell.sd is not None for cell in cells.values())
+    return {row: _cell(cell, with_sd) for row, cell in cells.items()}
 
 
 def _cell(cell: Cell | None, with_sd: bool) -> Text:

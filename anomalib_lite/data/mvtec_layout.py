@@ -81,6 +81,10 @@ def choose(category: str | Sequence[str], available: list[str], base: Path, hint
         if names.count(name) > 1:
             raise UserError(f"data.category names '{name}' {names.count(name)} times: name each category once")
         if name not in available:
+            bare = f"[{','.join(map(str, names))}]"
+            if isinstance(category, list) and bare in available:
+                quoted = f"'data.category=\"{bare}\"'"
+                raise UserError(f"{base}: no category '{name}'; for the folder {bare} give quotes too: {quoted}")
             near = difflib.get_close_matches(name.lower(), available, n=1)
             guess = f"; did you mean '{near[0]}'?" if near else ""
             listed = ", ".join(sorted(available))

@@ -250,18 +250,6 @@ def read_run(run: Path) -> tuple[Path, dict[str, Any], dict[str, str]]:
     return checkpoint(run), config, names
 
 
-def objective(name: str | None, result: dict[str, Any]) -> float | None:
-    """The value of `validation.METRIC` that an optimising sweeper gets; None if nothing was held out."""
-    metrics = result["validation"]
-    if name is None or metrics is None:
-        return None
-    metric = name.partition(".")[2]
-    if metric not in metrics:
-        choices = ", ".join(f"validation.{each}" for each in metrics)
-        raise UserError(f"objective={name}: no such metric; choose from {choices}")
-    return metrics[metric]
-
-
 def _stored(run: Path, name: str) -> dict[str, str]:
     """What the run's file of the configuration holds beside it; empty for a run of an earlier version."""
     try:

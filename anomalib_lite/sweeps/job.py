@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from omegaconf import OmegaConf
 
+from anomalib_lite.cli.schema import is_free, types_of
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import HOME
 from anomalib_lite.runs import folder, own_modules
 from anomalib_lite.runs.artifacts import read_result
+from anomalib_lite.runs.objective import objective
 from anomalib_lite.sweeps.command import Command, config_flags, quoted
 
 log = logging.getLogger(__name__)
@@ -39,6 +42,7 @@ class Job:
     state: str = "waiting"
     resume: bool = False
     started: float = 0.0
+    written: int = 0  # bytes in output.log from earlier attempts
     seconds: float | None = None
     failure: str = ""
     changed: list[str] = field(default_factory=list)  # the user's own modules that have changed since a run was done
@@ -50,7 +54,7 @@ class Job:
 
     @property
     def objective(self) -> float | None:
-        return folder.objective(self.plain["objective"], self.result) if self.result else None
+        return objective(self.plain["objective"], self.result) if self.result else None
 
     def command(self, hydra: list[str], sweep: Path, threads: int | None, environment: dict[str, str]) -> Command:
         """The command that runs the job alone. `hydra`: the overrides of Hydra's own options given to the sweep."""
@@ -92,6 +96,11 @@ class Job:
                 log.warning("%s; job %d is evaluated again", reason, self.number)
                 put_aside(self.folder / folder.RESULT)
 
+    def start(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.state, self.started = "running", time.monotonic()
+        self.written = self.output.stat().st_size if self.output.exists() else 0
+
     def finish(self, code: int) -> None:
         """Set the state from the exit code and from what the run left."""
         self.seconds = time.monotonic() - self.started
@@ -99,7 +108,7 @@ class Job:
             if code == 0:
                 self.result, self.state = read_result(self.folder), "done"
                 return
-            self.failure = last_line(self.output).removeprefix("error: ") or f"exit code {code}"
+            self.failure = reason(self.output, self.written) or f"exit code {code}"
             if code < 0:
                 self.failure = f"killed by {signal.Signals(-code).name}"
         except UserError as error:
@@ -122,6 +131,30 @@ def key_of(overrides: list[str]) -> str:
     return json.dumps(sorted(named))
 
 
+def match(known: dict[str, Any], batch: dict[str, list[str]], ours: Collection[str]) -> dict[str, Any]:
+    """A folder's entries by the keys of the jobs that continue them, or by their own keys.
+
+    If no job of the batch has an entry's overrides, a job continues an entry that differs only in what may change on
+    resume. `ours` are the keys of the jobs that this command has already planned.
+    """
+    waiting = [key for key in known if key not in ours]
+    old = {bound_key(known[key]["overrides"]): key for key in waiting}
+    new = {bound_key(overrides): key for key, overrides in batch.items()}
+    if known.keys() & batch.keys() or len(old) < len(waiting) or len(new) < len(batch):  # such keys may be swept too
+        return known
+    continued = {key: new.get(bound, key) for bound, key in old.items()}
+    return {continued.get(key, key): entry for key, entry in known.items()}
+
+
+def bound_key(overrides: list[str]) -> str:
+    """As key_of, without the overrides that may change on resume and concern neither the data nor the objective."""
+
+    def is_bound(key: str) -> bool:
+        return key == "objective" or (key.startswith("data.") and str in types_of(key)) or not is_free(key, "resume")
+
+    return key_of([each for each in overrides if is_bound(each.lstrip("+~").partition("=")[0])])
+
+
 def as_typed(overrides: Any) -> list[str]:
     """Hydra's list of overrides; iterating over it would resolve the interpolations in them."""
     typed: Any = OmegaConf.to_container(overrides)
@@ -142,15 +175,31 @@ def put_aside(place: Path) -> None:
         place.replace(aside)
 
 
-def last_line(file: Path) -> str:
-    """The last line of a text file that is not blank; "" if there is none."""
+def last_lines(file: Path, size: int, start: int = 0) -> list[str]:
+    """The lines in the last `size` bytes of a text file, from byte `start`, that are not blank."""
     try:
         with file.open("rb") as stream:
-            stream.seek(max(0, file.stat().st_size - 2000))
+            stream.seek(max(start, file.stat().st_size - size))
             lines = stream.read().decode(errors="replace").split("\n")
     except OSError:
-        return ""
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return []
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+def last_line(file: Path) -> str:
+    """The last line of a text file that is not blank; "" if there is none."""
+    return "".join(last_lines(file, 2000)[-1:]).strip()
+
+
+def reason(file: Path, start: int) -> str:
+    """The first line of the last error in a job's output from byte `start`; else its last line, or ""."""
+    lines = last_lines(file, 2**16, start)
+    for number, line in reversed([*enumerate(lines)]):
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")
+        if line.startswith('  File "'):  # of a traceback, whose message follows without indentation
+            return next((after for after in lines[number:] if not after[0].isspace()), lines[-1].strip())
+    return lines[-1].strip() if lines else ""
 
 
 def check_known(group: str, choice: str, options: dict[str, Any]) -> None:

@@ -63,9 +63,12 @@ def search(
         while new := trials.next_batch(len(returns)):
             returns += launcher.launch([[*fixed, *trial] for trial in new], initial_job_idx=len(returns))
             trials.tell([made.return_value for made in returns])
-    if sweep := getattr(launcher, "sweep", None):
+    sweep = getattr(launcher, "sweep", None)  # Hydra's own launchers have none: they end at the first failure
+    if sweep:
         sweep.print_end()
     report_best(folder, sampler, trials.drawn(), returns)
+    if sweep:
+        sweep.exit_if_failed()
     return returns
 
 
@@ -214,11 +217,10 @@ class Trials:
                 repeats = 0
 
     def tell(self, values: list[float | None]) -> None:
-        """Store the objectives of the first trials; None: nothing was measured."""
+        """Store the objectives of the first trials. A trial without one stays open: the next command may retry it."""
         for trial, value in zip(self.drawn().values(), values, strict=False):
-            if not trial.state.is_finished():
-                state = self.optuna.trial.TrialState.FAIL if value is None else None
-                self.study.tell(trial.number, value, state)
+            if value is not None and not trial.state.is_finished():
+                self.study.tell(trial.number, value)
 
 
 def report_best(folder: Path, sampler: str, trials: dict[tuple[str, ...], Any], returns: list[Any]) -> None:

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,11 @@ from anomalib_lite.data.cores import cores, threads
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import write_text
 from anomalib_lite.runs.claim import claimed
-from anomalib_lite.runs.folder import is_run
+from anomalib_lite.runs.folder import is_run, make_absolute
 from anomalib_lite.runs.inputs import check_inputs
+from anomalib_lite.runs.objective import check_objective
 from anomalib_lite.sweeps.forks import ForkedJobs
-from anomalib_lite.sweeps.job import Job, as_typed, check_known, check_whole, key_of, without_value
+from anomalib_lite.sweeps.job import Job, as_typed, check_known, check_whole, key_of, match, without_value
 from anomalib_lite.sweeps.view import View, print_end, print_interrupted
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,9 @@ class Sweep:
         self.engine: Any = None  # starts jobs and reports their ends, as ForkedJobs does
 
     def launch(self, job_overrides: list[list[str]], first: int) -> list[JobReturn]:
-        """Run a batch of jobs, the first with number `first`. Exits with 1 after the last one if a job failed."""
+        """Run a batch of jobs, the first with number `first`. Exits with 1 after the last one if a job failed; a search
+        does so after its last batch.
+        """
         setup_globals()
         if not job_overrides:
             raise without_value(as_typed(self.config.hydra.overrides.task), self.loader)
@@ -79,16 +81,18 @@ class Sweep:
                     job.state = "interrupted" if job.state == "running" else job.state
                 print_interrupted(self.folder, jobs)
                 raise
-        failed = any(job.state == "failed" for job in jobs)
-        if failed or not self.searches:
+        if not self.searches:
             self.print_end()
-        if failed:
-            sys.exit(1)
+            self.exit_if_failed()
         return [self.jobs[key].returned() for key in keys]
 
     def print_end(self) -> None:
         """Print the comparison of all jobs, also of earlier batches."""
         print_end(self.folder, list(self.jobs.values()))
+
+    def exit_if_failed(self) -> None:
+        if any(job.state == "failed" for job in self.jobs.values()):
+            sys.exit(1)
 
     # --- which jobs there are, and where they lie ---
 
@@ -99,6 +103,7 @@ class Sweep:
             known = {key_of(entry["overrides"]): entry for entry in entries}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.index}: damaged; choose another hydra.sweep.dir") from error
+        known = match(known, batch, self.jobs)
         if not self.jobs and known and not (known.keys() <= batch.keys() or batch.keys() <= known.keys()):
             theirs = next(entry["overrides"] for key, entry in known.items() if key not in batch)
             ours = min(batch.values(), key=lambda each: len({*each} ^ {*theirs}))
@@ -147,14 +152,18 @@ class Sweep:
         if not entry and subfolder in taken.values():
             raise UserError(f"hydra.sweep.subdir: two jobs share the folder {subfolder}; name all that differs in it")
         configuration.check(plain)
-        self.check_objective(plain)
+        make_absolute(plain)  # as the stored configuration of the job
+        if plain["data"]["check"] == "only":
+            raise UserError("data.check=only: makes no run; leave out -m, or add hydra.mode=RUN to an experiment")
+        check_objective(plain)
+        self.check_held_out(plain)
         job = Job(number, overrides, self.folder / subfolder, cfg, plain, *self.devices(plain["hardware"]))
         job.find_earlier_run()
         if self.launcher == "processes" and not is_run(job.folder):  # elsewhere this machine may not see the data
             check_inputs(plain)
         return job
 
-    def check_objective(self, plain: dict[str, Any]) -> None:
+    def check_held_out(self, plain: dict[str, Any]) -> None:
         """UserError if a sweeper that optimises would get no objective."""
         if self.sweeper == "BasicSweeper" or (self.sweeper == "RandomSweeper" and plain["objective"] is None):
             return
@@ -245,8 +254,7 @@ class Sweep:
                     for gpu in gpus:
                         free.remove(gpu)
                     running[job.number], held[job.number] = job, gpus
-                    job.folder.mkdir(parents=True, exist_ok=True)
-                    job.state, job.started = "running", time.monotonic()
+                    job.start()
                     environment = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
                     self.engine.start(job, job.command(hydra, self.folder, self.threads(limit), environment))
                     view.started(job)

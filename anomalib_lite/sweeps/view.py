@@ -106,6 +106,7 @@ def print_end(folder: Path, jobs: list[Job]) -> None:
     job_of = {job.folder: job for job in jobs if job.result}
     problems: list[str] = []
     runs, left_out = find_runs.read(job_of, problems)
+    runs = [run for run in runs if run.folder in job_of]  # without evaluations that are stored in a job's folder
     tables = grouping.tables(runs)
     for number, table in enumerate(tables, 1):
         metrics = [metric for metric in SHOWN if any(table.means(row, metric) for row in table.rows)] or SHOWN[:1]

@@ -196,6 +196,7 @@ OPTIONS = {
     "--cfg=foo": "--cfg.*'foo'.*--help",
     "--resolve": "--resolve: goes with --cfg",
     "--multirun --run": "--run and --multirun: give one of them",
+    "objective=validation.aupro_5": "no such metric; choose from validation.aupro_30, validation.aupro_05, or add to",
     "cache.type=auto": "cache.type: .*new name; give cache.dtype",
     "+cache.type=auto": "cache.type: this key has a new name; give cache.dtype",
     "method=ltad method.semantic=0": "method.semantic: this key has a new name; give method.classifier_weight",

@@ -5,7 +5,10 @@ import re
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
+from anomalib_lite.cli.keys import flat
 from anomalib_lite.comparison import published
 from anomalib_lite.errors import UserError
 from tests.helpers.run_programs import ROOT, succeeded
@@ -71,8 +74,9 @@ def published_value(run, category, metric):
 
 def test_a_part_of_the_categories(write, file):
     """Where the figure of the same categories is known, that one is compared; otherwise there is no difference."""
-    write("a", ("tile",))
+    write("a", ("tile",), environment__git="f" * 40 + "+changes")
     lines = lines_of(write, file)
+    assert lines["image_auroc"].remarks[-1].endswith("commit ffffffff+changes")
     assert lines["image_auroc"].published == 85
     assert lines["pixel_auroc"].published is None
     assert lines["pixel_auroc"].texts()[6] == "–"
@@ -121,7 +125,7 @@ def test_a_wrong_file(file, text, expected):
 
 
 def test_our_own_file():
-    """Every entry names an experiment that exists and a method that exists, and its keys are keys of a run."""
+    """Every entry names a method that exists and an experiment with the published settings."""
     entries = published.read(ROOT / "experiments" / "published.yaml")
     for entry in entries:
         assert (ROOT / "conf" / "method" / f"{entry.method}.yaml").is_file()
@@ -129,6 +133,11 @@ def test_our_own_file():
         assert all(re.fullmatch(r"(image|pixel)_\w+|aupro_\d+", metric) for metric in entry.values)
         for values in entry.per_category.values():
             assert len(values) == entry.categories
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for entry in {(e.experiment, e.method): e for e in entries if e.experiment and e.config}.values():
+            cfg = compose("train", [f"+experiments={entry.experiment}", *entry.overrides])
+            found = {key: OmegaConf.select(cfg, key) for key in flat(entry.config)}
+            assert found == flat(entry.config), entry
     recontrast = entries[0]
     mean = np.mean(list(recontrast.per_category["image_auroc"].values()))
     assert abs(mean - recontrast.values["image_auroc"]) < 0.05  # the categories' figures give the table's mean

@@ -14,8 +14,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from anomalib_lite.cli.keys import lookup
+from anomalib_lite.paths import HOME
 from anomalib_lite.sweeps.cluster import RaySweep, SlurmSweep
 from anomalib_lite.sweeps.command import Command
 from anomalib_lite.sweeps.engines import SlurmJobs
@@ -112,6 +116,19 @@ def test_what_ray_reserves(accelerator, devices, given, in_cluster, gpus):
     sweep.package = SimpleNamespace(cluster_resources=lambda: {"GPU": in_cluster} if in_cluster else {"CPU": 8.0})
     job: Any = SimpleNamespace(plain={"hardware": {"accelerator": accelerator, "devices": devices, "nodes": 1}})
     assert sweep.resources(job)["num_gpus"] == gpus
+
+
+@pytest.mark.parametrize(
+    ("launcher", "option"),
+    [("ray", "remote"), ("ray", "init.runtime_env"), ("submitit_slurm", "additional_parameters")],
+)
+def test_nested_options_are_plain(launcher, option):
+    """Ray refuses OmegaConf's dicts."""
+    overrides = [f"hydra/launcher={launcher}", f"++hydra.launcher.{option}={{resources: {{big: 1}}}}"]
+    with initialize_config_dir(str(HOME / "conf"), version_base="1.3"):
+        cfg = compose("train", overrides, return_hydra_config=True)
+    found = lookup(instantiate(cfg.hydra.launcher).options, option)
+    assert (type(found["resources"]), found["resources"]) == (dict, {"big": 1})
 
 
 # --- SLURM ---

@@ -16,7 +16,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from anomalib_lite.sweeps import sweep
-from anomalib_lite.sweeps.job import Job
+from anomalib_lite.sweeps.job import Job, key_of, match
 from tests.helpers.run_programs import Outcome, holding
 from tests.helpers.user_folder import Started, assert_refused, in_process, result_of, state_of
 
@@ -71,7 +71,9 @@ def test_failures_stay_in_their_jobs(swept):
 
 
 def test_the_next_launch(swept, tmp_path):
-    """It retries what failed, and evaluates again where a result was damaged; overrides may change their order."""
+    """It retries what failed, and evaluates again where a result was damaged; overrides may change their order. A job's
+    folder may hold an evaluation of the job.
+    """
     folder = shutil.copytree(swept[0], tmp_path / "a sweep")
     done = state_of(folder / "0")
     time = (folder / "1" / "result.json").stat().st_mtime_ns
@@ -79,6 +81,8 @@ def test_the_next_launch(swept, tmp_path):
     stored = json.loads((folder / "1" / "checkpoints" / "config.json").read_text())
     stored["digests"]["module sweep_methods"] = "as of another file"
     (folder / "1" / "checkpoints" / "config.json").write_text(json.dumps(stored))
+    (folder / "1" / "again").mkdir()
+    shutil.copy(folder / "1" / "result.json", folder / "1" / "again")
     Path("marker").touch()
     outcome = in_process("-m", *HYDRA, *reversed(VARIED), f'hydra.sweep.dir="{folder}"')
     assert outcome.code == 1
@@ -147,6 +151,64 @@ def test_damaged_files_of_a_job(name, content, warning, tmp_path, caplog):
     assert job.resume == (name == "result.json")
     assert not (tmp_path / name).exists()
     assert (tmp_path / "checkpoints" / "last.ckpt").exists() == job.resume
+
+
+def test_paths_are_absolute_as_in_a_stored_run(home, tmp_path, monkeypatch):
+    """Else a job with a relative one would seem to be another run when the sweep continues."""
+    names: list[str] = []
+    monkeypatch.setattr(sweep.Sweep, "run", lambda _, jobs: names.extend(job.plain["backbone"]["name"] for job in jobs))
+    given = ("backbone.name=local-dir:model", "backbone.layers=[1]", f"hydra.sweep.dir={tmp_path}")
+    assert in_process("-m", "method=mean", "seed=0", *given).code == 0
+    assert names == [f"local-dir:{home / 'model'}"]
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("", "exit code 3"),
+        ("12:00 training\nerror: marker: no such file\nnote: that is all\n\n", "marker: no such file"),
+        (
+            'Traceback (most recent call last):\n  File "a.py", line 1, in f\n    f()\n    ~^^\n'
+            "RuntimeError: CUDA error: no memory\nCompile with TORCH_USE_CUDA_DSA\n\n",
+            "RuntimeError: CUDA error: no memory",
+        ),
+        ("12:00 training\n  12:01 evaluating\n", "12:01 evaluating"),
+    ],
+)
+def test_the_reason_of_a_failure(output, reason, tmp_path):
+    """What this attempt wrote counts: output.log holds the earlier ones too."""
+    job = Job(0, [], tmp_path, None, {}, 0, False)
+    job.output.write_text("error: an earlier one\n")
+    job.start()
+    with job.output.open("a") as file:
+        file.write(output)
+    job.finish(3)
+    assert job.failure == reason
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "is_continued"),
+    [
+        (["seed=0", "seed=1"], ["seed=0 hardware.threads=2", "seed=1 hardware.threads=2"], True),
+        (["seed=0", "seed=1"], ["seed=1 logger=csv"], True),
+        (["seed=0 data.workers=1"], ["seed=0 hardware=gpu", "seed=1 hardware=gpu"], True),
+        (["seed=0 data.root=a"], ["seed=0 data.root=b"], False),
+        (["seed=0"], ["seed=0 objective=null"], False),
+        (["hardware.precision=32", "hardware.precision=bf16"], ["hardware.precision=32 debug=true logger=csv"], False),
+        (["hardware.threads=1"], ["hardware.precision=32", "hardware.precision=bf16"], False),
+    ],
+)
+def test_which_jobs_continue(stored, given, is_continued):
+    """Overrides that may change on resume identify a job only where they are swept."""
+    known = {key_of(overrides.split()): overrides for overrides in stored}
+    entries = {key: {"overrides": overrides.split()} for key, overrides in known.items()}
+    batch = {key_of(overrides.split()): overrides.split() for overrides in given}
+    found = match(entries, batch, [])
+    assert list(found.values()) == list(entries.values())
+    assert bool(found.keys() & batch.keys()) == is_continued
+    for key in found.keys() & batch.keys():
+        assert {*batch[key]} & {"seed=0", "seed=1"} == {*found[key]["overrides"]} & {"seed=0", "seed=1"}
+    assert match(entries, batch, entries.keys()) == entries  # a search's next batch does not continue the previous one
 
 
 @pytest.mark.slow
@@ -292,6 +354,8 @@ def test_interrupted_beside_another(home, undisturbed, tmp_path, number):
         ("hydra.launcher.threads=0", "hydra.launcher.threads=0: give a whole number from 1"),
         ("hardware.nodes=2", "hardware.nodes=2: hydra/launcher=processes runs a job on one machine alone; choose"),
         ("objective=metrics.image_auroc", "objective=metrics.image_auroc: .*the test set chooses nothing"),
+        ("data.check=only", "data.check=only: makes no run; leave out -m"),
+        ("objective=validation.aupro_5", "objective=validation.aupro_5: no such metric; choose from"),
         ("data.batch_size=0", "data.batch_size=0: give"),
         ("hydra.sweep.subdir=same", "hydra.sweep.subdir: two jobs share the folder same"),
     ],

@@ -11,7 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.sweeps.search import Trials, distribution
-from tests.helpers.user_folder import assert_refused
+from anomalib_lite.sweeps.sweep import Sweep
+from tests.helpers.user_folder import assert_refused, in_process
 
 pytest.importorskip("optuna.storages.journal")
 SEARCH = (
@@ -133,6 +134,28 @@ def test_a_killed_tpe_search_draws_the_same_trials(tmp_path):
     random = draw(tmp_path / "random", *MIXED, n_trials=12)
     assert max(map(score, undisturbed[6:])) > max(map(score, random)) - 1  # and it learns
     assert sum(map(score, undisturbed[6:])) > sum(map(score, random[6:]))
+
+
+def test_a_failed_trial_ends_no_search(tmp_path, monkeypatch):
+    """The other trials run, the best one is named, and the exit code is 1. The next command retries the failed one."""
+
+    def run(sweep: Sweep, jobs: list[Any]) -> None:
+        """The value of a trial is its seed."""
+        for job in jobs:
+            job.folder.mkdir(exist_ok=True)
+            result = {"method": "mean", "validation": {"pixel_ap": job.plain["seed"]}}
+            job.state, job.result = ("failed", None) if job.number == failing else ("done", result)
+
+    monkeypatch.setattr(Sweep, "run", run)
+    study = (*SEARCH[:-1], "hydra/sweeper=tpe", "hydra.sweeper.n_jobs=1", "hydra.sweeper.n_startup_trials=0")
+    for failing in (0, None):
+        outcome = in_process("-m", *study, "seed=range(1,4)", f"hydra.sweep.dir={tmp_path}")
+        assert outcome.code == (failing is not None), outcome.err
+        assert ("error: 1 of 3 jobs failed; the same command retries" in outcome.err) == (failing is not None)
+        values = [trial.value for trial in trials(tmp_path, "seed=range(1,4)", sampler="tpe", **TPE).drawn().values()]
+        assert [value is None for value in values] == [failing == 0, False, False]
+        best = max(value for value in values if value is not None)
+        assert f"best validation.pixel_ap {best:.4f}: seed={best:.0f}" in outcome.out
 
 
 def test_bad_spaces():

@@ -17,7 +17,7 @@ from scipy.stats import wilcoxon
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from anomalib_lite.comparison import statistics, terminal
-from anomalib_lite.comparison.export import notes, render, to_csv
+from anomalib_lite.comparison.export import between, notes, percent, render, to_csv
 from anomalib_lite.comparison.page import to_html
 from anomalib_lite.comparison.tables import Column, Over
 from anomalib_lite.comparison.worst_cases import worst_cases
@@ -115,14 +115,30 @@ def test_seeds_are_averaged_and_other_keys_are_not(write):
             assert cells[column].seeds == 3
 
 
-def terminal_text(table) -> str:
+def terminal_text(table, width=120) -> str:
     shown = io.StringIO()
-    terminal.show(Console(width=120, file=shown), table, ["image_auroc"])
+    terminal.show(Console(width=width, file=shown), table, ["image_auroc"])
     return shown.getvalue()
 
 
 def markdown_of(table) -> str:
     return render("table.md", [table], "image_auroc").partition("| fit")[2]
+
+
+def test_nothing_is_folded_in_a_narrow_terminal(write):
+    """Cells with a mark, a deviation and an interval, and the costs, are shown in blocks."""
+    for method, quality in (("a long name", 1), ("one that is longer", 9)):
+        for seed in range(4):
+            for category in ("bottle", "cable", "pill"):
+                write(method, (category,), seed, quality, timing__peak_memory_mb={"host": 2e6 + seed})
+    (table,) = tables(write)
+    shown = terminal_text(table, 80)
+    for row in table.rows:
+        for cell in table.cells(row, "image_auroc").values():
+            assert f"{'*' * cell.best}{percent(cell)} " in shown
+            assert between(cell) in shown
+    for words in ("latency", "parameters", "trained", "GFLOP/image", "1,953"):
+        assert f" {words} " in shown.replace("\n", " ")
 
 
 def test_labels(write):

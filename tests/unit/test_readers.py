@@ -1,12 +1,14 @@
 import shutil
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from anomalib_lite.data.integrity import check
+from anomalib_lite.data.mvtec_layout import choose
 from anomalib_lite.data.readers import MVTEC, VISA, read_folder, read_mvtec, read_visa
 from anomalib_lite.data.samples import load_mask, load_rgb
 from anomalib_lite.errors import UserError
@@ -18,6 +20,13 @@ def refused(pattern, call, *args, **options):
     with pytest.raises(UserError, match=pattern) as caught:
         call(*args, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_name_in_brackets():
+    """data.category=[x] is a list with the name x, also where a folder is called [x]."""
+    pattern = r"no category 'x'; for the folder \[x\] give quotes too: 'data.category=\"\[x\]\"'$"
+    refused(pattern, choose, ["x"], ["[x]"], Path("root"))
+    assert choose("[x]", ["[x]"], Path("root")) == ["[x]"]
 
 
 def mask_of(sample):

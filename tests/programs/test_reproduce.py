@@ -1,0 +1,117 @@
+"""experiments/reproduce.py: which studies run, with which arguments, and the estimate of their time."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+from anomalib_lite.cli import values
+from anomalib_lite.comparison.published import read
+from experiments import reproduce
+
+ENTRIES = {" ".join([entry.method, entry.dataset, *entry.overrides]): entry for entry in read(reproduce.FILE)}
+
+
+def study(name: str, root: Path, *categories: str) -> reproduce.Study:
+    return reproduce.Study(ENTRIES[name], root, list(categories), root / "output", [])
+
+
+def test_ctrl_c_waits_for_the_sweep(tmp_path, monkeypatch):
+    """The sweep may take seconds to write its checkpoints."""
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\nsleep 0.8\ntouch '{tmp_path}/ended'\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(SystemExit) as end:
+            study("recontrast mvtec", tmp_path, "bottle").run()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert end.value.code == 130
+    assert (tmp_path / "ended").exists()
+
+
+def test_which_studies_run(tmp_path):
+    """Those whose data are there; one model for all categories needs two of them."""
+    for categories in ("bottle",), ("bottle", "cable"):
+        for category in categories:
+            (tmp_path / "mvtec" / category / "train" / "good").mkdir(parents=True, exist_ok=True)
+        studies, absent = reproduce.plan(list(ENTRIES.values()), tmp_path, tmp_path / "output", [])
+        assert all(each.categories == [*categories] and each.entry.dataset == "mvtec" for each in studies)
+        few = f"uniad on mvtec (unified): {tmp_path / 'mvtec'} holds bottle alone"
+        assert (few in absent) == (len(categories) == 1)
+        assert ("uniad" in {each.entry.method for each in studies}) == (len(categories) == 2)
+
+
+def test_any_folder_name(tmp_path, monkeypatch):
+    """Hydra would read a comma as two values, and can't read a bracket."""
+    started = Mock()
+    monkeypatch.setattr(subprocess, "Popen", started)
+    chosen = study("uniad mvtec method=uniad", tmp_path / "MVTec (2021), all", "bottle")
+    chosen.run()
+    *arguments, place = started.call_args.args[0][4:]
+    assert reproduce.composed(arguments)["data"]["root"] == str(chosen.root)
+    assert values.read(place) == str(chosen.output / chosen.name)
+
+
+@pytest.fixture
+def trials(monkeypatch):
+    """The arguments of the trials that the estimate starts; each has images that take 0.1 s to score."""
+    started: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        arguments = command[3:]
+        folder = Path(next(a for a in arguments if a.startswith("hydra.run.dir=")).partition("=")[2].strip('"'))
+        steps = 2 * ("trainer.max_steps=2" in arguments)
+        train = next(int(a.partition("=")[2]) for a in arguments if a.startswith("+data.reader.train="))
+        folder.mkdir(parents=True)
+        data = {"train_counts": {"wood": train}, "test_counts": {"wood": {"good": 2, "defective": 4}}}
+        timing = {"fit_s": 1.0, "steps": steps, "test_s": 0.1 * (train + 6)}
+        (folder / "result.json").write_text(json.dumps({"data": data, "timing": timing}))
+        started.append(arguments)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    reproduce.trial.cache_clear()
+    monkeypatch.setattr(subprocess, "run", run)
+    yield started
+    reproduce.trial.cache_clear()
+
+
+def test_the_estimate(tmp_path, trials, capsys):
+    """It starts nothing else and leaves nothing behind. Studies with other data have one trial, without the split and
+    the rotations; a method without steps passes few images, all of them through the backbone.
+    """
+    for category in ("bottle", "cable"):
+        (tmp_path / "data" / "mvtec" / category / "train" / "good").mkdir(parents=True)
+    for category in ("candle", "cashew"):
+        (tmp_path / "data" / "visa" / category / "Data").mkdir(parents=True)
+    output = tmp_path / "output"
+    given = [str(tmp_path / "data"), "--output", str(output), "--only", "subspace_ad,uniad", "--dry-run"]
+    assert reproduce.main(given) == 0
+    assert "can't be estimated" not in capsys.readouterr().out
+    assert not output.exists()
+    uniad, subspace_ad = trials
+    assert not any(argument.startswith(("split", "augment", "data.root")) for argument in subspace_ad)
+    assert {"+data.reader.train=4", "hardware.feature_memory_gb=0"} < set(subspace_ad)
+    assert {"+data.reader.train=16", "trainer.max_steps=2"} < set(uniad)
+
+
+@pytest.mark.parametrize(
+    ("name", "runs", "steps", "scored"),
+    [
+        ("uniad mvtec method=uniad", 3, 1000 * 454, 3629 + 1725 + 3629),  # batches of 8
+        ("ltad mvtec method=ltad split=exp100", 3, 500 * 173, 1378 + 1725 + 1378),
+        ("subspace_ad mvtec split=shots split.shots=1 augment=rotations_random", 15, 0, 31 + 115 + 1),
+    ],
+)
+@pytest.mark.usefixtures("trials")
+def test_the_estimate_counts_the_images_of_the_split(name, runs, steps, scored, tmp_path):
+    *counts, seconds = reproduce.timed(study(name, tmp_path, *reproduce.MVTEC))
+    assert counts == [runs, steps]
+    assert seconds == pytest.approx(0.5 * steps + 0.1 * scored)
