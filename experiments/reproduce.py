@@ -6,8 +6,8 @@
 DIR holds the data sets: MVTec AD in mvtec/, mvtec_ad/ or parts/ (or in DIR itself), VisA in visa/. Categories that are
 missing are left out, and the board says so. The settings run one sweep after the other. The same command goes on where
 an earlier one was stopped: finished runs stay, and interrupted ones resume.
-KEY=VALUE holds for all runs. --dry-run starts none of them: it prints what would run, with an estimate of the time on
-this device.
+KEY=VALUE holds for all runs. The first start prints what will run, with an estimate of the time on this device;
+--dry-run prints only this.
 """
 
 import argparse
@@ -98,8 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(
             f"DIR: no data set of a published setting lies in {options.data}; see --help for the folders' names"
         )
-    if options.dry_run:
+    if options.dry_run or not options.output.exists():  # minutes, which a start that goes on does not wait for
         estimate(studies)
+    if options.dry_run:
         return 0
     failed = [study.name for study in studies if study.run()]
     options.output.mkdir(parents=True, exist_ok=True)
