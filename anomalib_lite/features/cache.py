@@ -182,6 +182,8 @@ class FeatureFiles:
     def make_room(self, size: int, limit: float) -> None:
         """Delete the least recently used files until `size` more bytes fit into `limit`.
 
+        Only folders with a key.txt hold feature files: another folder below the root may be the user's.
+
         Raises:
             OSError: `size` exceeds `limit` or the free disk space; or on a network file system too many files were used
                 lately, so that runs of other nodes would crash. The error comes before any feature is computed.
@@ -189,9 +191,10 @@ class FeatureFiles:
         if size > limit:
             raise OSError(f"{size / 2**30:.2f} GB are needed, but cache.limit_gb allows {limit / 2**30:.2f}")
         files = []
-        for file in [*self.root.glob(f"*/{FILES}"), *self.root.glob("*/*.features")]:  # the latter of old versions
-            with contextlib.suppress(OSError):
-                files.append((file.stat().st_mtime, file.stat().st_size, file))
+        for folder in (file.parent for file in self.root.glob("*/key.txt")):
+            for file in [*folder.glob(FILES), *folder.glob("*.features")]:  # the latter of old versions
+                with contextlib.suppress(OSError):
+                    files.append((file.stat().st_mtime, file.stat().st_size, file))
         too_much = sum(bytes_ for _, bytes_, _ in files) + size - limit
         if on_network(self.root):
             files = [found for found in files if found[0] < time.time() - IN_USE]

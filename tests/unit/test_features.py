@@ -409,19 +409,20 @@ def test_files_that_another_node_may_read_stay(kind, stays, tmp_path, monkeypatc
         f"disk / ext4 rw 0 0\nhost:/data {str(tmp_path.resolve()).replace(' ', chr(92) + '040')} {kind} rw 0 0\n"
     )
     monkeypatch.setattr(cache_module, "on_network", partial(on_network, mounts=mounts))
-    old, used = (tmp_path / "key" / f"{name}.safetensors" for name in ("old", "used"))
-    old.parent.mkdir()
-    for file, hours in ((old, 72), (used, 24)):
+    files = FeatureFiles(tmp_path, {})
+    old, used = (files.folder / f"{name}.safetensors" for name in ("old", "used"))
+    model = tmp_path / "weights" / "model.safetensors"  # the user's
+    model.parent.mkdir()
+    for file, hours in ((old, 72), (used, 24), (model, 96)):
         file.write_bytes(bytes(1000))
         os.utime(file, (time.time() - 3600 * hours,) * 2)
-    files = FeatureFiles.__new__(FeatureFiles)
-    files.root = files.folder = tmp_path
     with pytest.raises(OSError, match=r"cache.limit_gb.*network") if stays else contextlib.nullcontext():
         files.make_room(1500, 1600)
     assert (old.exists(), used.exists()) == (stays, stays)  # a refusal deletes nothing
     if stays:
         files.make_room(500, 1600)
         assert (old.exists(), used.exists()) == (False, True)
+    assert model.exists()
 
 
 @pytest.mark.parametrize(
