@@ -219,6 +219,7 @@ class FeatureFiles:
         with replacing(self.folder / f"{uuid.uuid4().hex}.safetensors") as part:
             try:
                 save_file({"features": rows}, part, {"about": about})
+                shutil.copymode(self.folder / "key.txt", part)  # safetensors lets nobody but the owner read a file
             except SafetensorError as error:
                 part.unlink(missing_ok=True)
                 raise OSError(str(error)) from error

@@ -83,6 +83,7 @@ def test_files_give_what_was_written(name, tmp_path):
     assert shapes == [(5, 6, 4), (2, 3, 8)]
     files.write(["key0", "key1", "key2"], rows[:3], shapes)
     files.write(["key3", "key4"], rows[3:], shapes)
+    assert len({file.stat().st_mode for file in files.folder.iterdir()}) == 1  # who can read key.txt can read them
     stored = StoredFeatures(PIPELINE)
     files.load({f"image{i}": f"key{i}" for i in range(5)} | {"new": "other"}, stored)
     assert set(stored.places) == {f"image{i}" for i in range(5)}
