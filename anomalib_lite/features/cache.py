@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 VERSION = 4  # Raise this number when the files' layout or the computation of features changes: the key contains it.
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CHUNK_IMAGES, CHUNK_BYTES = 1000, 2**28  # Limits of a file's size: a killed extraction loses at most one file.
-FILES = "*.safetensors"
+FILES, PARTS = "*.safetensors", "*.part.safetensors"  # PARTS are still being written
 IN_USE = 48 * 3600  # seconds after its last use in which a file on a network file system is not deleted
 NETWORK = re.compile(r"nfs4?|cifs|smb3|lustre|gpfs|beegfs|ceph|afs|9p|fuse\.(sshfs|glusterfs)")
 GPU_BATCH = 64  # images of every forward pass on a GPU
@@ -147,7 +147,7 @@ class FeatureFiles:
                     if time.monotonic() >= end:
                         raise
                     time.sleep(0.2)
-            for part in self.folder.glob(f"*.part{FILES[1:]}"):
+            for part in [*self.folder.glob(PARTS), *self.folder.glob(".tmp??????")]:  # the latter of safetensors
                 part.unlink()
             yield
 

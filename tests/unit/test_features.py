@@ -277,7 +277,8 @@ def test_a_kill_loses_one_chunk_at_most(root, cache, tmp_path):
 
 def hold_lock(cache: Path, seconds: float, locked: Any) -> None:
     with FeatureFiles(cache, {}).locked():
-        (FeatureFiles(cache, {}).folder / "x.part.safetensors").write_text("incomplete")
+        for name in (".tmpx9A_zB", "x.part.safetensors"):
+            (FeatureFiles(cache, {}).folder / name).write_text("incomplete")
         locked.set()
         time.sleep(seconds)
 
@@ -295,7 +296,7 @@ def test_one_run_writes_at_a_time(tmp_path, killed):
     start = time.monotonic()
     with FeatureFiles(tmp_path, {}).locked(30):
         assert (time.monotonic() - start > 0.3) != killed
-        assert not list(tmp_path.glob("*/*.part.safetensors"))
+        assert {file.name for file in tmp_path.glob("*/*")} == {"key.txt", "lock"}
     process.join()
 
 
