@@ -157,7 +157,7 @@ class FeatureFiles:
         A damaged file is reported and removed: its features are computed again.
         """
         paths = {image: path for path, image in keys.items() if path not in stored.places}
-        for file in sorted(self.folder.glob(FILES)):
+        for file in sorted({*self.folder.glob(FILES)} - {*self.folder.glob(PARTS)}):
             try:
                 with safe_open(file, "pt") as opened:
                     about = json.loads(opened.metadata()["about"])
@@ -171,7 +171,8 @@ class FeatureFiles:
                     raise ValueError("a checksum of its content is wrong")
                 stored.shapes = [tuple(shape) for shape in about["shapes"]]
                 stored.add(table, dict(wanted))
-                os.utime(file)  # marks the time of its last use for make_room
+                with contextlib.suppress(OSError):  # no permission, or a read-only file system
+                    os.utime(file)  # marks the time of its last use for make_room
             except FileNotFoundError:  # another run has deleted the file to make room
                 continue
             except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

@@ -100,6 +100,23 @@ def test_files_give_what_was_written(name, tmp_path):
     assert not other.places
 
 
+def test_reading_deletes_no_file(tmp_path, monkeypatch, caplog):
+    """Neither where the files belong to somebody else, nor what another run is writing."""
+    files, levels = FeatureFiles(tmp_path, {}), levels_of(1)
+    files.write(["key0"], as_rows(levels, torch.float32), shapes_of(levels))
+    (files.folder / "x.part.safetensors").write_text("incomplete")
+    before = sorted(files.folder.iterdir())
+
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    files.load({"image0": "key0"}, stored := StoredFeatures(PIPELINE))
+    assert stored.holds(["image0"])
+    assert sorted(files.folder.iterdir()) == before
+    assert not caplog.records
+
+
 def test_type_without_loss():
     assert smallest_type(levels_of(2, torch.bfloat16)) == torch.bfloat16
     assert smallest_type(levels_of(2)) == torch.float32
