@@ -366,6 +366,15 @@ def test_damaged_files_are_computed_again(root, cache, tmp_path, monkeypatch):
     assert run(root, cache, tmp_path / "3")["cache"]["computed"] == 0
 
 
+def test_nothing_to_store(caplog):
+    """Training images are augmented, and there are no test images: no cache is opened, and no warning is given."""
+    data: Any = SimpleNamespace(train_pipeline=None, eval_pipeline=PIPELINE, test_samples=[])
+    backbone, trainer = torch.nn.Identity(), SimpleNamespace(strategy=SimpleNamespace(root_device=CPU))
+    stored, report = precompute.precompute(trainer, data, backbone, {"enabled": True}, 1)  # type: ignore[arg-type]
+    assert (report, stored.places) == ({"used": False}, {})
+    assert not caplog.records
+
+
 def test_a_folder_that_cannot_be(root, filled, tmp_path):
     (tmp_path / "file").write_text("")
     result = run(root, tmp_path / "file" / "cache", tmp_path / "run")
