@@ -53,6 +53,12 @@ def test_folders(phone):
     assert [s.path for s in read_own_folders("x", **places(phone), test_seed=3).test[:2]] != drawn
 
 
+def test_places_beside_the_working_folder(phone, monkeypatch):
+    monkeypatch.chdir(phone / "masks")
+    data = read_own_folders("all", normal="../ok", abnormal="../n*", masks=".")
+    assert data == read_own_folders("all", **places(phone.resolve()))
+
+
 def test_lists_patterns_and_named_test_images(phone):
     save_image(phone / "more" / "deep" / "er" / "c.png", seed=50)
     shutil.move(phone / "ok" / "a9.png", phone / "fresh.png")
