@@ -23,7 +23,7 @@ class KeptImages:
     """Images that any process forked after the construction has decoded and resized by `resize`; without it none.
 
     Up to `memory_gb` GB they lie in shared memory, of which only images in use take a part. Otherwise they lie in a
-    file below the cache's folder, which has no name and is gone with the run. With 0, or without room, none is kept.
+    file below `cache_folder()`, which has no name and is gone with the run. With 0, or without room, none is kept.
     """
 
     def __init__(self, paths: Sequence[Path], resize: Resize | None, memory_gb: float):

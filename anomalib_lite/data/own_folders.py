@@ -85,12 +85,17 @@ def common_root(*keys: Places) -> Path:
     """The folder that holds all places, as it follows from their names."""
     folders = []
     for place in (place for places in keys for place in ([places] if isinstance(places, str) else places or ())):
-        path = Path(place).expanduser().absolute()
-        fixed = path
+        fixed = path = _absolute(place)
         while glob.has_magic(str(fixed)) and not fixed.exists():
             fixed = fixed.parent
         folders.append(fixed.parent if fixed == path and fixed.suffix.lower() in IMAGE_SUFFIXES else fixed)
     return Path(os.path.commonpath(folders))
+
+
+def _absolute(place: str) -> Path:
+    """The place without "..", which neither a name nor a common folder may contain."""
+    path = Path(place).expanduser().absolute()
+    return path.resolve() if ".." in path.parts else path
 
 
 def _images(key: str, places: Places, passed: list[Path]) -> dict[Path, str]:
@@ -101,7 +106,7 @@ def _images(key: str, places: Places, passed: list[Path]) -> dict[Path, str]:
     """
     kinds: dict[Path, str] = {}
     for place in [places] if isinstance(places, str) else places or ():
-        expanded = Path(place).expanduser().absolute()
+        expanded = _absolute(place)
         paths = [expanded] if expanded.exists() else _matching(expanded)
         count = len(kinds)
         for path in paths:

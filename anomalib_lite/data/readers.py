@@ -9,7 +9,7 @@ from anomalib_lite.data.image_folders import listing
 from anomalib_lite.data.own_folders import Places, read_own_folders
 from anomalib_lite.data.reader_notes import Counts, absent_notes, count_notes, unread_notes
 from anomalib_lite.data.samples import DataSet, Sample
-from anomalib_lite.data.tables import listed, table_rows
+from anomalib_lite.data.tables import file_below, listed, table_rows
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import readable
 
@@ -168,14 +168,10 @@ def _visa_sample(base: Path, row: dict[str, str], where: str) -> Sample:
     defective = row["label"] == "anomaly"
     if row["mask"] and not defective:
         raise UserError(f"{where}: a normal image with a mask; correct the label, or leave the mask empty")
-    paths = {key: row[key] for key in (("image", "mask") if defective else ("image",))}
-    for key, path in paths.items():
-        if not path:
+    paths = {}
+    for key in ("image", "mask") if defective else ("image",):
+        if not row[key]:
             raise UserError(f"{where}: the {key} of a row may not be empty; correct the line")
-        if Path(path).is_absolute() or ".." in Path(path).parts:
-            raise UserError(f"{where}: {path} leads out of the root; paths must be relative to it")
-        if not (base / path).is_file():
-            raise UserError(f"{where}: {base / path} is missing; restore the file or remove the line")
-    mask = base / paths["mask"] if defective else None
+        paths[key] = file_below(base, row[key], where)
     defect = "bad" if defective else "good"  # the name that the converted layout uses
-    return Sample(base / paths["image"], row["object"], defect, int(defective), mask)
+    return Sample(paths["image"], row["object"], defect, int(defective), paths.get("mask"))

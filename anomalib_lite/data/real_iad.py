@@ -8,7 +8,7 @@ from typing import Any
 from anomalib_lite.data.mvtec_layout import choose, existing_root
 from anomalib_lite.data.reader_notes import KINDS, absent_notes, total_notes
 from anomalib_lite.data.samples import DataSet, Sample
-from anomalib_lite.data.tables import listed
+from anomalib_lite.data.tables import file_below, listed
 from anomalib_lite.errors import UserError
 
 CATEGORIES = (
@@ -98,10 +98,5 @@ def _sample(pictures: Path, category: str, entry: dict[str, Any], meta: dict[str
         raise UserError(
             f"{where}: needs anomaly_class and image_path, and mask_path if it is defective; correct the entry"
         )
-    found = [pictures / meta.get("prefix", f"{category}/") / str(path) for path in paths]
-    for path in found:
-        if ".." in path.parts or not path.is_relative_to(pictures):
-            raise UserError(f"{where}: {path} leads out of {pictures}; correct the entry")
-        if not path.is_file():
-            raise UserError(f"{where}: {path} is missing; restore the file or remove the entry")
+    found = [file_below(pictures, Path(meta.get("prefix", category), str(path)), where) for path in paths]
     return Sample(found[0], category, str(kind) if label else "good", label, found[1] if label else None)

@@ -1,9 +1,11 @@
 """Published split files: read into entries, matched with a data set's images, and written; see `split_formats`.
 
-Wherever a path was written, `CLASS/.../FILE` at its end says which image below the data root is meant. VisA's images
-are found in its raw layout by paths of the converted one, and the other way round. Test entries are passed over.
+Wherever a path was written, `CLASS/.../FILE` at its end says which image below the data root is meant. Where that is
+true of several images, the path below the root says it. VisA's images are found in its raw layout by paths of the
+converted one, and the other way round. Test entries are passed over.
 """
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,11 +94,15 @@ def write(file: Path, format: str, data: DataSet, train: list[Sample]) -> None:
         retained = {s.path for s in train}
         train = [s for s in data.train if s.path not in retained]
 
-    def relative(path: Path | None, category: str) -> str:
-        return "/".join((category, *_below(path, category, data.root)[1])) if path else ""
+    images_of = Counter(_short(s.path, s.category, data.root) for s in data.train + data.test)
+
+    def relative(path: Path | None, of: Sample) -> str:
+        if path and images_of[_short(of.path, of.category, data.root)] > 1:
+            return path.relative_to(data.root).as_posix()
+        return _short(path, of.category, data.root) if path else ""
 
     text = FORMATS[format].write(
-        Image(split, s.category, s.defect, s.label, relative(s.path, s.category), relative(s.mask, s.category))
+        Image(split, s.category, s.defect, s.label, relative(s.path, s), relative(s.mask, s))
         for split, samples in (("train", train), ("test", data.test))
         for s in samples
     )
@@ -118,34 +124,44 @@ def _below(path: Path, category: str, root: Path) -> tuple[Path, tuple[str, ...]
     return root.parent.joinpath(*parts[: start + 1]), parts[start + 1 :]
 
 
-def _index(data: DataSet) -> dict[str, Sample]:
-    """Samples by CLASS/.../FILE, and by what VisA's other layout would call it where that is one sample's alone."""
-    index: dict[str, Sample] = {}
+def _short(path: Path, category: str, root: Path) -> str:
+    """CLASS/.../FILE."""
+    return "/".join((category, *_below(path, category, root)[1]))
+
+
+def _index(data: DataSet) -> dict[str, list[Sample]]:
+    """Samples by their path below the root, if it contains the class; by CLASS/.../FILE, which several may have; and by
+    what VisA's other layout would call it where that is one sample's alone.
+    """
+    paths: dict[str, list[Sample]] = {}
+    shorts: dict[str, list[Sample]] = {}
     others: dict[str, list[Sample]] = {}
     for part, samples in (("train", data.train), ("test", data.test)):
         for sample in samples:
-            *folders, name = _below(sample.path, sample.category, data.root)[1]
-            index["/".join((sample.category, *folders, name))] = sample
+            folder, (*folders, name) = _below(sample.path, sample.category, data.root)
+            shorts.setdefault(_short(sample.path, sample.category, data.root), []).append(sample)
+            if folder != data.root:
+                paths[sample.path.relative_to(data.root).as_posix()] = [sample]
             if folders[:2] == ["Data", "Images"]:
                 other = f"{part}/{'bad' if sample.label else 'good'}"
             else:
                 other = f"Data/Images/{'Anomaly' if sample.label else 'Normal'}"
             others.setdefault(f"{sample.category}/{other}/{name}", []).append(sample)
-    return {key: found[0] for key, found in others.items() if len(found) == 1} | index
+    return {key: found for key, found in others.items() if len(found) == 1} | shorts | paths
 
 
 def _match(
-    data: DataSet, index: dict[str, Sample], categories: dict[str, int], entry: Entry, where: str
+    data: DataSet, index: dict[str, list[Sample]], categories: dict[str, int], entry: Entry, where: str
 ) -> Sample | None:
     """The entry's sample; None if its class is not one of these categories."""
     parts = [part for part in entry.path.replace("\\", "/").split("/") if part not in ("", ".")]
     if ".." in parts:
         raise UserError(f"{where}: {entry.path} leads out of the data root {data.root}; remove the entry")
     wanted = list(categories) if entry.category is None else [entry.category]
+    for i in range(len(parts)):
+        if found := [sample for sample in index.get("/".join(parts[i:]), []) if sample.category in wanted]:
+            return _only(found, data, entry, where)
     starts = [i for i, part in enumerate(parts) if part in wanted]
-    for i in starts:
-        if sample := index.get("/".join(parts[i:])):
-            return sample
     category, rest = entry.category, parts[starts[-1] + 1 :] if starts else parts
     if category is None:  # the folder before train/, test/ or VisA's Data/
         marks = [i for i, part in enumerate(parts) if part in ("train", "test", "Data") and i > 0]
@@ -154,11 +170,19 @@ def _match(
         raise UserError(f"{where}: {entry.path} is outside the data root {data.root}; paths end in CLASS/.../FILE")
     if category not in categories:
         return None
-    if not starts and (sample := index.get("/".join((category, *rest)))):  # relative to the class's folder
-        return sample
+    if not starts and (found := index.get("/".join((category, *rest)), [])):  # relative to the class's folder
+        return _only(found, data, entry, where)
     if not starts and entry.path.startswith("/"):
         raise UserError(f"{where}: {entry.path} is outside the data root {data.root}; paths end in CLASS/.../FILE")
     first = next(s for s in data.train if s.category == category)
     lost = _below(first.path, category, data.root)[0].joinpath(*rest)
     what = "is no image that the data set holds" if lost.exists() else "is missing"
     raise UserError(f"{where}: {lost} {what}; restore the file, or remove the entry")
+
+
+def _only(found: list[Sample], data: DataSet, entry: Entry, where: str) -> Sample:
+    """The sample, if there is one. Raises UserError for several."""
+    if len(found) > 1:
+        both = f"{found[0].path} and {found[1].path}"
+        raise UserError(f"{where}: {entry.path} may be {both}; give the path below the data root {data.root}")
+    return found[0]

@@ -37,7 +37,7 @@ class Entry:
 
 
 class Image(NamedTuple):
-    """An image to be written; `path` and `mask` are CLASS/.../FILE, `mask` is empty where there is none."""
+    """An image to be written; `path` and `mask` end in CLASS/.../FILE, `mask` is empty where there is none."""
 
     part: str  # train or test
     category: str

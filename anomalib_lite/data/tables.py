@@ -100,6 +100,16 @@ def table_rows(file: Path, columns: Sequence[str], cure: str) -> tuple[list[str]
     return header, rows
 
 
+def file_below(base: Path, text: str | Path, where: str) -> Path:
+    """The file below `base` that a list names by this text; UserError, which begins with `where`, for any other."""
+    path = base / text
+    if ".." in Path(text).parts or not path.is_relative_to(base):
+        raise UserError(f"{where}: {text} leads out of {base}; correct the path, or give another data.root")
+    if not path.is_file():
+        raise UserError(f"{where}: {path} is missing; restore the file, or remove it from the list")
+    return path
+
+
 def _sample(base: Path, row: dict[str, str], where: str, dark: bool) -> Sample:
     split, label = row["split"].strip().lower(), row["label"].strip()
     if split not in ("train", "test"):
@@ -107,14 +117,9 @@ def _sample(base: Path, row: dict[str, str], where: str, dark: bool) -> Sample:
     if not label:
         raise UserError(f"{where}: the label is empty; give good, or the name of the defect")
     normal = label == "0" or means_normal(label)
-    paths = {key: base / row[key] for key in ("path", "mask") if row[key].strip()}
-    if "path" not in paths:
+    if not row["path"].strip():
         raise UserError(f"{where}: the path is empty; correct the line")
-    for path in paths.values():
-        if not path.is_file():
-            raise UserError(f"{where}: {path} is missing; restore the file or remove the line")
-        if ".." in path.parts or not path.is_relative_to(base):
-            raise UserError(f"{where}: {path} leads out of {base}; give data.root, a folder that holds all images")
+    paths = {key: file_below(base, row[key], where) for key in ("path", "mask") if row[key].strip()}
     if normal and "mask" in paths:
         raise UserError(f"{where}: a normal image with a mask; correct the label, or leave the mask empty")
     return Sample(

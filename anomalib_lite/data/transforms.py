@@ -79,7 +79,7 @@ class Tile(A.DualTransform):
 
     `places` gives the (top, left) of an image's tiles from its height and width. `copy` and `index` of the data, the
     number of the copy or epoch and the image's position, choose the tile (copy + index) mod the number of tiles: as
-    many copies in a row show every tile once.
+    many copies in a row show every tile once. The `copy` of the transforms that follow is copy // number of tiles.
     """
 
     def __init__(self, size: tuple[int, int], places: Callable[[int, int], list[tuple[int, int]]], p: float = 1.0):
@@ -88,7 +88,14 @@ class Tile(A.DualTransform):
 
     def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
         places = self.places(*params["shape"][:2])
-        return {"place": places[(data.get("copy", 0) + data.get("index", 0)) % len(places)]}
+        return {"place": places[(data.get("copy", 0) + data.get("index", 0)) % len(places)], "tiles": len(places)}
+
+    @property
+    def targets(self) -> dict[str, Callable[..., Any]]:
+        return super().targets | {"copy": self.apply_to_copy}
+
+    def apply_to_copy(self, copy: int, tiles: int = 1, **params) -> int:
+        return copy // tiles
 
     def apply(self, img: np.ndarray, place: tuple[int, int] = (0, 0), **params) -> np.ndarray:
         (top, left), (height, width) = place, self.size

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 VERSION = 4  # Raise this number when the files' layout or the computation of features changes: the key contains it.
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CHUNK_IMAGES, CHUNK_BYTES = 1000, 2**28  # Limits of a file's size: a killed extraction loses at most one file.
-FILES = "*.safetensors"
+FILES, PARTS = "*.safetensors", "*.part.safetensors"  # PARTS are still being written
 IN_USE = 48 * 3600  # seconds after its last use in which a file on a network file system is not deleted
 NETWORK = re.compile(r"nfs4?|cifs|smb3|lustre|gpfs|beegfs|ceph|afs|9p|fuse\.(sshfs|glusterfs)")
 GPU_BATCH = 64  # images of every forward pass on a GPU
@@ -147,7 +147,7 @@ class FeatureFiles:
                     if time.monotonic() >= end:
                         raise
                     time.sleep(0.2)
-            for part in self.folder.glob(f"*.part{FILES[1:]}"):
+            for part in [*self.folder.glob(PARTS), *self.folder.glob(".tmp??????")]:  # the latter of safetensors
                 part.unlink()
             yield
 
@@ -157,7 +157,7 @@ class FeatureFiles:
         A damaged file is reported and removed: its features are computed again.
         """
         paths = {image: path for path, image in keys.items() if path not in stored.places}
-        for file in sorted(self.folder.glob(FILES)):
+        for file in sorted({*self.folder.glob(FILES)} - {*self.folder.glob(PARTS)}):
             try:
                 with safe_open(file, "pt") as opened:
                     about = json.loads(opened.metadata()["about"])
@@ -171,7 +171,8 @@ class FeatureFiles:
                     raise ValueError("a checksum of its content is wrong")
                 stored.shapes = [tuple(shape) for shape in about["shapes"]]
                 stored.add(table, dict(wanted))
-                os.utime(file)  # marks the time of its last use for make_room
+                with contextlib.suppress(OSError):  # no permission, or a read-only file system
+                    os.utime(file)  # marks the time of its last use for make_room
             except FileNotFoundError:  # another run has deleted the file to make room
                 continue
             except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -182,6 +183,8 @@ class FeatureFiles:
     def make_room(self, size: int, limit: float) -> None:
         """Delete the least recently used files until `size` more bytes fit into `limit`.
 
+        Only folders with a key.txt hold feature files: another folder below the root may be the user's.
+
         Raises:
             OSError: `size` exceeds `limit` or the free disk space; or on a network file system too many files were used
                 lately, so that runs of other nodes would crash. The error comes before any feature is computed.
@@ -189,9 +192,10 @@ class FeatureFiles:
         if size > limit:
             raise OSError(f"{size / 2**30:.2f} GB are needed, but cache.limit_gb allows {limit / 2**30:.2f}")
         files = []
-        for file in [*self.root.glob(f"*/{FILES}"), *self.root.glob("*/*.features")]:  # the latter of old versions
-            with contextlib.suppress(OSError):
-                files.append((file.stat().st_mtime, file.stat().st_size, file))
+        for folder in (file.parent for file in self.root.glob("*/key.txt")):
+            for file in [*folder.glob(FILES), *folder.glob("*.features")]:  # the latter of old versions
+                with contextlib.suppress(OSError):
+                    files.append((file.stat().st_mtime, file.stat().st_size, file))
         too_much = sum(bytes_ for _, bytes_, _ in files) + size - limit
         if on_network(self.root):
             files = [found for found in files if found[0] < time.time() - IN_USE]
@@ -216,6 +220,7 @@ class FeatureFiles:
         with replacing(self.folder / f"{uuid.uuid4().hex}.safetensors") as part:
             try:
                 save_file({"features": rows}, part, {"about": about})
+                shutil.copymode(self.folder / "key.txt", part)  # safetensors lets nobody but the owner read a file
             except SafetensorError as error:
                 part.unlink(missing_ok=True)
                 raise OSError(str(error)) from error

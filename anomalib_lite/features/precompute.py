@@ -52,7 +52,7 @@ def precompute(
     train = unchanged_images(data)
     paths = list(dict.fromkeys([*train, *(str(sample.path) for sample in data.test_samples if of_test)]))
     stored, report = StoredFeatures(data.eval_pipeline), {"used": False}
-    if cache["enabled"]:
+    if cache["enabled"] and paths:
         extraction = Extraction(trainer, data, backbone.to(trainer.strategy.root_device), cache, kept, keeps)
         stored, report = extraction.shared(paths) if fit else extraction.from_cache(paths)
     if fit and train and not report["used"]:

@@ -28,8 +28,8 @@ def with_features(
         data.kept_images = None  # every image is seen once
     if not model.frozen_features or backbone is None:
         return data, {"used": False}
-    if data.tiling:
-        return data, {"used": False, "why": "features of tiles are not stored"}
+    if data.tiling or data.test_size == "original":
+        return data, {"used": False, "why": "features of tiles, and of images of their own sizes, are not stored"}
     with explained_memory(
         lambda: (
             f"the backbone sees {images_per_pass(backbone)} images at once when features are stored; give a smaller "

@@ -233,6 +233,14 @@ def test_the_cache_makes_no_step_slower(gigabytes, fit, used, root, monkeypatch)
     assert asked == {"of_test": True}
 
 
+@pytest.mark.parametrize("options", [{"treatment": "texture"}, {"tiling": {"size": 16}}])
+def test_images_that_pass_one_by_one_have_no_stored_features(options, root):
+    data, cpu = module(root, **options), SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    model: Any = SimpleNamespace(uses_images=False, frozen_features=True, backbone=SimpleNamespace())
+    found, report = held_features.with_features({}, cpu, data, model, fit=True)  # type: ignore[arg-type]
+    assert (found.stored, report["used"]) == (None, False)
+
+
 # --- images that are not decoded, or once ---
 
 

@@ -244,7 +244,7 @@ def test_real_iad_protocols(roots, tmp_path):
 
     root = trees.make_real_iad(tmp_path / "flat", ("audiojack",), nested=False)
     file = root / "realiad_jsons" / "audiojack.json"
-    assert len(read_real_iad(root, "all").train) == 4
+    assert len(read_real_iad(tmp_path / "flat" / ".." / root.relative_to(tmp_path), "all").train) == 4
     (root / "realiad_1024").rename(root / "realiad_256")
     assert len(read_real_iad(root, "all", images="realiad_256").train) == 4
     refused("no category in this folder; none of .*has a list", read_real_iad, root, "all", images="realiad_jsons")

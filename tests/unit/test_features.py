@@ -83,6 +83,7 @@ def test_files_give_what_was_written(name, tmp_path):
     assert shapes == [(5, 6, 4), (2, 3, 8)]
     files.write(["key0", "key1", "key2"], rows[:3], shapes)
     files.write(["key3", "key4"], rows[3:], shapes)
+    assert len({file.stat().st_mode for file in files.folder.iterdir()}) == 1  # who can read key.txt can read them
     stored = StoredFeatures(PIPELINE)
     files.load({f"image{i}": f"key{i}" for i in range(5)} | {"new": "other"}, stored)
     assert set(stored.places) == {f"image{i}" for i in range(5)}
@@ -97,6 +98,23 @@ def test_files_give_what_was_written(name, tmp_path):
     other = StoredFeatures(PIPELINE)
     FeatureFiles(tmp_path, {"a": 2}).load({"image0": "key0"}, other)
     assert not other.places
+
+
+def test_reading_deletes_no_file(tmp_path, monkeypatch, caplog):
+    """Neither where the files belong to somebody else, nor what another run is writing."""
+    files, levels = FeatureFiles(tmp_path, {}), levels_of(1)
+    files.write(["key0"], as_rows(levels, torch.float32), shapes_of(levels))
+    (files.folder / "x.part.safetensors").write_text("incomplete")
+    before = sorted(files.folder.iterdir())
+
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    files.load({"image0": "key0"}, stored := StoredFeatures(PIPELINE))
+    assert stored.holds(["image0"])
+    assert sorted(files.folder.iterdir()) == before
+    assert not caplog.records
 
 
 def test_type_without_loss():
@@ -276,7 +294,8 @@ def test_a_kill_loses_one_chunk_at_most(root, cache, tmp_path):
 
 def hold_lock(cache: Path, seconds: float, locked: Any) -> None:
     with FeatureFiles(cache, {}).locked():
-        (FeatureFiles(cache, {}).folder / "x.part.safetensors").write_text("incomplete")
+        for name in (".tmpx9A_zB", "x.part.safetensors"):
+            (FeatureFiles(cache, {}).folder / name).write_text("incomplete")
         locked.set()
         time.sleep(seconds)
 
@@ -294,7 +313,7 @@ def test_one_run_writes_at_a_time(tmp_path, killed):
     start = time.monotonic()
     with FeatureFiles(tmp_path, {}).locked(30):
         assert (time.monotonic() - start > 0.3) != killed
-        assert not list(tmp_path.glob("*/*.part.safetensors"))
+        assert {file.name for file in tmp_path.glob("*/*")} == {"key.txt", "lock"}
     process.join()
 
 
@@ -345,6 +364,15 @@ def test_damaged_files_are_computed_again(root, cache, tmp_path, monkeypatch):
     named = re.findall(r" WARNING .*/(\w+\.safetensors): damaged", (tmp_path / "2" / "train.log").read_text())
     assert sorted(named) == sorted(file.name for file in (cut_off, hole, no_header))
     assert run(root, cache, tmp_path / "3")["cache"]["computed"] == 0
+
+
+def test_nothing_to_store(caplog):
+    """Training images are augmented, and there are no test images: no cache is opened, and no warning is given."""
+    data: Any = SimpleNamespace(train_pipeline=None, eval_pipeline=PIPELINE, test_samples=[])
+    backbone, trainer = torch.nn.Identity(), SimpleNamespace(strategy=SimpleNamespace(root_device=CPU))
+    stored, report = precompute.precompute(trainer, data, backbone, {"enabled": True}, 1)  # type: ignore[arg-type]
+    assert (report, stored.places) == ({"used": False}, {})
+    assert not caplog.records
 
 
 def test_a_folder_that_cannot_be(root, filled, tmp_path):
@@ -409,19 +437,20 @@ def test_files_that_another_node_may_read_stay(kind, stays, tmp_path, monkeypatc
         f"disk / ext4 rw 0 0\nhost:/data {str(tmp_path.resolve()).replace(' ', chr(92) + '040')} {kind} rw 0 0\n"
     )
     monkeypatch.setattr(cache_module, "on_network", partial(on_network, mounts=mounts))
-    old, used = (tmp_path / "key" / f"{name}.safetensors" for name in ("old", "used"))
-    old.parent.mkdir()
-    for file, hours in ((old, 72), (used, 24)):
+    files = FeatureFiles(tmp_path, {})
+    old, used = (files.folder / f"{name}.safetensors" for name in ("old", "used"))
+    model = tmp_path / "weights" / "model.safetensors"  # the user's
+    model.parent.mkdir()
+    for file, hours in ((old, 72), (used, 24), (model, 96)):
         file.write_bytes(bytes(1000))
         os.utime(file, (time.time() - 3600 * hours,) * 2)
-    files = FeatureFiles.__new__(FeatureFiles)
-    files.root = files.folder = tmp_path
     with pytest.raises(OSError, match=r"cache.limit_gb.*network") if stays else contextlib.nullcontext():
         files.make_room(1500, 1600)
     assert (old.exists(), used.exists()) == (stays, stays)  # a refusal deletes nothing
     if stays:
         files.make_room(500, 1600)
         assert (old.exists(), used.exists()) == (False, True)
+    assert model.exists()
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,12 @@ def test_folders(phone):
     assert [s.path for s in read_own_folders("x", **places(phone), test_seed=3).test[:2]] != drawn
 
 
+def test_places_beside_the_working_folder(phone, monkeypatch):
+    monkeypatch.chdir(phone / "masks")
+    data = read_own_folders("all", normal="../ok", abnormal="../n*", masks=".")
+    assert data == read_own_folders("all", **places(phone.resolve()))
+
+
 def test_lists_patterns_and_named_test_images(phone):
     save_image(phone / "more" / "deep" / "er" / "c.png", seed=50)
     shutil.move(phone / "ok" / "a9.png", phone / "fresh.png")
@@ -160,7 +166,8 @@ def test_faulty_folders(phone):
         ("", "a.png,c,crack,train,", "no normal training images of 'c'"),
         ("", "a.png,c,good,train", "line 2: 5 fields are needed"),
         ("", "a.png,c,good,train,\na.png,c,bad,test,", "line 3: .*a.png is in .* line 2 already"),
-        ("", "../x.png,c,good,train,", "missing|leads out"),
+        ("", "../x.png,c,good,train,", "line 2: ../x.png leads out of .*data.root"),
+        ("", "/tmp/x.png,c,good,train,", "line 2: /tmp/x.png leads out of .*data.root"),
     ],
 )
 def test_faulty_tables(header, row, message, tmp_path):
@@ -175,7 +182,8 @@ def test_table_labels_and_notes(tmp_path):
         save_image(tmp_path / f"{i}.png", seed=i)
     rows = ["0.png,c,OK,train,,1", "1.png,c,crack,Train,,1", "2.png,c,0,TEST,,1", "3.png,c,1,test,,2"]
     (tmp_path / "list.csv").write_text("\n".join(["path,category,label,split,mask,camera", *rows]))
-    data = read_table(None, "c", tmp_path / "list.csv")
+    (tmp_path / "cwd").mkdir()
+    data = read_table(None, "c", tmp_path / "cwd" / ".." / "list.csv")  # as of data.table=../list.csv
     assert picked(data.train) == [("0.png", "good", 0, None)]
     assert picked(data.test) == [("2.png", "good", 0, None), ("3.png", "1", 1, None)]
     assert data.notes[0] == "list.csv: 1 defective training images left out"

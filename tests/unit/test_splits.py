@@ -15,6 +15,7 @@ from anomalib_lite.data import split_files, splits
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.readers import MVTEC, VISA, read_folder, read_mvtec, read_visa
 from anomalib_lite.data.sampler import TrainBatchSampler
+from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.errors import UserError
 from tests.helpers import real_images as real
 from tests.helpers.image_trees import make_mvtec, make_visa
@@ -268,13 +269,36 @@ def test_head_and_order_of_a_file(tmp_path):
         splits.from_file(data, file, head=4)
 
 
+def parts_and_classes(root: Path) -> DataSet:
+    """Images PART/CLASS/FILE with the same names in every part."""
+    train, test = (
+        [Sample(root / part / c / f"{i}.png", c, "good", 0, None) for c in ("cat", "dog") for i in range(4)]
+        for part in ("train", "test")
+    )
+    return DataSet(root, train, test)
+
+
+def test_equal_names_in_several_parts(tmp_path):
+    """The path below the root says which image is meant, wherever the root was; the class and the name do not."""
+    data = parts_and_classes(tmp_path)
+    listed = ["train/cat/1.png", "/home/me/train/dog/2.png"]
+    split = splits.from_file(data, written(tmp_path / "a.txt", "\n".join(listed)))
+    assert [s.path for s in split.train] == [tmp_path / "train/cat/1.png", tmp_path / "train/dog/2.png"]
+    ambiguous = r"line 1: {} may be .*/train/cat/1.png and .*/test/cat/1.png; give the path below the data root"
+    for file, text, path in (("b.txt", "cat/1.png", "cat/1.png"), ("b.json", jsonl(["1.png"], clsname="cat"), "1.png")):
+        with pytest.raises(UserError, match=ambiguous.format(path)):
+            splits.from_file(data, written(tmp_path / file, text))
+
+
 @pytest.mark.parametrize("form", split_files.FORMATS)
-@pytest.mark.parametrize("layout", ["mvtec", "visa", "one"])
+@pytest.mark.parametrize("layout", ["mvtec", "visa", "one", "parts"])
 def test_what_is_written_is_read_again(form, layout, tmp_path):
     if layout == "visa":
         make_visa(tmp_path / "data", "candle", train=6)
         make_visa(tmp_path / "data", "capsules", train=5)
         data = read_visa(tmp_path / "data", "all")
+    elif layout == "parts":
+        data = parts_and_classes(tmp_path / "data")
     else:
         touched(tmp_path / "data", {"bottle": 6, "a b,ü": 5})
         data = read_folder(tmp_path / "data" / ("a b,ü" if layout == "one" else ""), "all")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
-from anomalib_lite.data.transforms import Pipeline, Resize, Turn
+from anomalib_lite.data.tiling import Tiling
+from anomalib_lite.data.transforms import Pipeline, Resize, Tile, Turn
 from anomalib_lite.errors import UserError
 
 
@@ -125,6 +126,18 @@ def test_random_angles_leave_the_first_copy():
     black = [(image[[0, 0, -1, -1], [0, -1, 0, -1]] == 0).all() for image in copies]
     assert sum(black) > 20
     assert not any((turned(Turn(angles=[40, 50]), copy)[0] == 0).all(-1).any() for copy in range(1, 9))
+
+
+def test_every_tile_is_turned_by_every_angle():
+    """Of four tiles, four copies in a row have one angle, and the first four of random angles none."""
+    tile = Tile((16, 16), Tiling(16).places)
+    tiles = {noise(32)[y : y + 16, x : x + 16].tobytes() for y in (0, 16) for x in (0, 16)}
+    for turn in (Turn(step=90), Turn(angles=[10, 350])):
+        made = [
+            Pipeline([tile], [turn]).transform(noise(32), np.zeros((32, 32), bool), (0, 0, k, 0)) for k in range(16)
+        ]
+        assert {image.tobytes() for image, _ in made[:4]} == tiles
+        assert len({image.tobytes() for image, _ in made}) == 16
 
 
 def test_seeding_is_fast():
