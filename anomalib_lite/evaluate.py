@@ -55,6 +55,8 @@ def evaluate(options: dict[str, Any]) -> None:
             raise UserError(f"{key} can't be changed without training anew: change {changeable}")
         if keys.lookup(config, key, ...) is ...:
             raise UserError(f"{key}: the run's configuration has no such key")
+        if key == "data.root" and value is not None:
+            value = str(Path(str(value)).expanduser().absolute())
         value = choice(key, value) if (HOME / "conf" / key).is_dir() else value
         folder.assign_everywhere(config, key, value)
     schema.check(config)
@@ -71,9 +73,10 @@ def evaluate(options: dict[str, Any]) -> None:
         from anomalib_lite.runs.run import execute
         from anomalib_lite.runs.summary import other_precision
 
-        overrides = [argument for argument in sys.argv[1:] if "=" in argument]
+        root = f"data.root={config['data']['root']}"  # compare reads it, and the remark, in another folder
+        overrides = [root if x.startswith("data.root=") else x for x in sys.argv[1:] if "=" in x]
         try:
-            remark, other = f"evaluated again from {run}", "data.root" in options
+            remark, other = f"evaluated again from {run.absolute()}", "data.root" in options
             result = execute(config, output, names, checkpoint, overrides, [remark], fit=False, may_differ=other)
         except SystemExit as error:
             raise signals.interruption(error) or error from None
