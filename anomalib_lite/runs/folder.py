@@ -266,7 +266,7 @@ def _stored(run: Path, name: str) -> dict[str, str]:
     """What the run's file of the configuration holds beside it; empty for a run of an earlier version."""
     try:
         return dict(json.loads(stored_config(run).read_text()).get(name, {}))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 
