@@ -66,14 +66,11 @@ def write_with_extras(
     with attempt("figures of training images", seconds, notes), as_tested():
         training_figure(run / folder.FIGURES, data, model)
     result["timing"]["peak_memory_mb"] = peak_memory_mb()
-    artifacts.write_result(run, result | {"complete": True})
-    count = len(notes)
     for logger in loggers:
         if isinstance(logger, RunLogger):
             with attempt(f"logger {type(logger).__name__}", seconds, notes):
                 logger.log_test(result, data, test, curves)
-    if len(notes) > count:
-        artifacts.write_result(run, result | {"complete": True})
+    artifacts.write_result(run, result | {"complete": True})  # last: a run that ends before its loggers can be resumed
 
 
 @contextlib.contextmanager
