@@ -48,7 +48,7 @@ def evaluate(options: dict[str, Any]) -> None:
         if key in keys.RENAMED:
             raise UserError(keys.new_name(key))
         if schema.is_free(key, "moved") and keys.lookup(config, key):
-            value = str(inputs.path_of(key, str(value)) or value)
+            value = inputs.with_absolute_path(key, str(value))
             if key != "split.path":  # the data's fingerprint tells whether a list is the same
                 inputs.check_moved(key, keys.lookup(config, key), value, folder.stored_digests(run))
         elif not schema.is_free(key, "evaluate"):

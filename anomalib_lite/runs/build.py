@@ -73,7 +73,8 @@ def data_module(cfg: dict[str, Any], **options: Any) -> AnomalyDataModule:
 def make_backbone(cfg: dict[str, Any], stored: bool = False) -> Backbone | None:
     """The backbone; None where there is none or the method has no use for it, as in a sweep over methods.
 
-    With `stored`, a checkpoint will give its weights: neither a file nor the hub is asked.
+    With `stored`, a checkpoint will give the weights, so no others are read. The configuration of a model from a folder
+    (local-dir:) or the hub (hf_hub:), and of a vision–language model, is read there.
     """
     if cfg["backbone"]["name"] is None or not getattr(_method_class(cfg), "uses_backbone", True):
         return None
