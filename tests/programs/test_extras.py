@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from anomalib_lite.methods.base import AnomalyModule
@@ -124,6 +125,16 @@ def test_a_part_that_fails(fails, error, missing, note, arguments, expected, tmp
     for key in ("metrics", "thresholds", "per_defect", "data"):
         assert result[key] == expected[key]
     assert "bottle/pro" in np.load(tmp_path / "run" / "maps.npz").files
+
+
+def test_cost_and_figures_are_computed_as_in_the_test(arguments, tmp_path, monkeypatch):
+    """With hardware.precision=bf16 too: test and prediction leave the autocast of training."""
+    found = []
+    for name in ("score_fails", "visualize_fails"):
+        monkeypatch.setattr(Fragile, name, staticmethod(lambda *_: found.append(torch.is_autocast_enabled("cpu"))))
+    finish(arguments, tmp_path / "run", "hardware.precision=bf16")
+    assert found
+    assert not any(found)
 
 
 def test_ended_after_the_results(arguments, expected, tmp_path, monkeypatch):
