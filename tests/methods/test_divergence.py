@@ -56,6 +56,8 @@ class Sick(AnomalyModule):
 class SickClosedForm(AnomalyModule):
     """Computes from the training images what is not a number."""
 
+    mean: torch.Tensor
+
     def __init__(self, how: str, at: int, rank: int, **context: Any):
         super().__init__(**context)
         self.register_buffer("mean", torch.zeros(3, 1, 1))
