@@ -48,13 +48,15 @@ def evaluate(options: dict[str, Any]) -> None:
         if key in keys.RENAMED:
             raise UserError(keys.new_name(key))
         if schema.is_free(key, "moved") and keys.lookup(config, key):
-            value = str(inputs.path_of(key, str(value)) or value)
+            value = inputs.with_absolute_path(key, str(value))
             if key != "split.path":  # the data's fingerprint tells whether a list is the same
                 inputs.check_moved(key, keys.lookup(config, key), value, folder.stored_digests(run))
         elif not schema.is_free(key, "evaluate"):
             raise UserError(f"{key} can't be changed without training anew: change {changeable}")
         if keys.lookup(config, key, ...) is ...:
             raise UserError(f"{key}: the run's configuration has no such key")
+        if key == "data.root" and value is not None:
+            value = str(Path(str(value)).expanduser().absolute())
         value = choice(key, value) if (HOME / "conf" / key).is_dir() else value
         folder.assign_everywhere(config, key, value)
     schema.check(config)
@@ -71,9 +73,10 @@ def evaluate(options: dict[str, Any]) -> None:
         from anomalib_lite.runs.run import execute
         from anomalib_lite.runs.summary import other_precision
 
-        overrides = [argument for argument in sys.argv[1:] if "=" in argument]
+        root = f"data.root={config['data']['root']}"  # compare reads it, and the remark, in another folder
+        overrides = [root if x.startswith("data.root=") else x for x in sys.argv[1:] if "=" in x]
         try:
-            remark, other = f"evaluated again from {run}", "data.root" in options
+            remark, other = f"evaluated again from {run.absolute()}", "data.root" in options
             result = execute(config, output, names, checkpoint, overrides, [remark], fit=False, may_differ=other)
         except SystemExit as error:
             raise signals.interruption(error) or error from None

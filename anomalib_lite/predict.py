@@ -2,8 +2,9 @@
 
     python -m anomalib_lite.predict run=DIR input=PATH output=DIR [KEY=VALUE ...]
 
-run=DIR         the folder of a finished run; nothing else is needed, but for a method of your own its file: it is
-                looked for in the current folder, in PYTHONPATH, and where it lay when the run was started
+run=DIR         the folder of a finished run; nothing else is needed, with two exceptions: the file of a method of your
+                own, which is looked for in the current folder, in PYTHONPATH, and where it lay when the run was
+                started; and the configuration of a backbone from a folder or the hub (local-dir:, hf_hub:, clip, align)
 input=PATH      an image, a folder (searched with its subfolders), or a pattern ('dir/*.png', '**/a?.jpg'); or a list of
                 these: 'input=[first,second/*.png]'
 output=DIR      a folder for scores.csv (path, score, threshold, decision, ratio), report.html, heatmaps/ and overlays/;

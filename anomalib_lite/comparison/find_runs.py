@@ -17,7 +17,7 @@ from anomalib_lite.cli.keys import flat, lookup
 from anomalib_lite.data.splits import SHOTS
 from anomalib_lite.errors import UserError
 from anomalib_lite.runs.artifacts import Scores, read_maps, read_result, read_scores
-from anomalib_lite.runs.folder import CHECKPOINTS, FIGURES, HYDRA, RESULT, WANDB, read_config
+from anomalib_lite.runs.folder import CHECKPOINTS, FIGURES, HYDRA, RESULT, WANDB, is_run, read_config, stored_digests
 
 KINDS = {  # of what every result holds
     str: "method dataset setting data.fingerprint", int: "seed", list: "categories",
@@ -93,8 +93,11 @@ class Run:
             if not is_free(key, "compare")
             and key.rpartition(".")[2] not in ("seed", "_partial_", "_convert_", "_recursive_")
         }
-        backbone = dict_at(self.result, "backbone")
-        found |= {"variant": self.result.get("variant"), "weights": self.result.get("weights")}
+        backbone, weights = dict_at(self.result, "backbone"), self.result.get("weights")
+        digest = stored_digests(origin(self.folder, self.result)).get("backbone.weights")
+        if weights and digest:  # a file: another one may have the same name
+            weights = f"{weights} ({str(digest)[:8]})"
+        found |= {"variant": self.result.get("variant"), "weights": weights}
         found |= {
             key: backbone.get(name) for key, name in (("backbone", "name"), ("layers", "layers"), ("norm", "norm"))
         }
@@ -152,18 +155,23 @@ def read(folders: Iterable[Path], problems: list[str]) -> tuple[list[Run], list[
     return runs, left_out
 
 
+def origin(folder: Path, result: dict[str, Any]) -> Path:
+    """The folder of the run's configuration: its own, or that of the run that it evaluates again."""
+    found = [
+        again[1] for note in _texts(result, "notes") if (again := re.fullmatch(r"evaluated again from (.+)", note))
+    ]
+    return Path(found[0]) if found and not is_run(folder) else folder
+
+
 def config_of(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     """The run's configuration, or the one of the run that it evaluates again; empty where there is none."""
+    place = origin(folder, result)
     with contextlib.suppress(UserError):
-        return dict_at(read_config(folder)[0])
-    for note in _texts(result, "notes"):
-        if again := re.fullmatch(r"evaluated again from (.+)", note):
-            with contextlib.suppress(UserError):
-                config = dict_at(read_config(Path(again[1]))[0])
-                for override in _texts(result, "overrides"):
-                    if override.startswith("data.root="):
-                        dict_at(config, "data")["root"] = override.partition("=")[2]
-                return config
+        config = dict_at(read_config(place)[0])
+        for override in _texts(result, "overrides") if place != folder else ():
+            if override.startswith("data.root="):
+                dict_at(config, "data")["root"] = override.partition("=")[2]
+        return config
     return {}
 
 

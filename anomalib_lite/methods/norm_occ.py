@@ -187,7 +187,7 @@ class NormOCC(NormFeatures):
         return dict.fromkeys(options, f"method.target={self.target}")
 
     def notes(self) -> list[str]:
-        if self.residual is None or not self.steps or self.stopped_early:
+        if self.residual is None or not self.steps or self.ended:  # a buffer, so a stored run has it too
             return super().notes()
         ended = f"the budget ended before the loss fell to method.residual={self.residual} of that before training"
         return [*super().notes(), ended]

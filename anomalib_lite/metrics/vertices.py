@@ -6,7 +6,7 @@ score. The counts of chunks add up to the same integers whatever the chunks are,
 of negatives.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Lock
@@ -88,20 +88,22 @@ def image_vertices(scores: Array, labels: Array) -> Vertices | None:
         raise ValueError(f"labels must be 0 or 1, got {np.unique(labels[~anomalous & (labels != 0)])[:5]}")
     scores = scores.astype(np.result_type(scores.dtype, np.float32))
     positives = np.sort(scores[anomalous])[::-1]
-    return curve_vertices(np.sort(scores[~anomalous]), positives, np.ones(len(positives)))
+    return curve_vertices([np.sort(scores[~anomalous])], positives, np.ones(len(positives)))
 
 
-def curve_vertices(negatives: Array, scores: Array, shares: Array) -> Vertices | None:
+def curve_vertices(negatives: Iterable[Array], scores: Array, shares: Array) -> Vertices | None:
     """The curve's vertices; None where only one class is present.
 
     Args:
-        negatives: their scores, rising. scores: of the positives, falling [P].
-        shares: the part of its component that each positive is, float64 [P].
+        negatives: their scores in parts, each of them rising.
+        scores: of the positives, falling [P]. shares: the part of its component that each positive is, float64 [P].
     """
-    steps = _Steps(scores, shares)
-    counts = _Counts(steps.keys, len(negatives))
-    counts.add(negatives)
-    return steps.vertices(counts.above, len(negatives))
+    steps, number = _Steps(scores, shares), 0
+    counts = _Counts(steps.keys, 2**32)
+    for part in negatives:
+        counts.add(part)
+        number += len(part)
+    return steps.vertices(counts.above, number)
 
 
 def pixel_vertices(pixels: Pixels, groups: Sequence[Sequence[int] | Array] | None = None) -> Iterator[Vertices | None]:

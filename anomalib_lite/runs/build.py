@@ -73,7 +73,8 @@ def data_module(cfg: dict[str, Any], **options: Any) -> AnomalyDataModule:
 def make_backbone(cfg: dict[str, Any], stored: bool = False) -> Backbone | None:
     """The backbone; None where there is none or the method has no use for it, as in a sweep over methods.
 
-    With `stored`, a checkpoint will give its weights: neither a file nor the hub is asked.
+    With `stored`, a checkpoint will give the weights, so no others are read. The configuration of a model from a folder
+    (local-dir:) or the hub (hf_hub:), and of a vision–language model, is read there.
     """
     if cfg["backbone"]["name"] is None or not getattr(_method_class(cfg), "uses_backbone", True):
         return None
@@ -176,14 +177,16 @@ def budget(cfg: dict[str, Any], data: AnomalyDataModule) -> int:
     return min(limit for limit in limits if limit is not None)
 
 
-def make_loggers(cfg: dict[str, Any], folder: Path) -> list[Logger]:
+def make_loggers(cfg: dict[str, Any] | None, folder: Path) -> list[Logger]:
     """The loggers of the configuration's group `logger`, constructed with their options and the run's folder.
 
-    A logger that can't be constructed is left out with a warning. Only for `csv` the exception is raised: every run has
-    its metrics.csv.
+    A logger whose options are null is left out, and with a warning one that can't be constructed. Only for `csv` the
+    exception is raised: every run has its metrics.csv.
     """
     loggers = []
-    for name, options in cfg.items():
+    for name, options in (cfg or {}).items():
+        if options is None:
+            continue
         try:
             loggers.append(instantiate(options, run_dir=str(folder)))
         except InstantiationException as error:

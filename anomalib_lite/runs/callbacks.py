@@ -80,6 +80,8 @@ class Training(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.start = time.perf_counter()
         torch.set_rng_state(self.random_state)
+        if not self.total_steps:
+            self.checkpoints.start(module)  # before a closed form computes its result; its training never starts
         if self.steps:
             log.info("resuming after batch %d", self.steps)
             for logger in trainer.loggers:

@@ -72,6 +72,11 @@ class CheckpointWriter:
         return state
 
     def diverged(self, what: str, batch: int) -> UserError:
+        if not batch:
+            return UserError(
+                f"{what} after the fit to the training images; set hardware.precision=32 and cache.dtype=float32, or "
+                "check the images"
+            )
         stored = f"the checkpoint of batch {self.batch} remains" if self.batch else "there is no checkpoint yet"
         return UserError(
             f"{what} after batch {batch}: training diverged; lower method.optimizer.lr, or set "

@@ -55,6 +55,7 @@ def measure_cost(
     batch = next(iter(data.new_dataloader([sample.path for sample in samples], 0, batch_size, 0)))
     batch = move_data_to_device(batch, model.device)
     single = {key: value[:1] for key, value in batch.items() if key != "damaged"}
+    one, many = (partial(model.predict_step, images, 0) for images in (single, batch))
     trainable = [p for p in model.parameters() if p.requires_grad]
     for parameter in trainable:  # the counter fails on parameters that are arguments of a module, as a learned query
         parameter.requires_grad_(False)
@@ -62,13 +63,13 @@ def measure_cost(
     try:
         with ProgressBar("measuring cost", LATENCY_RUNS + BATCH_RUNS + 3) as bar:
             with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-                model.score(single)
+                one()
             cost["flops_per_image"], speed["device"] = counter.get_total_flops(), device_name(model.device)
             bar.step()
             start, before = time.monotonic(), cpu_times()
             half = seconds / 2
-            speed["latency_ms"] = 1000 * _seconds(partial(model.score, single), model.device, LATENCY_RUNS, half, bar)
-            taken = _seconds(partial(model.score, batch), model.device, BATCH_RUNS, half, bar)
+            speed["latency_ms"] = 1000 * _seconds(one, model.device, LATENCY_RUNS, half, bar)
+            taken = _seconds(many, model.device, BATCH_RUNS, half, bar)
             number = len(batch["path"])  # images of different sizes are loaded one by one
             speed |= {"images_per_s": number / taken, "batch_size": number, "threads": torch.get_num_threads()}
             time.sleep(max(0.0, start + WINDOW - time.monotonic()))

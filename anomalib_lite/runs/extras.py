@@ -8,7 +8,6 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,24 +55,20 @@ def write_with_extras(
     log.info("the results are written; cost and figures follow")
     with attempt("the model on the run's device", seconds, notes):
         model.to(device)  # Lightning moves it to the CPU after every fit and test
-    as_tested = partial(torch.autocast, device.type, torch.bfloat16, enabled=model.precision == "bf16")
     if batch_size:
-        with attempt("cost", seconds, notes), as_tested():
+        with attempt("cost", seconds, notes):
             measure_cost(model, data, batch_size, result["efficiency"], result["timing"])
-    with attempt("figures", seconds, notes), as_tested():
+    with attempt("figures", seconds, notes):
         title = f"{result['method']}, seed {result['seed']}"
         write_figures(run / folder.FIGURES, data, test, result["thresholds"]["per_category"], title, model)
-    with attempt("figures of training images", seconds, notes), as_tested():
+    with attempt("figures of training images", seconds, notes):
         training_figure(run / folder.FIGURES, data, model)
     result["timing"]["peak_memory_mb"] = peak_memory_mb()
-    artifacts.write_result(run, result | {"complete": True})
-    count = len(notes)
     for logger in loggers:
         if isinstance(logger, RunLogger):
             with attempt(f"logger {type(logger).__name__}", seconds, notes):
                 logger.log_test(result, data, test, curves)
-    if len(notes) > count:
-        artifacts.write_result(run, result | {"complete": True})
+    artifacts.write_result(run, result | {"complete": True})  # last: a run that ends before its loggers can be resumed
 
 
 @contextlib.contextmanager

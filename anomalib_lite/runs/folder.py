@@ -77,11 +77,7 @@ def make_absolute(config: dict[str, Any]) -> None:
     for split in (config["split"], data["split"]):
         if isinstance(split, dict) and isinstance(split.get("path"), str):
             split["path"] = absolute(split["path"])
-    name = str(backbone["name"])
-    source = "local-dir:" if name.startswith("local-dir:") else ""
-    place = name.removeprefix(source)
-    if source or ("/" in place and Path(place).expanduser().is_dir()):  # a folder, not a model of the hub
-        backbone["name"] = source + absolute(place)
+    backbone["name"] = inputs.with_absolute_path("backbone.name", backbone["name"])
     if (backbone.get("weights") or "none") not in ("auto", "none"):
         backbone["weights"] = absolute(backbone["weights"])
 
@@ -254,7 +250,7 @@ def _stored(run: Path, name: str) -> dict[str, str]:
     """What the run's file of the configuration holds beside it; empty for a run of an earlier version."""
     try:
         return dict(json.loads(stored_config(run).read_text()).get(name, {}))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 

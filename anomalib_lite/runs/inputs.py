@@ -14,6 +14,8 @@ from anomalib_lite.errors import UserError
 from anomalib_lite.runs import own_modules
 from anomalib_lite.runs.own_modules import key_of
 
+LOCAL = "local-dir:"  # precedes the folder of a timm model in backbone.name
+
 
 def check_inputs(config: dict[str, Any]) -> None:
     """Raise UserError if the data's folder or table, the split's file or the weights' file does not exist.
@@ -38,10 +40,18 @@ def check_inputs(config: dict[str, Any]) -> None:
 
 def path_of(key: str, value: Any) -> Path | None:
     """The value of a key that may name a file or a folder; None if it is the name of something else, such as auto."""
-    if not isinstance(value, str) or value in ("auto", "none") or (key == "backbone.name" and "/" not in value):
+    if not isinstance(value, str) or value in ("auto", "none"):
         return None
-    path = Path(value).expanduser().absolute()
-    return None if key == "backbone.name" and not (path.is_dir() or value.startswith(("/", "~"))) else path
+    path = Path(value.removeprefix(LOCAL)).expanduser().absolute()
+    if key != "backbone.name" or value.startswith(LOCAL):
+        return path
+    return path if "/" in value and (path.is_dir() or value.startswith(("/", "~"))) else None
+
+
+def with_absolute_path(key: str, value: Any) -> Any:
+    """The value of such a key, with an absolute path if it names a file or a folder."""
+    path = path_of(key, value)
+    return value if path is None else f"{LOCAL if value.startswith(LOCAL) else ''}{path}"
 
 
 def digests(config: dict[str, Any], before: dict[str, str]) -> dict[str, str]:
@@ -81,8 +91,9 @@ def check_moved(key: str, before: Any, after: Any, stored: dict[str, str]) -> No
     old, new = path_of(key, before), path_of(key, after)
     if before == after:
         return
-    if old is None or new is None or key not in stored:
-        why = "the run stored no hash of its content" if old and new else "another kind of value"
+    alike = str(before).startswith(LOCAL) == str(after).startswith(LOCAL)
+    if old is None or new is None or not alike or key not in stored:
+        why = "the run stored no hash of its content" if old and new and alike else "another kind of value"
         raise UserError(f"{key}={after}: the run was made with {before} ({why}); give the same value, or leave it out")
     found = digest(new)
     if found is None:

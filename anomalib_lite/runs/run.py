@@ -75,7 +75,7 @@ def execute(
         build.load_weights(model, checkpoint)  # features are computed with the checkpoint's backbone
 
     training, evaluation = Training(cfg, checkpoint, model.total_steps), Evaluation(run)
-    loggers = build.make_loggers(cfg["logger"], run) if fit else []
+    loggers = build.make_loggers(cfg.get("logger"), run) if fit else []
     trainer = build.make_trainer(options, run, [training, evaluation], loggers, model.total_steps)
     if trainer.is_global_zero:
         announce(cfg, names, data, loggers)

@@ -35,11 +35,10 @@ def add_spro(
     for category, metrics in per_category.items():
         kinds = per_defect[category]
         rows = np.flatnonzero(test["categories"] == category)
-        has_masks = data.has_masks[category]
-        found = {i: _regions(data, i, test["maps"][i].shape, notes) for i in rows.tolist() if has_masks}
+        rows = rows if data.has_masks[category] else rows[:0]
         for defect, of_kind in kinds.items():
-            chosen = [i for i in found if not test["labels"][i] or test["defects"][i] == defect]
-            of_kind |= spro_metrics([test["maps"][i] for i in chosen], [found[i] for i in chosen], limits)
+            chosen = [i for i in rows.tolist() if not test["labels"][i] or test["defects"][i] == defect]
+            of_kind |= spro_metrics(test["maps"].ordered(chosen), _Regions(data, chosen, test["maps"], notes), limits)
         for limit in limits:
             key = overlap_key("spro", limit)
             values = [of_kind[key] for of_kind in kinds.values() if of_kind[key] is not None]
@@ -47,7 +46,20 @@ def add_spro(
     return list(notes.values())
 
 
-def _regions(data: AnomalyDataModule, index: int, size: tuple[int, int], notes: dict[str, str]) -> list[Region]:
+class _Regions(Sequence[list[Region]]):
+    """The regions of test images, which are made whenever an image is asked for: the masks of all take gigabytes."""
+
+    def __init__(self, data: AnomalyDataModule, rows: list[int], maps: Sequence[Any], notes: dict[str, str]):
+        self.data, self.rows, self.maps, self.notes = data, rows, maps, notes
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: Any) -> Any:
+        return _regions(self.data, self.rows[i], self.maps, self.notes)
+
+
+def _regions(data: AnomalyDataModule, index: int, maps: Sequence[Any], notes: dict[str, str]) -> list[Region]:
     """The defects of a test image at the size of its map.
 
     A resized defect keeps the share of its area that suffices: saturation / area. The first defect of a category that
@@ -67,7 +79,7 @@ def _regions(data: AnomalyDataModule, index: int, size: tuple[int, int], notes: 
         if not data.eval_pipeline.only_resizes:
             blank = np.zeros((*mask.shape, 3), np.uint8)
             mask = data.eval_pipeline.transform(blank, mask, (data.seed,))[1]
-        resized = resize_mask(mask, size)
+        resized = resize_mask(mask, maps[index].shape)
         left = np.count_nonzero(resized)
         if left:
             enough = thresholds[pixel].area(area) if pixel in thresholds else area

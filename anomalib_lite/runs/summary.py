@@ -1,5 +1,6 @@
 """The content of result.json: what was run on which data, what was measured, and where."""
 
+import contextlib
 import functools
 import platform
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from anomalib_lite import __version__
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.transforms import NORMALIZE
 from anomalib_lite.features.backbones import has_bf16
@@ -185,13 +187,16 @@ def software() -> dict[str, str | None]:
         revision = _git("rev-parse", "HEAD")
         revision += "+changes" if revision and _git("status", "--porcelain") else ""
     packages = {package: version(package) for package in PACKAGES}
-    python = {"python": platform.python_version(), "anomalib_lite": version("anomalib-lite")}
+    python = {"python": platform.python_version(), "anomalib_lite": __version__}
     return {**python, **packages, "git": revision or None}
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(HOME), *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    """What git prints; "" where it fails or is not installed."""
+    with contextlib.suppress(OSError):
+        done = subprocess.run(["git", "-C", str(HOME), *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+    return ""
 
 
 def precision(wanted: str | int, model: AnomalyModule, device: torch.device) -> str:

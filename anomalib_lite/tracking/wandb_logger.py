@@ -10,7 +10,6 @@ import inspect
 import logging
 import os
 import secrets
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +22,10 @@ from anomalib_lite.errors import UserError
 from anomalib_lite.paths import write_text
 from anomalib_lite.runs.folder import WANDB
 from anomalib_lite.runs.run_logger import RunLogger
+from anomalib_lite.tracking.wandb_server import NO_KEY, one_line, online_obstacle, sync_command
 
 log = logging.getLogger(__name__)
 
-NO_KEY = "no API key is configured"
 FAILED = "W&B failed, nothing more of this run is logged there"
 OWN = {"id", "config", "dir", "settings", "resume", "reinit"}  # arguments of wandb.init that the run itself chooses
 TRUE = ("y", "yes", "t", "true", "on", "1")  # values of an environment variable that W&B reads as true
@@ -74,7 +73,7 @@ class WandbRun(RunLogger):
             raise
         except Exception as error:
             self.failed = True
-            log.warning("%s: %s", message, _one_line(error))
+            log.warning("%s: %s", message, one_line(error))
 
     @rank_zero_only
     def start(self, cfg: dict[str, Any], names: dict[str, str], data: AnomalyDataModule) -> None:
@@ -159,14 +158,20 @@ class WandbRun(RunLogger):
         import wandb
 
         if mode not in ("offline", "dryrun"):
-            obstacle = _online_obstacle(settings, self.timeout)
+            obstacle = online_obstacle(settings, self.timeout)
             if not obstacle:
+                offline = (self.dir / WANDB).glob(f"offline-run-*-{options['id']}*")
+                if earlier := [part for part in offline if not any(part.glob("*.synced"))]:
+                    log.warning(
+                        "W&B: the earlier part of this run was logged offline; to upload it too: %s",
+                        sync_command(earlier),
+                    )
                 try:
                     run = wandb.init(**options, mode="online" if mode == "run" else mode)
                     log.info("W&B: %s", run.url)
                     return run
                 except Exception as error:
-                    obstacle = _one_line(error)
+                    obstacle = one_line(error)
             if self.mode == "online" or obstacle != NO_KEY:
                 log.warning("W&B: %s: this run is logged offline", obstacle)
         return wandb.init(**options, mode="offline")
@@ -215,9 +220,9 @@ class WandbRun(RunLogger):
             with self._harmless("W&B did not finish"):
                 self.run.finish(exit_code=code)
             if keep and (self.run.offline or self.failed):
-                parts = sorted(map(str, (self.dir / WANDB).glob(f"*run-*-{self.run.id}*")))  # one per resumption
                 option = [] if self.run.offline else ["--include-online"]
-                log.info("W&B: to upload this run: %s", shlex.join(["wandb", "sync", *option, *parts]))
+                parts = (self.dir / WANDB).glob(f"*run-*-{self.run.id}*")
+                log.info("W&B: to upload this run: %s", sync_command(parts, *option))
         if "wandb" in sys.modules:  # ends the process of W&B's service; the next run of this process starts its own
             with contextlib.suppress(Exception, SystemExit):
                 sys.modules["wandb"].teardown()
@@ -237,7 +242,7 @@ def _judged() -> Iterator[None]:
             first = error.errors()[0]
             why = f"{'.'.join(map(str, first['loc']))}={first['input']}: {first['msg']}"
         elif type(error).__name__ == "UsageError":  # of wandb, whose import may have failed
-            why = _one_line(error)
+            why = one_line(error)
         else:
             raise
         raise UserError(f"W&B: {why}; correct logger.wandb or W&B's environment variables") from error
@@ -247,34 +252,3 @@ def finish(code: int, keep: bool = True) -> None:
     """End this process's run in W&B, if there is one; for the arguments see `WandbRun.finish`."""
     if _current is not None:
         _current.finish(code, keep)
-
-
-def _online_obstacle(settings: Any, seconds: float) -> str:
-    """Why an online run would not work: no key, or a server that does not answer or refuses the key; "" if it would.
-
-    W&B itself finds out by many attempts. One plain request takes milliseconds.
-    """
-    import requests
-    import wandb
-
-    try:
-        if not wandb.login(prompt=False, verify=False):
-            return NO_KEY
-    except wandb.Error as error:
-        return _one_line(error)
-    if not settings.api_key:
-        return ""  # another kind of identification
-    url, question = settings.base_url.rstrip("/"), {"query": "query { viewer { id } }"}
-    try:
-        answer = requests.post(f"{url}/graphql", json=question, auth=("api", settings.api_key), timeout=seconds)
-    except requests.exceptions.SSLError:
-        return ""  # W&B has its own certificates
-    except requests.RequestException as error:
-        return f"{url} can't be reached ({type(error).__name__})"
-    if answer.status_code in (401, 403):
-        return f"{url} refuses the key"
-    return "" if answer.ok else f"{url} answers {answer.status_code}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or repr(error)

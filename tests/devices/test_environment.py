@@ -4,9 +4,11 @@ import json
 import os
 
 import pytest
+from lightning.pytorch.utilities import rank_zero_only
 
 from anomalib_lite.errors import UserError
 from anomalib_lite.runs import ranks
+from anomalib_lite.runs.load import load_run
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
 
@@ -70,7 +72,9 @@ def test_variables_of_another_launch_are_removed(left, monkeypatch):
     ids=lambda left: "+".join(left),
 )
 def test_one_device_is_rank_0(left, root, expected, tmp_path, monkeypatch):
-    """Train does what it does without the variables; so do evaluate and predict, and another seed is refused."""
+    """Train does what it does without the variables; so do evaluate and predict, and another seed is refused. load_run
+    leaves them to its caller, which may be a rank of another training.
+    """
     for name, value in left.items():
         monkeypatch.setenv(name, value)
     run = tmp_path / "run"
@@ -85,6 +89,12 @@ def test_one_device_is_rank_0(left, root, expected, tmp_path, monkeypatch):
         assert (tmp_path / "again" / "scores.csv").read_bytes() == expected[0]
         outcome = runs.predict(f"run={run}", f"input={root / 'bottle' / 'test'}", f"output={tmp_path / 'new'}")
         assert outcome.code == 0, outcome.err
+        monkeypatch.setattr(rank_zero_only, "rank", 1)
+        with runs.restored():
+            os.environ.update(TORCHRUN)
+            load_run(run)
+            assert os.environ.items() >= TORCHRUN.items()
+        assert rank_zero_only.rank == 1  # type: ignore[attr-defined]
 
 
 def hardware(devices=1, nodes=1, **more):

@@ -53,6 +53,22 @@ class Sick(AnomalyModule):
         return self.net(batch["image"]).square().mean(1)
 
 
+class SickClosedForm(AnomalyModule):
+    """Computes from the training images what is not a number."""
+
+    mean: torch.Tensor
+
+    def __init__(self, how: str, at: int, rank: int, **context: Any):
+        super().__init__(**context)
+        self.register_buffer("mean", torch.zeros(3, 1, 1))
+
+    def on_fit_start(self):
+        self.mean /= 0
+
+    def anomaly_map(self, batch):
+        return (batch["image"] - self.mean).square().mean(1)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sick")
@@ -103,6 +119,14 @@ def test_weights_that_go_bad_with_the_last_batch(base, tmp_path):
     assert outcome.code == 2
     assert "weights are NaN or infinite after batch 8: training diverged" in outcome.err
     assert stored_checkpoint(tmp_path)["global_step"] == 7
+
+
+def test_a_closed_form_that_is_not_finite(base, tmp_path):
+    outcome = train(base, tmp_path, f"method._target_={__name__}.SickClosedForm")
+    runs.assert_refused(
+        outcome, "weights are NaN or infinite after the fit to the training images; set hardware.precis"
+    )
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_without_a_checkpoint_the_folder_is_free(base, tmp_path):

@@ -223,9 +223,12 @@ def test_training_ends_with_the_epoch_whose_loss_is_small_enough(size):
     assert model.stopped_early
     assert model.trainer.global_step > len(parts)  # not at once
     np.testing.assert_allclose(model.project.weight.detach().numpy()[:, :, 0, 0], w, atol=1e-5)
-    model.stopped_early = False
+    model.stopped_early, model.steps = False, 50
+    assert model.notes() == []  # of a stored run, which is tested without a fit
     model.on_fit_start()  # of a resumed run
     assert model.stopped_early
+    model.ended = torch.tensor(False)
+    assert model.notes() == ["the budget ended before the loss fell to method.residual=0.1 of that before training"]
 
 
 def test_zero_collapses_and_a_norm_does_not():

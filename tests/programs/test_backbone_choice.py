@@ -12,7 +12,16 @@ from anomalib_lite.data.samples import load_rgb
 from anomalib_lite.runs.artifacts import read_scores
 from anomalib_lite.runs.load import load_run
 from tests.helpers.image_trees import make_mvtec
-from tests.helpers.run_programs import folder_data, method, result_of, train
+from tests.helpers.run_programs import (
+    assert_refused,
+    evaluate,
+    folder_data,
+    method,
+    result_of,
+    scores_of,
+    succeeded,
+    train,
+)
 from tests.programs.test_bad_input import assert_one_line
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.25, 0.5, 1.0]
@@ -38,7 +47,9 @@ def model(tmp_path_factory) -> Path:
 
 
 def test_a_folder_and_its_normalisation(root, model, tmp_path, monkeypatch):
-    """The backbone's numbers are in the protocol, and a loaded run prepares images with them, from any folder."""
+    """The backbone's numbers are in the protocol, and a loaded run prepares images with them, from any folder. The
+    model's folder may be moved.
+    """
     monkeypatch.chdir(model.parent)
     source = (f"backbone.name=local-dir:{model.name}", "backbone.weights=auto", *folder_data(root))
     plain = result_of(*source, run_dir=tmp_path / "plain")
@@ -51,6 +62,12 @@ def test_a_folder_and_its_normalisation(root, model, tmp_path, monkeypatch):
     images = [load_rgb(root / path) for path in stored.paths]
     found, _ = load_run(tmp_path / "own").predict(images)
     np.testing.assert_allclose(found, stored.scores, rtol=1e-4)
+
+    again = (f"run={tmp_path / 'own'}", f"output={tmp_path / 'again'}")
+    model.rename(tmp_path / "moved")
+    assert_refused(evaluate(*again, f"backbone.name={tmp_path / 'moved'}"), "moved: .*another kind of value")
+    succeeded(evaluate(*again, "backbone.name=local-dir:moved"))
+    assert scores_of(tmp_path / "again") == scores_of(tmp_path / "own")
 
 
 def test_imagenets_own_numbers_share_a_table_with_the_default(root, tmp_path):

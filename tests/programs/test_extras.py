@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.runs import run as run_module
 from anomalib_lite.runs.efficiency import cpu_times, others
+from anomalib_lite.runs.run_logger import RunLogger
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
 
@@ -79,7 +81,7 @@ def lasting(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def raises(error: BaseException, batch: int = 0):
-    def fail(size: int = 0) -> None:
+    def fail(size: Any = 0, *_: Any) -> None:
         if not batch or size == batch:
             raise error
 
@@ -125,18 +127,32 @@ def test_a_part_that_fails(fails, error, missing, note, arguments, expected, tmp
     assert "bottle/pro" in np.load(tmp_path / "run" / "maps.npz").files
 
 
+def test_cost_and_figures_are_computed_as_in_the_test(arguments, tmp_path, monkeypatch):
+    """With hardware.precision=bf16 too: test and prediction leave the autocast of training."""
+    found = []
+    for name in ("score_fails", "visualize_fails"):
+        monkeypatch.setattr(Fragile, name, staticmethod(lambda *_: found.append(torch.is_autocast_enabled("cpu"))))
+    finish(arguments, tmp_path / "run", "hardware.precision=bf16")
+    assert found
+    assert not any(found)
+
+
 def test_ended_after_the_results(arguments, expected, tmp_path, monkeypatch):
-    """Ctrl-C while figures are drawn: the metrics are there, marked as incomplete; resumed, nothing differs."""
+    """Ctrl-C while figures are drawn, and once more while a logger receives the results: the metrics are there, marked
+    as incomplete; resumed, nothing differs.
+    """
     run = tmp_path / "run"
-    monkeypatch.setattr(Fragile, "visualize_fails", staticmethod(raises(KeyboardInterrupt())))
-    outcome = runs.train(*arguments, f"hydra.run.dir={run}", small=False)
-    assert outcome.code == 130
-    first = json.loads((run / "result.json").read_text())
-    assert first["complete"] is False
-    assert first["metrics"] == expected["metrics"]
-    assert any("resume=true makes them" in note for note in first["notes"])
+    stops = staticmethod(raises(KeyboardInterrupt()))
+    for place, name in ((Fragile, "visualize_fails"), (RunLogger, "log_test")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, stops)
+            outcome = runs.train(*arguments, "resume=true", f"hydra.run.dir={run}", small=False)
+        assert outcome.code == 130
+        first = json.loads((run / "result.json").read_text())
+        assert first["complete"] is False
+        assert first["metrics"] == expected["metrics"]
+        assert any("resume=true makes them" in note for note in first["notes"])
     assert runs.predict(f"run={run}", f"input={run / 'none'}", f"output={run}").code == 2
-    monkeypatch.undo()
     assert lasting(finish(arguments, run, "resume=true")) == lasting(expected)
     assert (run / "figures" / "bottle.png").is_file()
 

@@ -1,6 +1,7 @@
 """Runs whose files lie elsewhere now, runs on another test set, and resume=true in a folder without a run."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from anomalib_lite.comparison import find_runs
 from anomalib_lite.runs.folder import stored_config
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
@@ -141,12 +143,16 @@ def test_another_test_set(below, trained, other, tmp_path):
     assert f"folder, test set {root.name}" in table.out
 
 
-def test_the_same_data_elsewhere_are_no_other_test_set(trained, root, tmp_path):
+def test_the_same_data_elsewhere_are_no_other_test_set(trained, root, tmp_path, monkeypatch):
+    """With relative paths, which compare finds from another folder."""
     shutil.copytree(root, tmp_path / "copy")
-    runs.succeeded(runs.evaluate(f"run={trained}", f"output={tmp_path / 'out'}", f"data.root={tmp_path / 'copy'}"))
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        runs.succeeded(runs.evaluate(f"run={os.path.relpath(trained)}", "output=out", "data.root=copy"))
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["dataset"] == "folder"
     assert "test_set" not in result
+    assert find_runs.config_of(tmp_path / "out", result)["data"]["root"] == str(tmp_path / "copy")
     assert scores_of(tmp_path / "out") == scores_of(trained)
 
 

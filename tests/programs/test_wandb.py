@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
@@ -20,6 +21,7 @@ from PIL import Image
 from anomalib_lite.cli import keys
 from anomalib_lite.cli import schema as configuration
 from anomalib_lite.runs import artifacts as results
+from anomalib_lite.tracking import wandb_logger
 from tests.helpers import run_programs as runs
 from tests.helpers import wandb_file
 from tests.helpers.image_trees import make_mvtec
@@ -387,6 +389,19 @@ def test_a_resumed_run_online(root, tmp_path, monkeypatch):
     ((_, run),) = server.runs.items()
     for key in ("loss", "term"):
         assert [row["step"] for row in run["history"] if key in row] == list(range(1, 19))
+
+
+def test_an_online_start_names_the_offline_parts(tmp_path, monkeypatch, caplog):
+    """Those of this run that are not uploaded yet: `wandb sync` leaves a marker in a folder."""
+    parts = [tmp_path / "wandb" / f"offline-run-{n}" for n in ("1-mine", "2-mine", "3-other")]
+    for part in parts:
+        part.mkdir(parents=True)
+    (parts[0] / "run-mine.wandb.synced").touch()
+    monkeypatch.setattr(wandb_logger, "online_obstacle", lambda *_: "")
+    monkeypatch.setattr("wandb.init", lambda **_: SimpleNamespace(url="URL"))
+    wandb_logger.WandbRun(str(tmp_path))._init(None, "online", {"id": "mine"})
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.endswith(f"part of this run was logged offline; to upload it too: wandb sync {parts[1]}")
 
 
 def test_a_server_that_goes_away(root, tmp_path, monkeypatch):

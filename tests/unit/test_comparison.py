@@ -159,6 +159,18 @@ def test_labels(write):
     assert any("protocol.scoring.pixel_smooth differs" in note for note in table.notes)
 
 
+def test_weights_files_of_one_name_are_different_rows(write):
+    """The hash of the file's content is stored with the configuration, also of a run that is evaluated again."""
+    for seed, digit in ((0, "a"), (1, "a"), (0, "b")):
+        file = write("a", seed=seed, weights="w.pth") / "checkpoints" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"digests": {"backbone.weights": 64 * digit}}))
+    notes = [f"evaluated again from {write.root / 'run0002'}"]
+    shutil.rmtree(write("a", seed=1, weights="w.pth", notes=notes) / "checkpoints")
+    (table,) = tables(write)
+    assert [row.label for row in table.rows] == ["a (weights=w.pth (aaaaaaaa))", "a (weights=w.pth (bbbbbbbb))"]
+    assert [len(row.runs["bottle"]) for row in table.rows] == [2, 2]
+
+
 def test_latency_beside_other_jobs_is_marked(write):
     write("a", timing__beside={"jobs": 2, "busy_cores": 1.7})
     write("b", timing__beside={"jobs": 0, "busy_cores": 0.0})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from anomalib_lite.runs.build import make_loggers
 from anomalib_lite.tracking.csv_logger import CSVLogger
 
 
@@ -63,3 +64,10 @@ def test_a_part_of_a_line_is_dropped(tmp_path):
     logger.log_metrics({"loss": 0.1}, 20)
     logger.save()
     assert read(tmp_path) == "step,loss\r\n5,0.5\r\n21,0.1\r\n"
+
+
+def test_loggers_without_options_are_left_out(tmp_path):
+    """As with logger.wandb=null, or ~logger."""
+    options = {"_target_": "anomalib_lite.tracking.csv_logger.CSVLogger"}
+    assert [type(logger) for logger in make_loggers({"csv": options, "wandb": None}, tmp_path)] == [CSVLogger]
+    assert make_loggers(None, tmp_path) == []

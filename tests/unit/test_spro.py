@@ -1,9 +1,13 @@
 """The saturated per-region overlap against a literal one, and against AUPRO where nothing is saturated early."""
 
+import tracemalloc
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from scipy import ndimage
 
+from anomalib_lite.metrics import spro
 from anomalib_lite.metrics.functional import pixel_metrics
 from anomalib_lite.metrics.spro import Region, spro_metrics
 from tests.helpers.slow_spro import slow_spro
@@ -49,9 +53,9 @@ def test_is_aupro_without_saturation():
     for kind in ("random", "half tied"):
         maps = draw(kind, rng, masks)
         aupro = pixel_metrics(maps, masks, (0.3, 0.05))
-        spro = spro_metrics(list(maps), components(masks), (0.3, 0.05))
-        assert spro["spro_30"] == pytest.approx(aupro["aupro_30"], abs=1e-12)
-        assert spro["spro_05"] == pytest.approx(aupro["aupro_05"], abs=1e-12)
+        found = spro_metrics(list(maps), components(masks), (0.3, 0.05))
+        assert found["spro_30"] == pytest.approx(aupro["aupro_30"], abs=1e-12)
+        assert found["spro_05"] == pytest.approx(aupro["aupro_05"], abs=1e-12)
 
 
 def test_order_and_scale_change_no_bit():
@@ -65,6 +69,32 @@ def test_order_and_scale_change_no_bit():
     sizes = [np.pad(m, ((0, i), (0, 0)), constant_values=m.min() - 1) for i, m in enumerate(maps)]
     padded = [[Region(np.pad(r.mask, ((0, i), (0, 0))), r.saturation) for r in regions[i]] for i in range(len(maps))]
     assert spro_metrics(sizes, padded, (0.3,))["spro_30"] is not None
+
+
+def test_memory_does_not_grow_with_the_images(monkeypatch):
+    """Maps and masks are read image by image, and normal pixels counted in parts, which change no bit."""
+    count, size = 200, (64, 64)
+
+    class Maps(Sequence):
+        dtype = np.dtype(np.float32)
+
+        def __len__(self):
+            return count
+
+        def __getitem__(self, i):
+            return np.random.default_rng(range(count)[i]).random(size, np.float32)
+
+    class Regions(Maps):
+        def __getitem__(self, i):
+            return [Region(super().__getitem__(i) > 0.99, 20)]
+
+    expected = spro_metrics(list(Maps()), list(Regions()), (0.05, 0.3))
+    monkeypatch.setattr(spro, "PART", 4 * 64 * 64)
+    tracemalloc.start()
+    assert spro_metrics(Maps(), Regions(), (0.05, 0.3)) == expected
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < count * 64 * 64 * 4 / 2  # half of the bytes of the maps
 
 
 def test_saturation_is_enough():

@@ -1,12 +1,15 @@
-"""Notes of result.json."""
+"""Notes of result.json, and the versions in it."""
 
+from importlib import metadata
 from typing import Any
 
 import numpy as np
 import pytest
 
+from anomalib_lite import __version__
 from anomalib_lite.metrics.functional import image_metrics
 from anomalib_lite.metrics.per_category import decisions, mean_metrics, measure_categories, ranking_notes
+from anomalib_lite.runs import summary
 from anomalib_lite.runs.summary import other_precision, threshold_notes
 
 
@@ -82,3 +85,20 @@ def test_one_note_for_each_reason_why_metrics_are_missing():
 ])  # fmt: skip
 def test_another_precision_is_noted(before, now, noted):
     assert bool(other_precision(before, now)) == noted
+
+
+def test_versions_in_a_checkout_without_git_and_installation(monkeypatch, tmp_path):
+    """git and the package's metadata are missing: the run is trained by then, and must not be lost."""
+
+    def version(package: str) -> str:
+        if package == "anomalib-lite":
+            raise metadata.PackageNotFoundError(package)
+        return metadata.version(package)
+
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setattr(summary, "HOME", tmp_path)
+    monkeypatch.setattr(summary, "version", version)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = summary.software.__wrapped__()
+    assert (found["anomalib_lite"], found["git"]) == (__version__, None)
+    assert found["torch"] == metadata.version("torch")
