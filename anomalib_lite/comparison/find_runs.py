@@ -98,6 +98,8 @@ class Run:
         if weights and digest:  # a file: another one may have the same name
             weights = f"{weights} ({str(digest)[:8]})"
         found |= {"variant": self.result.get("variant"), "weights": weights}
+        if self.result["setting"] == "unified":
+            found["categories"] = sorted(self.result["categories"])
         found |= {
             key: backbone.get(name) for key, name in (("backbone", "name"), ("layers", "layers"), ("norm", "norm"))
         }

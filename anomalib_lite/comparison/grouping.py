@@ -214,8 +214,10 @@ def _shown(values: set[str | None]) -> dict[str | None, str]:
 
 
 def _text(value: str | None) -> str:
-    """A value, stored as JSON; of transforms their names."""
+    """A value, stored as JSON; of transforms their names, of many texts the first ones."""
     content = None if value is None else json.loads(value)
+    if isinstance(content, list) and content and all(isinstance(each, str) for each in content):
+        return f"[{shorten(content)}]"
     if isinstance(content, list) and content and all(isinstance(each, dict) and "_target_" in each for each in content):
         return ", ".join(str(each["_target_"]).rpartition(".")[2] for each in content)
     return "–" if value is None else content if isinstance(content, str) else value

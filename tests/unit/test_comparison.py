@@ -346,6 +346,18 @@ def test_unified_and_single_are_row_groups(write):
     assert [line for line in notes(table, "image_auroc") if "without" in line] == []
 
 
+def test_unified_models_of_other_categories_are_other_rows(write):
+    """No mean mixes models; models of the same categories are repetitions."""
+    names = [f"k{i}" for i in range(6)]
+    for categories, seed in ((names[:2], 0), (names[:2], 1), (names, 0), (names[2:], 0)):
+        write("a", categories, seed)
+    (table,) = tables(write)
+    labels = ["[k0, k1, k2, k3 and 2 more]", "[k0, k1]", "[k2, k3, k4, k5]"]
+    assert [row.label for row in table.rows] == [f"a (categories={names})" for names in labels]
+    assert [Over.MEAN in table.cells(row, "image_auroc") for row in table.rows] == [True, False, False]
+    assert [len(row.all_runs()) for row in table.rows] == [1, 2, 1]
+
+
 def test_values_that_look_alike_keep_their_quotes(write):
     for value in (1, "1", None):
         write("a", config={"norm": value})
