@@ -67,7 +67,7 @@ def contact_sheet(
     _write(sheet, title, GAP, 20, 0.5)
     for column, (kind, i) in enumerate(cases):
         x = GAP + column * (TILE + GAP)
-        image = _tile(data.eval_pipeline.load(samples[i].path))
+        image = _tile(data.eval_pipeline.shown(samples[i].path))
         amap = cv2.resize(outputs["maps"][i], (TILE, TILE), interpolation=cv2.INTER_LINEAR)
         rows = (_tile(row[column]) for row in shown.values())
         tiles = [outlined(image, outputs["masks"][i]), *rows, overlay(image, amap, threshold)]

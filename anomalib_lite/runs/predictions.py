@@ -88,7 +88,7 @@ class Predictor:
     def pictures(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """An image that was scored earlier and its overlay, uint8 [H, W, 3]. Raises UserError if one is gone."""
         path = self.base / file_name(name)
-        return self.data.eval_pipeline.load(path), load_rgb(self._file(OVERLAYS, path))
+        return self.data.eval_pipeline.shown(path), load_rgb(self._file(OVERLAYS, path))
 
     def _maps(self, batch: Any) -> Iterator[tuple[str, Any, float]]:
         with torch.inference_mode():
@@ -100,7 +100,7 @@ class Predictor:
         if not torch.isfinite(found).all():
             raise UserError(f"{path}: its anomaly map is not finite; check that the run was trained well")
         prediction = Prediction(readable(path.relative_to(self.base).as_posix()), score, self.limits["image"])
-        image = self.data.eval_pipeline.load(path)
+        image = self.data.eval_pipeline.shown(path)
         amap = cv2.resize(found.float().cpu().numpy(), image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
         covered = overlay(image, amap, self.limits)
         for folder, picture in ((HEATMAPS, colours(amap, self.limits)), (OVERLAYS, covered)):

@@ -153,7 +153,7 @@ def pictures(result: dict[str, Any], data: AnomalyDataModule, test: dict[str, An
 def _picture(i: int, kind: str, threshold: dict[str, float], data: AnomalyDataModule, test: dict[str, Any]) -> Any:
     """Test image i and its heat map side by side; masks that W&B can switch on lie over both."""
     sample, size = data.test_samples[i], data.image_size[::-1]  # width, height
-    image = cv2.resize(data.eval_pipeline.load(sample.path), size, interpolation=cv2.INTER_AREA)
+    image = cv2.resize(data.eval_pipeline.shown(sample.path), size, interpolation=cv2.INTER_AREA)
     amap = cv2.resize(test["maps"][i], size, interpolation=cv2.INTER_LINEAR)
 
     def mask(inside: np.ndarray, number: int, label: str) -> dict[str, Any]:
