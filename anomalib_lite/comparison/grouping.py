@@ -145,7 +145,7 @@ def _notes(rows: list[Row], runs: list[Run], categories: list[str]) -> Iterator[
     for key, values in scoring.items():
         if len(values) > 1:
             rows_by_value = "; ".join(f"{value}: {shorten(labels)}" for value, labels in values.items())
-            yield f"protocol.{key} differs ({rows_by_value})"
+            yield f"{key} differs ({rows_by_value})"
     if mixed := [row.full_label for row in rows if len(_module_versions(row)) > 1]:
         yield f"averaged over runs of several versions of one module (environment.modules): {shorten(mixed)}"
     beside = [

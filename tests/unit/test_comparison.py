@@ -156,7 +156,24 @@ def test_labels(write):
         f"c {name} (pixel_smooth=2)",
         f"c {name} (pixel_smooth=4)",
     ]
-    assert any("protocol.scoring.pixel_smooth differs" in note for note in table.notes)
+    assert any(note.startswith("scoring.pixel_smooth differs") for note in table.notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "values"),
+    [
+        ({"thresholds__quantile": 0.9}, ["quantile=0.9", "quantile=0.99"]),
+        ({"overrides": ["hardware.precision=32"]}, ["precision=32", "precision=auto"]),
+        ({"overrides": ["scoring.threshold_images=null"]}, ["threshold_images=2000", "threshold_images=null"]),
+    ],
+)
+def test_evaluations_that_differ_are_other_rows(changes, values, write):
+    """They have the seed of the run that they evaluate again."""
+    again = write("a", notes=[f"evaluated again from {write('a')}"], **changes)
+    shutil.rmtree(again / "checkpoints")
+    (table,) = tables(write)
+    assert [row.label for row in table.rows] == [f"a ({value})" for value in values]
+    assert not any("run again" in note for note in table.notes)
 
 
 def test_weights_files_of_one_name_are_different_rows(write):
