@@ -93,6 +93,20 @@ def test_what_was_not_run_and_what_differs(write, file):
     assert "data.batch_size=4, published 16" in lines_of(write, file)["image_auroc"].remarks
 
 
+def test_a_long_tail_is_known_by_its_profile_and_imbalance(write, file):
+    """Whatever its name in the run; another order of the classes is a difference."""
+    entry = ENTRY.replace("  categories: 2", "  split: exp100\n  categories: 2")
+    file.write_text(entry.replace("config: {", "config: {split: {order: size}, "))
+    for name, imbalance, order in (("exp", 100, "size"), ("exp100", 100.0, "reverse"), ("exp100", 20, "size")):
+        split = {"name": name, "profile": "exp", "imbalance": imbalance, "order": order, "seed": 0}
+        config = write("a", split=split) / "checkpoints" / "config.json"
+        stored = json.loads(config.read_text())
+        stored["config"]["split"] = split
+        config.write_text(json.dumps(stored))
+    lines = [line for line in published.board(published.read(file), tables(write)) if line.metric == "image_auroc"]
+    assert [line.remarks[1:-1] for line in lines] == [[], ["split.order=reverse, published size"]]
+
+
 def test_files(write, file, tmp_path):
     write("a")
     pages = [tmp_path / name for name in ("board.md", "board.html")]
