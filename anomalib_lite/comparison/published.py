@@ -142,9 +142,10 @@ def _line(entry: Published, metric: str, value: float, row: Row) -> Line:
     if values:
         seeds = sorted(set.intersection(*(set(of) for of in values.values())))
         means = [100 * float(np.mean([of[seed] for of in values.values()])) for seed in seeds]
-        if means:
-            line.ours, line.seeds = float(np.mean(means)), len(means)
-            line.sd = float(np.std(means, ddof=1)) if len(means) > 1 else None
+        each = [list(of.values()) for of in values.values()]
+        line.ours = float(np.mean(means or [100 * float(np.mean(of)) for of in each]))
+        line.seeds = len(means) or min(map(len, each))
+        line.sd = float(np.std(means, ddof=1)) if len(means) > 1 else None
     line.differs = bool(line.remarks)
     line.remarks.append(_where(row))
     return line

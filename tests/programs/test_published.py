@@ -84,6 +84,17 @@ def test_a_part_of_the_categories(write, file):
     assert "1 of 2 categories (tile)" in lines["image_auroc"].texts()[7]
 
 
+def test_categories_without_a_common_seed(write, file):
+    """The mean over categories, as in the tables, without a deviation."""
+    bottle, *tiles = (
+        published_value(write("a", (category,), seed), category, "image_auroc")
+        for category, seed in (("bottle", 0), ("tile", 1), ("tile", 2))
+    )
+    line = lines_of(write, file)["image_auroc"]
+    assert line.ours == pytest.approx(100 * np.mean([bottle, np.mean(tiles)]))
+    assert (line.seeds, line.sd, line.differs) == (1, None, False)
+
+
 def test_what_was_not_run_and_what_differs(write, file):
     write("b")
     line = lines_of(write, file)["image_auroc"]
