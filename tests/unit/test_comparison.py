@@ -21,7 +21,7 @@ from anomalib_lite.comparison.export import between, notes, percent, render, to_
 from anomalib_lite.comparison.page import to_html
 from anomalib_lite.comparison.tables import Column, Over
 from anomalib_lite.comparison.worst_cases import worst_cases
-from anomalib_lite.runs.heat_maps import chosen_cases, disagreement
+from anomalib_lite.runs.heat_maps import chosen_cases, disagreement, score_text
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.written_runs import compare, tables
 
@@ -446,6 +446,19 @@ def test_thumbnails_outline_the_true_defects(write, tmp_path):
             near = cv2.dilate(inside.astype(np.uint8), np.ones((13, 13))) > 0
             assert not (green & (inside | ~near)).any()
             assert cv2.connectedComponents((~green).astype(np.uint8), connectivity=4)[0] == 3  # a closed line
+
+
+def test_decisions_at_a_negative_threshold(write):
+    write("a", maps=True, thresholds__per_category={"bottle": {"image": -0.4, "pixel": 1.0, "background": 0.0}})
+    (table,) = tables(write)
+    scores, wrong = table.runs[0].scores["bottle"], 0
+    score_of = dict(zip(scores.paths, scores.scores, strict=True))
+    for case in worst_cases("bottle", table.rows, 99, 10**9):
+        ((_, text, is_wrong),) = case.maps
+        assert text == score_text(score_of[case.path], -0.4)
+        assert is_wrong == ((score_of[case.path] > -0.4) != case.label)
+        wrong += is_wrong
+    assert to_html([table], "image_auroc").count('<span class="wrong">') == wrong > 0
 
 
 def test_head_and_tail_means_with_intervals(write):

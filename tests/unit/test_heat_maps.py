@@ -11,6 +11,7 @@ from PIL import Image
 
 from anomalib_lite.data.transforms import Pipeline, Resize
 from anomalib_lite.runs.figures import TILE, contact_sheet
+from anomalib_lite.runs.heat_maps import score_text
 from anomalib_lite.runs.predictions import Predictor
 from anomalib_lite.tracking import wandb_report
 
@@ -50,3 +51,22 @@ def test_a_map_is_drawn_over_the_part_of_the_image_that_it_covers(part, tmp_path
     shown = [predictor.pictures("a.png")[0], sheet[30 : 30 + TILE, 6 : 6 + TILE], image[:, :32]]
     assert [white_side(picture) for picture in shown] == pytest.approx([0.5] * 3, abs=0.02)
     assert white_side(Pipeline([Resize(16)]).shown(path)) == 0.25  # resized maps cover the whole image
+
+
+@pytest.mark.parametrize(
+    ("score", "threshold", "text", "above"),
+    [
+        (2.0, 1.0, "2.00 x threshold", True),
+        (0.5, 1.0, "0.50 x threshold", False),
+        (-0.31, -0.42, "-0.31 (threshold -0.42)", True),
+        (-0.5, -0.42, "-0.5 (threshold -0.42)", False),
+        (0.1, 0.0, "0.1 (threshold 0)", True),
+    ],
+)
+def test_a_score_at_any_threshold(score, threshold, text, above, part):
+    """A figure shows a score above its threshold in red."""
+    outputs, limits = of_a_score(score), LIMITS | {"image": threshold}
+    assert score_text(score, threshold) == text
+    assert text in wandb_report._picture(0, "clear defect", limits, part, outputs)[1]
+    last_line = contact_sheet(part, [("clear defect", 0)], outputs, limits, "", {})[-30:].astype(int)
+    assert (last_line[..., 0] - last_line[..., 1] > 100).any() == above
