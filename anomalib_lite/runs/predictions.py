@@ -19,6 +19,7 @@ from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.paths import file_name, readable
 from anomalib_lite.runs.folder import HEATMAPS, OVERLAYS
 from anomalib_lite.runs.heat_maps import colours, overlay
+from anomalib_lite.runs.load import check_finite
 from anomalib_lite.runs.prediction_report import Report
 from anomalib_lite.runs.prediction_table import Prediction
 
@@ -97,8 +98,7 @@ class Predictor:
 
     def _predicted(self, path: Path, score: float, found: torch.Tensor) -> Prediction:
         """The prediction of a score and an anomaly map [H, W], with the pictures at the image's size."""
-        if not torch.isfinite(found).all():
-            raise UserError(f"{path}: its anomaly map is not finite; check that the run was trained well")
+        check_finite(str(path), score, found)
         prediction = Prediction(readable(path.relative_to(self.base).as_posix()), score, self.limits["image"])
         image = self.data.eval_pipeline.shown(path)
         amap = cv2.resize(found.float().cpu().numpy(), image.shape[1::-1], interpolation=cv2.INTER_LINEAR)

@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 
 from anomalib_lite.data.transforms import Pipeline, Resize
+from anomalib_lite.errors import UserError
 from anomalib_lite.runs.figures import TILE, contact_sheet
 from anomalib_lite.runs.heat_maps import score_text
+from anomalib_lite.runs.load import LoadedRun
 from anomalib_lite.runs.predictions import Predictor
 from anomalib_lite.tracking import wandb_report
 
@@ -70,3 +72,15 @@ def test_a_score_at_any_threshold(score, threshold, text, above, part):
     assert text in wandb_report._picture(0, "clear defect", limits, part, outputs)[1]
     last_line = contact_sheet(part, [("clear defect", 0)], outputs, limits, "", {})[-30:].astype(int)
     assert (last_line[..., 0] - last_line[..., 1] > 100).any() == above
+
+
+@pytest.mark.parametrize(("score", "value"), [(np.nan, 0.0), (np.inf, 0.0), (1.0, np.nan)])
+def test_no_decision_on_what_is_not_finite(score, value, part, tmp_path):
+    path, amap = part.test_samples[0].path, torch.full((32, 32), value)
+    predictor = Predictor(None, part, LIMITS, tmp_path / "out", tmp_path, 1, 0, 1, {})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"a\.png: its anomaly map or score is not finite; check"):
+        predictor._predicted(path, score, amap)
+    outputs = {"score": torch.tensor([score]), "map": amap[None]}
+    model: Any = SimpleNamespace(device="cpu", categories=["part"], predict_step=lambda *_: outputs)
+    with pytest.raises(UserError, match=r"images\[0\]: its anomaly map or score is not finite; check"):
+        LoadedRun(model, part, LIMITS | {"category": "part"}).predict([np.zeros((64, 64, 3), np.uint8)])
