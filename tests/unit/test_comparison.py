@@ -17,8 +17,9 @@ from scipy.stats import wilcoxon
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from anomalib_lite.comparison import statistics, terminal
-from anomalib_lite.comparison.export import between, notes, percent, render, to_csv
+from anomalib_lite.comparison.export import between, caption, notes, percent, render, to_csv
 from anomalib_lite.comparison.page import to_html
+from anomalib_lite.comparison.plots import plot_metric
 from anomalib_lite.comparison.tables import Column, Over
 from anomalib_lite.comparison.worst_cases import worst_cases
 from anomalib_lite.runs.heat_maps import chosen_cases, disagreement, score_text
@@ -500,6 +501,26 @@ def test_intervals_come_from_the_scores_of_the_result(write):
     (table,) = tables(write)
     assert [table.cells(row, "image_auroc")["bottle"].interval is None for row in table.rows] == [True, False]
     assert "gives another image_auroc" in table.runs[0].problems[0]
+
+
+def test_captions_and_plots_name_what_is_shown(write, tmp_path, monkeypatch):
+    """No plot mixes intervals and deviations, and no caption names intervals that no cell has."""
+    for method in "ab":
+        for seed in (0, 1):
+            write(method, seed=seed)
+    for number in (0, 1):
+        (write.root / f"run000{number}" / "scores.csv").unlink()
+    (table,) = tables(write)
+    bars = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axis, x, *_, **line: bars.append(x) if len(line) > 2 else 0)
+    plot_metric(tmp_path / "plot.png", table, "image_auroc")
+    assert bars[0][0] == bars[0][1]
+    assert bars[1] == [100 * end for end in table.cells(table.rows[1], "image_auroc")["bottle"].interval or ()]
+    assert "bootstrap" in caption(table, "image_auroc")
+    for number in (2, 3):
+        (write.root / f"run000{number}" / "scores.csv").unlink()
+    (table,) = tables(write)
+    assert "bootstrap" not in caption(table, "image_auroc")
 
 
 def test_the_same_seed_twice_counts_once(write):
