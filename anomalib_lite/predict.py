@@ -23,7 +23,8 @@ precision=auto  auto (bf16 where the machine computes in it), 32 or bf16 (defaul
 
 Paths in scores.csv are below the folder that all inputs share. The ratio is the score over the threshold. It is empty
 unless the threshold is above 0. report.html needs no network and no other file. In heatmaps/ and overlays/, a picture
-has its image's whole name with .png added (overlays/a.jpg.png for a.jpg), so that a.jpg and a.png have one each.
+has its image's whole name with .png added (overlays/a.jpg.png for a.jpg), so that a.jpg and a.png have one each. Where
+the run's data.transform does more than resize, such as a crop, the pictures show the transformed image.
 A watched file is scored once it has not changed for a second, and again when it is replaced. A file that can't be
 decoded is tried for ten seconds. Each score is one more row of scores.csv, so the last row of a path counts; the column
 `modified` (the file's time of change, in ns) tells the next start with the same output which files are scored already.

@@ -74,9 +74,9 @@ def averaged(cells: Iterable[Cell]) -> str:
 def caption(table: Table, *metrics: str, best: str = "in bold", intervals: bool = True) -> str:
     """The line under a table that says what its numbers are."""
     names = ", ".join(map(name_of, metrics))
-    over = averaged(cell for row in table.rows for metric in metrics for cell in table.cells(row, metric).values())
-    text = f"{names} in percent, {over}, the best of a setting {best}"
-    with_intervals = intervals and not DRAWS.keys().isdisjoint(metrics)
+    cells = [cell for row in table.rows for metric in metrics for cell in table.cells(row, metric).values()]
+    text = f"{names} in percent, {averaged(cells)}, the best of a setting {best}"
+    with_intervals = intervals and any(cell.interval for cell in cells)
     return text + ("; 95 % bootstrap intervals over test images (1,000 resamples)" if with_intervals else "")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from anomalib_lite.cli.keys import flat, lookup
 from anomalib_lite.data.splits import SHOTS
@@ -23,6 +24,8 @@ KINDS = {  # of what every result holds
     str: "method dataset setting data.fingerprint", int: "seed", list: "categories",
     dict: "protocol.data per_category metrics",
 }  # fmt: skip
+#: keys that `evaluate` changes and that make a run another experiment, beside those that its result repeats
+EVALUATED = ("hardware.precision", "scoring.threshold_images")
 NOT_SEARCHED = {CHECKPOINTS, WANDB, FIGURES, HYDRA, ".git", ".venv"}
 
 
@@ -90,7 +93,7 @@ class Run:
         found = {
             key: value
             for key, value in known.items()
-            if not is_free(key, "compare")
+            if (not is_free(key, "compare") or key in EVALUATED)
             and key.rpartition(".")[2] not in ("seed", "_partial_", "_convert_", "_recursive_")
         }
         backbone, weights = dict_at(self.result, "backbone"), self.result.get("weights")
@@ -98,10 +101,13 @@ class Run:
         if weights and digest:  # a file: another one may have the same name
             weights = f"{weights} ({str(digest)[:8]})"
         found |= {"variant": self.result.get("variant"), "weights": weights}
+        if self.result["setting"] == "unified":
+            found["categories"] = sorted(self.result["categories"])
         found |= {
             key: backbone.get(name) for key, name in (("backbone", "name"), ("layers", "layers"), ("norm", "norm"))
         }
         found |= flat(self.result["protocol"].get("scoring"), "scoring")
+        found["scoring.quantile"] = dict_at(self.result, "thresholds").get("quantile")
         return {key: json.dumps(value, ensure_ascii=False, sort_keys=True) for key, value in sorted(found.items())}
 
 
@@ -166,11 +172,13 @@ def origin(folder: Path, result: dict[str, Any]) -> Path:
 def config_of(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     """The run's configuration, or the one of the run that it evaluates again; empty where there is none."""
     place = origin(folder, result)
-    with contextlib.suppress(UserError):
+    with contextlib.suppress(UserError, yaml.YAMLError):
         config = dict_at(read_config(place)[0])
         for override in _texts(result, "overrides") if place != folder else ():
-            if override.startswith("data.root="):
-                dict_at(config, "data")["root"] = override.partition("=")[2]
+            key, _, text = override.partition("=")
+            if key in ("data.root", *EVALUATED):
+                group, _, name = key.partition(".")
+                dict_at(config, group)[name] = text if key == "data.root" else yaml.safe_load(text)
         return config
     return {}
 

@@ -145,7 +145,7 @@ def _notes(rows: list[Row], runs: list[Run], categories: list[str]) -> Iterator[
     for key, values in scoring.items():
         if len(values) > 1:
             rows_by_value = "; ".join(f"{value}: {shorten(labels)}" for value, labels in values.items())
-            yield f"protocol.{key} differs ({rows_by_value})"
+            yield f"{key} differs ({rows_by_value})"
     if mixed := [row.full_label for row in rows if len(_module_versions(row)) > 1]:
         yield f"averaged over runs of several versions of one module (environment.modules): {shorten(mixed)}"
     beside = [
@@ -214,8 +214,10 @@ def _shown(values: set[str | None]) -> dict[str | None, str]:
 
 
 def _text(value: str | None) -> str:
-    """A value, stored as JSON; of transforms their names."""
+    """A value, stored as JSON; of transforms their names, of many texts the first ones."""
     content = None if value is None else json.loads(value)
+    if isinstance(content, list) and content and all(isinstance(each, str) for each in content):
+        return f"[{shorten(content)}]"
     if isinstance(content, list) and content and all(isinstance(each, dict) and "_target_" in each for each in content):
         return ", ".join(str(each["_target_"]).rpartition(".")[2] for each in content)
     return "–" if value is None else content if isinstance(content, str) else value

@@ -41,10 +41,12 @@ def _safe(name: str) -> str:
 
 
 def plot_metric(file: Path, table: Table, metric: str) -> None:
-    """One panel per column and one line per row: the mean over seeds with its bootstrap interval, or else its
-    deviation.
+    """One panel per column and one line per row: the mean over seeds with its bootstrap interval, or, where no cell has
+    one, with its deviation.
     """
     rows, columns = best_rows(table, metric, MOST_ROWS), list(table.columns)
+    cells = [cell for row in rows for cell in table.cells(row, metric).values()]
+    with_intervals = any(cell.interval for cell in cells)
     across = min(len(columns), 4)
     down = -(-len(columns) // across)
     figure = Figure(figsize=(2.6 + 2.4 * across, 0.9 + down * (0.7 + 0.22 * len(rows))), layout="constrained")
@@ -52,7 +54,8 @@ def plot_metric(file: Path, table: Table, metric: str) -> None:
     for axis, column in zip(axes, columns, strict=False):
         for y, row in enumerate(rows):
             if cell := table.cells(row, metric).get(column):
-                low, high = cell.interval or (cell.mean - (cell.sd or 0), cell.mean + (cell.sd or 0))
+                sd = 0 if with_intervals else cell.sd or 0
+                low, high = cell.interval or (cell.mean - sd, cell.mean + sd)
                 axis.plot([100 * low, 100 * high], [y, y], color="#8fb4d3", linewidth=3, solid_capstyle="round")
                 axis.plot(100 * cell.mean, y, "o", color="#0b4f85", markersize=4)
         axis.set_title(heading(column), fontsize=9)
@@ -62,8 +65,7 @@ def plot_metric(file: Path, table: Table, metric: str) -> None:
         axis.set_visible(False)
     axes[0].set_yticks(range(len(rows)), [row.full_label for row in rows])
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
-    cells = [cell for row in rows for cell in table.cells(row, metric).values()]
-    meaning = "95 % bootstrap interval over test images" if any(cell.interval for cell in cells) else averaged(cells)
+    meaning = "95 % bootstrap interval over test images" if with_intervals else averaged(cells)
     figure.suptitle(f"{table.title}: {name_of(metric)} in percent, {meaning}", fontsize=9)
     figure.savefig(file, dpi=130)
 

@@ -31,7 +31,7 @@ class Published(BaseModel):
     method: str
     dataset: str  # `data.name` of the runs
     setting: str = "single"  # or "unified"
-    split: str = "full"  # a choice of the group `split`
+    split: str = "full"  # shots, file, or a long tail with its imbalance, such as exp100
     shots: int | None = None  # training images per category, with split: shots
     categories: int = Field(gt=0)  # over which the figures are means
     values: dict[str, float]  # by metric
@@ -113,9 +113,16 @@ def board(entries: Sequence[Published], tables: Sequence[Table]) -> list[Line]:
 
 def _belongs(row: Row, table: Table, entry: Published) -> bool:
     result = row.all_runs()[0].result
-    split = dict_at(result, "split").get("name", "full")
-    same = (row.method, row.setting, result["dataset"], split)
+    same = (row.method, row.setting, result["dataset"], _split_of(result))
     return (*same, row.shots) == (entry.method, entry.setting, entry.dataset, entry.split, entry.shots)
+
+
+def _split_of(result: dict[str, Any]) -> str:
+    """A run's split as `Published.split` names it: exp100 also of split=exp split.imbalance=100."""
+    split = dict_at(result, "split")
+    profile, imbalance = split.get("profile"), split.get("imbalance")
+    known = profile and profile != "full" and isinstance(imbalance, int | float)
+    return f"{profile}{imbalance:g}" if known else str(profile or split.get("name", "full"))
 
 
 def _not_run(entry: Published, metric: str, value: float) -> Line:
@@ -135,9 +142,10 @@ def _line(entry: Published, metric: str, value: float, row: Row) -> Line:
     if values:
         seeds = sorted(set.intersection(*(set(of) for of in values.values())))
         means = [100 * float(np.mean([of[seed] for of in values.values()])) for seed in seeds]
-        if means:
-            line.ours, line.seeds = float(np.mean(means)), len(means)
-            line.sd = float(np.std(means, ddof=1)) if len(means) > 1 else None
+        each = [list(of.values()) for of in values.values()]
+        line.ours = float(np.mean(means or [100 * float(np.mean(of)) for of in each]))
+        line.seeds = len(means) or min(map(len, each))
+        line.sd = float(np.std(means, ddof=1)) if len(means) > 1 else None
     line.differs = bool(line.remarks)
     line.remarks.append(_where(row))
     return line

@@ -17,7 +17,7 @@ from anomalib_lite.data.samples import load_mask, load_rgb
 from anomalib_lite.errors import UserError
 from anomalib_lite.metrics.curves import CURVES
 from anomalib_lite.paths import file_name
-from anomalib_lite.runs.heat_maps import colours, data_uri, disagreement, outlined
+from anomalib_lite.runs.heat_maps import colours, data_uri, disagreement, outlined, score_text
 
 MOST_METHODS = 8  # in curves and heat maps: the best
 TILE = 128  # pixels of an image's thumbnail
@@ -27,15 +27,15 @@ COLOURS = 64  # of a heat map, for small files
 
 @dataclass
 class Case:
-    """A test image with its thumbnail (a data URI, or empty), and its heat map and score relative to the threshold
-    (None where there is none) under each method.
+    """A test image with its thumbnail (a data URI, or empty), and under each method its heat map, its score relative to
+    the threshold (empty where there is none), and whether the decision is wrong.
     """
 
     path: str
     label: int
     disagreement: float
     picture: str = ""
-    maps: list[tuple[str, float | None]] = field(default_factory=list)
+    maps: list[tuple[str, str, bool]] = field(default_factory=list)
 
 
 def best_rows(table: Table, metric: str, most: int = MOST_METHODS) -> list[Row]:
@@ -92,10 +92,13 @@ def worst_cases(category: str, rows: list[Row], most: int, budget: int) -> list[
         map_of, scale = maps_by_path(run)
         for case in cases:
             score, limit = score_of.get(case.path), limits.get("image")
-            ratio = float(score / limit) if score is not None and limit else None
             amap = map_of.get(case.path)
-            case.maps.append(("" if amap is None else heat_map(amap.astype(np.float64) * scale, limits), ratio))
-    while cases and sum(len(case.picture) + sum(len(uri) for uri, _ in case.maps) for case in cases) > budget:
+            uri = "" if amap is None else heat_map(amap.astype(np.float64) * scale, limits)
+            if score is None or limit is None:
+                case.maps.append((uri, "", False))
+            else:
+                case.maps.append((uri, score_text(score, limit), (score > limit) != (case.label == 1)))
+    while cases and sum(len(case.picture) + sum(len(uri) for uri, *_ in case.maps) for case in cases) > budget:
         cases.pop()
     return cases
 

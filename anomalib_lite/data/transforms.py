@@ -41,13 +41,10 @@ class Resize(A.DualTransform):
         self.resample = resample
 
     def apply(self, img: np.ndarray, **params) -> np.ndarray:
-        return self._resize(img, Image.Resampling[self.resample.upper()])
+        return _resized(img, self.size, Image.Resampling[self.resample.upper()])
 
     def apply_to_mask(self, mask: np.ndarray, *args, **params) -> np.ndarray:
-        return self._resize(mask, Image.Resampling.NEAREST)
-
-    def _resize(self, array: np.ndarray, resample: Image.Resampling) -> np.ndarray:
-        return _resized(array, self.size, resample)
+        return _resized(mask, self.size, Image.Resampling.NEAREST)
 
     def get_transform_init_args_names(self) -> tuple[str, ...]:
         return ("size", "resample")
@@ -196,10 +193,9 @@ class Pipeline:
             raise UserError(
                 f"data.normalize={normalize} is not known: choose one of {', '.join(NORMALIZE)}, or give mean and std"
             )
+        kinds = A.BasicTransform | A.BaseCompose
         for option, value in (("transform", transforms), ("augment", augment)):
-            if not isinstance(value, Sequence) or not all(
-                isinstance(t, A.BasicTransform | A.BaseCompose) for t in value
-            ):
+            if not isinstance(value, Sequence) or not all(isinstance(each, kinds) for each in value):
                 raise UserError(f"data.{option}={value} must be a list of albumentations transforms, each a _target_")
         self.compose = A.Compose([*transforms, *augment])
         #: the resizing, where it is all that comes before `augment`; `transform` then also takes resized images
@@ -209,14 +205,18 @@ class Pipeline:
         self.only_resizes = all(isinstance(each, Resize) for each in transforms)
         self.steps = [("data.transform", each) for each in transforms] + [("data.augment", each) for each in augment]
         mean, std = (normalize["mean"], normalize["std"]) if isinstance(normalize, dict) else NORMALIZE[normalize]
-        self.mean = torch.tensor(mean).view(3, 1, 1)
-        self.std = torch.tensor(std).view(3, 1, 1)
+        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
         self.on_device = dict[torch.device, list[Tensor]]()  # 255 and both of them, where `normalised` has been used
         self.value_range, self.check_size = value_range, check_size
 
     def load(self, path: Path) -> np.ndarray:
         """The file's image, uint8 [H, W, 3], in the run's range of values; UserError if it can't be decoded."""
         return load_rgb(path, self.value_range)
+
+    def shown(self, path: Path) -> np.ndarray:
+        """The image that a map covers, uint8 [h, w, 3]: the file's, or the transformed one if not `only_resizes`."""
+        image = self.load(path)
+        return image if self.only_resizes else self.transform(image, np.zeros(image.shape[:2], bool), (0,))[0]
 
     def description(self) -> dict[str, Any]:
         """All settings that decide the output, as plain Python; NotImplementedError if a transform can't list them."""

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -67,8 +66,12 @@ class _Rates:
 
     def __init__(self, pixels: Pixels, rows: Sequence[int], upper: float):
         self.images = len(rows)
-        if upper * self.images < 1:  # at its k-th highest score, one image alone brings the mean to the bound
-            self.least = max(_highest(pixels[i][0], upper * self.images) for i in rows)
+        # where n images have a rate of upper * images / n, the mean is at the bound: one image alone, or half of them
+        enough = [n for n in sorted({1, (self.images + 1) // 2}) if upper * self.images < n]
+        if enough:
+            shares = [upper * self.images / n for n in enough]
+            highest = np.sort([_highest(pixels[i][0], shares) for i in rows], axis=0)
+            self.least = max(highest[-n, column] for column, n in enumerate(enough))
         else:
             self.least = min(pixels[i][0].min() for i in rows)
         scores: dict[int, list[Array]] = {}
@@ -84,10 +87,10 @@ class _Rates:
         return sum(count / size for size, count in counts) / self.images
 
 
-def _highest(amap: Array, share: float) -> Any:
-    """The score of a map [H, W] that this share of its pixels is not below."""
-    place = amap.size - 1 - int(share * amap.size)
-    return np.partition(amap, place, axis=None)[place]
+def _highest(amap: Array, shares: Sequence[float]) -> Array:
+    """The scores of a map [H, W] that these shares of its pixels are not below."""
+    places = [amap.size - 1 - int(share * amap.size) for share in shares]
+    return np.partition(amap, places, axis=None)[places]
 
 
 def _area(scores: Array, rates: _Rates, bounds: tuple[float, float]) -> float:

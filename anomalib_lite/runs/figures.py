@@ -17,7 +17,7 @@ from anomalib_lite.data.samples import Sample
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.methods.tiles import tiled
 from anomalib_lite.runs.folder import TRAINING_FIGURE
-from anomalib_lite.runs.heat_maps import chosen_cases, outlined, overlay
+from anomalib_lite.runs.heat_maps import chosen_cases, outlined, overlay, score_text
 
 Rows = dict[str, np.ndarray]  # {title: uint8 [N, h, w, 3]}
 TILE, GAP = 192, 6  # pixels: the side of an image in a figure, and the space between two
@@ -59,7 +59,7 @@ def contact_sheet(
     shown: Rows,
 ) -> np.ndarray:
     """One column per case: the image with its defect outlined, the rows `shown`, and its heat map; scores as multiples
-    of the threshold.
+    of the threshold, red above it.
     """
     head, samples = 30, data.test_samples
     height = head + (2 + len(shown)) * (TILE + GAP) + 40
@@ -67,17 +67,17 @@ def contact_sheet(
     _write(sheet, title, GAP, 20, 0.5)
     for column, (kind, i) in enumerate(cases):
         x = GAP + column * (TILE + GAP)
-        image = _tile(data.eval_pipeline.load(samples[i].path))
+        image = _tile(data.eval_pipeline.shown(samples[i].path))
         amap = cv2.resize(outputs["maps"][i], (TILE, TILE), interpolation=cv2.INTER_LINEAR)
         rows = (_tile(row[column]) for row in shown.values())
         tiles = [outlined(image, outputs["masks"][i]), *rows, overlay(image, amap, threshold)]
         for number, tile in enumerate(tiles):
             y = head + number * (TILE + GAP)
             sheet[y : y + TILE, x : x + TILE] = tile
-        ratio = float(outputs["scores"][i]) / threshold["image"] if threshold["image"] else float("nan")
+        score, limit = float(outputs["scores"][i]), threshold["image"]
         y = head + len(tiles) * (TILE + GAP) + 10
         _write(sheet, kind if samples[i].defect == "good" else f"{kind}: {samples[i].defect}", x, y, 0.4)
-        _write(sheet, f"{ratio:.2f} x threshold", x, y + 18, 0.4, BLACK if ratio < 1 else RED)
+        _write(sheet, score_text(score, limit), x, y + 18, 0.4, RED if score > limit else BLACK)
     return sheet
 
 

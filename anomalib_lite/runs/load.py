@@ -23,6 +23,12 @@ from anomalib_lite.runs.folder import read_run, stored_digests
 log = logging.getLogger(__name__)
 
 
+def check_finite(name: str, score: float, amap: torch.Tensor) -> None:
+    """Raise UserError if the score of the image `name` or a value of its map is NaN or infinite."""
+    if not (np.isfinite(score) and torch.isfinite(amap).all()):
+        raise UserError(f"{name}: its anomaly map or score is not finite; check that the run was trained well")
+
+
 class LoadedRun:
     """A trained method and the image preparation of its run.
 
@@ -41,12 +47,14 @@ class LoadedRun:
         A run on images with more than 8 bits per channel takes arrays [H_i, W_i] or [H_i, W_i, 3] of other types too:
         the run's range of values is applied to them as in its test.
         Images are prepared as in the run's test and scored one by one, so that an image's score does not depend on the
-        images beside it. Raises UserError for an array of another shape or type.
+        images beside it. Raises UserError for an array of another shape or type, and for a score or a map that is not
+        finite.
         """
         scores, maps = np.zeros(len(images), np.float32), []
         for i, image in enumerate(images):
             scored = self._predict_one(image, i)
             scores[i] = float(scored["score"][0])
+            check_finite(f"images[{i}]", scores[i], scored["map"][0])
             maps.append(scored["map"][0].float().cpu().numpy())
         return scores, maps
 

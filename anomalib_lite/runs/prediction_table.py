@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from anomalib_lite.errors import UserError
+from anomalib_lite.runs.heat_maps import ratio
 
 COLUMNS = ("path", "score", "threshold", "decision", "ratio")
 MODIFIED = "modified"  # a further column of watched folders: when the file was changed, in ns since 1970
@@ -20,7 +21,7 @@ class Prediction(NamedTuple):
 
     Attributes:
         name: the path below the folder that all inputs share.
-        ratio: the score over the threshold; None unless the threshold is above 0.
+        ratio: as `heat_maps.ratio` gives it.
     """
 
     name: str
@@ -33,7 +34,7 @@ class Prediction(NamedTuple):
 
     @property
     def ratio(self) -> float | None:
-        return self.score / self.threshold if self.threshold > 0 else None
+        return ratio(self.score, self.threshold)
 
     def row(self) -> list[str]:
         """The values of COLUMNS."""

@@ -19,6 +19,7 @@ from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.paths import file_name, readable
 from anomalib_lite.runs.folder import HEATMAPS, OVERLAYS
 from anomalib_lite.runs.heat_maps import colours, overlay
+from anomalib_lite.runs.load import check_finite
 from anomalib_lite.runs.prediction_report import Report
 from anomalib_lite.runs.prediction_table import Prediction
 
@@ -88,7 +89,7 @@ class Predictor:
     def pictures(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """An image that was scored earlier and its overlay, uint8 [H, W, 3]. Raises UserError if one is gone."""
         path = self.base / file_name(name)
-        return self.data.eval_pipeline.load(path), load_rgb(self._file(OVERLAYS, path))
+        return self.data.eval_pipeline.shown(path), load_rgb(self._file(OVERLAYS, path))
 
     def _maps(self, batch: Any) -> Iterator[tuple[str, Any, float]]:
         with torch.inference_mode():
@@ -97,10 +98,9 @@ class Predictor:
 
     def _predicted(self, path: Path, score: float, found: torch.Tensor) -> Prediction:
         """The prediction of a score and an anomaly map [H, W], with the pictures at the image's size."""
-        if not torch.isfinite(found).all():
-            raise UserError(f"{path}: its anomaly map is not finite; check that the run was trained well")
+        check_finite(str(path), score, found)
         prediction = Prediction(readable(path.relative_to(self.base).as_posix()), score, self.limits["image"])
-        image = self.data.eval_pipeline.load(path)
+        image = self.data.eval_pipeline.shown(path)
         amap = cv2.resize(found.float().cpu().numpy(), image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
         covered = overlay(image, amap, self.limits)
         for folder, picture in ((HEATMAPS, colours(amap, self.limits)), (OVERLAYS, covered)):

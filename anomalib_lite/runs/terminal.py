@@ -84,14 +84,25 @@ def summary_lines(run: Path, result: dict[str, Any]) -> list[str]:
     parts.append(f"peak memory {max(timing['peak_memory_mb'].values()) / 1024:.1f} GiB")
     lines.append(", ".join(parts))
     lines.append(f"trained {timing['steps']} steps in {timing['fit_s']:.1f} s, tested in {timing['test_s']:.1f} s")
-    threshold = f"at the threshold ({result['thresholds']['quantile']:g} quantile of {result['thresholds']['from']})"
-    for category, found in result["decisions"]["per_category"].items():
-        named = ((found["defective_found"], "defective images found"), (found["good_flagged"], "good ones flagged"))
-        shares = ", ".join(f"{100 * share:.0f} % of {what}" for share, what in named if share is not None)
-        if shares:
-            lines.append(f"{category}: {threshold} {shares}")
+    lines += decision_lines(result)
     names = (folder.RESULT, folder.SCORES, folder.MAPS, folder.METRICS_LOG, folder.FIGURES, folder.CHECKPOINTS)
     lines.append(f"{run}/ holds {', '.join(name for name in names if (run / name).exists())}")
+    return lines
+
+
+def decision_lines(result: dict[str, Any]) -> list[str]:
+    """How many test images of each category are called defective: a rounded share of 249 of 250 images is 100 %."""
+    lines = []
+    threshold = f"at the threshold ({result['thresholds']['quantile']:g} quantile of {result['thresholds']['from']})"
+    for category, found in result["decisions"]["per_category"].items():
+        count = result["data"]["test_counts"][category]
+        named = (
+            (found["defective_found"], count["defective"], "defective images found"),
+            (found["good_flagged"], count["good"], "good ones flagged"),
+        )
+        counts = ", ".join(f"{round(share * n)} of {n} {what}" for share, n, what in named if share is not None)
+        if counts:
+            lines.append(f"{category}: {threshold} {counts}")
     return lines
 
 

@@ -49,7 +49,7 @@ class Evaluation(L.Callback):
     ) -> None:
         maps = outputs["map"]  # [B, H, W], or a list of B maps [H_i, W_i]
         numbers = {"index": batch["index"], "labels": batch["label"], "scores": outputs["score"]}
-        numbers["finite"] = per_image(lambda x: torch.isfinite(x).all(1), maps)
+        numbers["finite"] = per_image(lambda x: torch.isfinite(x).all(1), maps) & torch.isfinite(outputs["score"])
         if dataloader_idx != TEST:
             numbers["map_max"] = per_image(lambda x: x.amax(1), maps)
             numbers["map_median"] = per_image(median, maps)
@@ -58,7 +58,9 @@ class Evaluation(L.Callback):
             zip(numbers, torch.stack([x.double() for x in numbers.values()]).cpu(), strict=True)
         )
         if not fields["finite"].all():
-            raise ValueError(f"the anomaly map of {batch['path'][int(fields['finite'].argmin())]} is not finite")
+            raise ValueError(
+                f"the anomaly map or score of {batch['path'][int(fields['finite'].argmin())]} is not finite"
+            )
         if dataloader_idx != NORMAL:
             fields |= {"maps": maps, "masks": batch.get("gt_mask", batch["mask"])}
         self.collected[dataloader_idx].update(fields.pop("index").long(), **fields)

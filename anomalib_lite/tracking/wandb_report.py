@@ -23,7 +23,7 @@ from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.splits import SHOTS
 from anomalib_lite.metrics.curves import CURVES
 from anomalib_lite.paths import relative_path
-from anomalib_lite.runs.heat_maps import chosen_cases, overlay
+from anomalib_lite.runs.heat_maps import chosen_cases, overlay, score_text
 
 
 def run_name(cfg: dict[str, Any], names: dict[str, str], data: AnomalyDataModule) -> str:
@@ -153,7 +153,7 @@ def pictures(result: dict[str, Any], data: AnomalyDataModule, test: dict[str, An
 def _picture(i: int, kind: str, threshold: dict[str, float], data: AnomalyDataModule, test: dict[str, Any]) -> Any:
     """Test image i and its heat map side by side; masks that W&B can switch on lie over both."""
     sample, size = data.test_samples[i], data.image_size[::-1]  # width, height
-    image = cv2.resize(data.eval_pipeline.load(sample.path), size, interpolation=cv2.INTER_AREA)
+    image = cv2.resize(data.eval_pipeline.shown(sample.path), size, interpolation=cv2.INTER_AREA)
     amap = cv2.resize(test["maps"][i], size, interpolation=cv2.INTER_LINEAR)
 
     def mask(inside: np.ndarray, number: int, label: str) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def _picture(i: int, kind: str, threshold: dict[str, float], data: AnomalyDataMo
     masks = {"prediction": mask(test["maps"][i] > threshold["pixel"], 2, "above the threshold")}
     if data.has_masks[sample.category]:
         masks["ground_truth"] = mask(test["masks"][i], 1, "defect")
-    ratio = float(test["scores"][i]) / threshold["image"] if threshold["image"] else float("nan")
+    score = score_text(float(test["scores"][i]), threshold["image"])
     what = kind if sample.defect == "good" else f"{kind}: {sample.defect}"
-    caption = f"{what}, {ratio:.2f} x threshold, {relative_path(sample.path, data.root)}"
+    caption = f"{what}, {score}, {relative_path(sample.path, data.root)}"
     return wandb.Image(np.hstack([image, overlay(image, amap, threshold)]), caption=caption, masks=masks)

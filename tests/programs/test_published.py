@@ -84,6 +84,17 @@ def test_a_part_of_the_categories(write, file):
     assert "1 of 2 categories (tile)" in lines["image_auroc"].texts()[7]
 
 
+def test_categories_without_a_common_seed(write, file):
+    """The mean over categories, as in the tables, without a deviation."""
+    bottle, *tiles = (
+        published_value(write("a", (category,), seed), category, "image_auroc")
+        for category, seed in (("bottle", 0), ("tile", 1), ("tile", 2))
+    )
+    line = lines_of(write, file)["image_auroc"]
+    assert line.ours == pytest.approx(100 * np.mean([bottle, np.mean(tiles)]))
+    assert (line.seeds, line.sd, line.differs) == (1, None, False)
+
+
 def test_what_was_not_run_and_what_differs(write, file):
     write("b")
     line = lines_of(write, file)["image_auroc"]
@@ -91,6 +102,20 @@ def test_what_was_not_run_and_what_differs(write, file):
     file.write_text(ENTRY.replace("batch_size: 4", "batch_size: 16"))
     write("a")
     assert "data.batch_size=4, published 16" in lines_of(write, file)["image_auroc"].remarks
+
+
+def test_a_long_tail_is_known_by_its_profile_and_imbalance(write, file):
+    """Whatever its name in the run; another order of the classes is a difference."""
+    entry = ENTRY.replace("  categories: 2", "  split: exp100\n  categories: 2")
+    file.write_text(entry.replace("config: {", "config: {split: {order: size}, "))
+    for name, imbalance, order in (("exp", 100, "size"), ("exp100", 100.0, "reverse"), ("exp100", 20, "size")):
+        split = {"name": name, "profile": "exp", "imbalance": imbalance, "order": order, "seed": 0}
+        config = write("a", split=split) / "checkpoints" / "config.json"
+        stored = json.loads(config.read_text())
+        stored["config"]["split"] = split
+        config.write_text(json.dumps(stored))
+    lines = [line for line in published.board(published.read(file), tables(write)) if line.metric == "image_auroc"]
+    assert [line.remarks[1:-1] for line in lines] == [[], ["split.order=reverse, published size"]]
 
 
 def test_files(write, file, tmp_path):

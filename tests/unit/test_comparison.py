@@ -17,11 +17,12 @@ from scipy.stats import wilcoxon
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from anomalib_lite.comparison import statistics, terminal
-from anomalib_lite.comparison.export import between, notes, percent, render, to_csv
+from anomalib_lite.comparison.export import between, caption, notes, percent, render, to_csv
 from anomalib_lite.comparison.page import to_html
+from anomalib_lite.comparison.plots import plot_metric
 from anomalib_lite.comparison.tables import Column, Over
 from anomalib_lite.comparison.worst_cases import worst_cases
-from anomalib_lite.runs.heat_maps import chosen_cases, disagreement
+from anomalib_lite.runs.heat_maps import chosen_cases, disagreement, score_text
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.written_runs import compare, tables
 
@@ -156,7 +157,24 @@ def test_labels(write):
         f"c {name} (pixel_smooth=2)",
         f"c {name} (pixel_smooth=4)",
     ]
-    assert any("protocol.scoring.pixel_smooth differs" in note for note in table.notes)
+    assert any(note.startswith("scoring.pixel_smooth differs") for note in table.notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "values"),
+    [
+        ({"thresholds__quantile": 0.9}, ["quantile=0.9", "quantile=0.99"]),
+        ({"overrides": ["hardware.precision=32"]}, ["precision=32", "precision=auto"]),
+        ({"overrides": ["scoring.threshold_images=null"]}, ["threshold_images=2000", "threshold_images=null"]),
+    ],
+)
+def test_evaluations_that_differ_are_other_rows(changes, values, write):
+    """They have the seed of the run that they evaluate again."""
+    again = write("a", notes=[f"evaluated again from {write('a')}"], **changes)
+    shutil.rmtree(again / "checkpoints")
+    (table,) = tables(write)
+    assert [row.label for row in table.rows] == [f"a ({value})" for value in values]
+    assert not any("run again" in note for note in table.notes)
 
 
 def test_weights_files_of_one_name_are_different_rows(write):
@@ -346,6 +364,18 @@ def test_unified_and_single_are_row_groups(write):
     assert [line for line in notes(table, "image_auroc") if "without" in line] == []
 
 
+def test_unified_models_of_other_categories_are_other_rows(write):
+    """No mean mixes models; models of the same categories are repetitions."""
+    names = [f"k{i}" for i in range(6)]
+    for categories, seed in ((names[:2], 0), (names[:2], 1), (names, 0), (names[2:], 0)):
+        write("a", categories, seed)
+    (table,) = tables(write)
+    labels = ["[k0, k1, k2, k3 and 2 more]", "[k0, k1]", "[k2, k3, k4, k5]"]
+    assert [row.label for row in table.rows] == [f"a (categories={names})" for names in labels]
+    assert [Over.MEAN in table.cells(row, "image_auroc") for row in table.rows] == [True, False, False]
+    assert [len(row.all_runs()) for row in table.rows] == [1, 2, 1]
+
+
 def test_values_that_look_alike_keep_their_quotes(write):
     for value in (1, "1", None):
         write("a", config={"norm": value})
@@ -419,6 +449,19 @@ def test_thumbnails_outline_the_true_defects(write, tmp_path):
             assert cv2.connectedComponents((~green).astype(np.uint8), connectivity=4)[0] == 3  # a closed line
 
 
+def test_decisions_at_a_negative_threshold(write):
+    write("a", maps=True, thresholds__per_category={"bottle": {"image": -0.4, "pixel": 1.0, "background": 0.0}})
+    (table,) = tables(write)
+    scores, wrong = table.runs[0].scores["bottle"], 0
+    score_of = dict(zip(scores.paths, scores.scores, strict=True))
+    for case in worst_cases("bottle", table.rows, 99, 10**9):
+        ((_, text, is_wrong),) = case.maps
+        assert text == score_text(score_of[case.path], -0.4)
+        assert is_wrong == ((score_of[case.path] > -0.4) != case.label)
+        wrong += is_wrong
+    assert to_html([table], "image_auroc").count('<span class="wrong">') == wrong > 0
+
+
 def test_head_and_tail_means_with_intervals(write):
     names = ("bottle", "cable", "screw")
     long_tail = {"name": "exp100", "profile": "exp", "imbalance": 100, "order": "size", "seed": 0}
@@ -458,6 +501,26 @@ def test_intervals_come_from_the_scores_of_the_result(write):
     (table,) = tables(write)
     assert [table.cells(row, "image_auroc")["bottle"].interval is None for row in table.rows] == [True, False]
     assert "gives another image_auroc" in table.runs[0].problems[0]
+
+
+def test_captions_and_plots_name_what_is_shown(write, tmp_path, monkeypatch):
+    """No plot mixes intervals and deviations, and no caption names intervals that no cell has."""
+    for method in "ab":
+        for seed in (0, 1):
+            write(method, seed=seed)
+    for number in (0, 1):
+        (write.root / f"run000{number}" / "scores.csv").unlink()
+    (table,) = tables(write)
+    bars = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axis, x, *_, **line: bars.append(x) if len(line) > 2 else 0)
+    plot_metric(tmp_path / "plot.png", table, "image_auroc")
+    assert bars[0][0] == bars[0][1]
+    assert bars[1] == [100 * end for end in table.cells(table.rows[1], "image_auroc")["bottle"].interval or ()]
+    assert "bootstrap" in caption(table, "image_auroc")
+    for number in (2, 3):
+        (write.root / f"run000{number}" / "scores.csv").unlink()
+    (table,) = tables(write)
+    assert "bootstrap" not in caption(table, "image_auroc")
 
 
 def test_the_same_seed_twice_counts_once(write):

@@ -127,13 +127,14 @@ def test_memory_hardly_grows_with_images(tmp_path, monkeypatch):
     )  # for 32 defective pixels in two of three images; a copy of the map has twice that
 
 
-def test_a_map_that_is_not_finite():
+def test_a_map_or_score_that_is_not_finite():
     evaluation, maps = Evaluation(), torch.zeros(3, 4, 4)
     maps[1, 2, 2] = torch.inf
     numbers = {"index": torch.arange(3), "label": torch.zeros(3, dtype=torch.long), "path": ["a", "b", "c"]}
-    for each in (maps, list(maps)):
-        with pytest.raises(ValueError, match="the anomaly map of b is not finite"):
-            evaluation.on_test_batch_end(None, None, {"map": each, "score": torch.zeros(3)}, numbers, 0, NORMAL)  # type: ignore[arg-type]
+    scores = torch.tensor([0, torch.nan, 0])
+    for outputs in ({"map": maps}, {"map": list(maps)}, {"map": torch.zeros(3, 4, 4), "score": scores}):
+        with pytest.raises(ValueError, match="the anomaly map or score of b is not finite"):
+            evaluation.on_test_batch_end(None, None, {"score": torch.zeros(3)} | outputs, numbers, 0, NORMAL)  # type: ignore[arg-type]
 
 
 def test_images_that_thresholds_come_from():

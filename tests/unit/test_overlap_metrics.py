@@ -5,11 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anomalib_lite.metrics.aupimo import BOUNDS, aupimo, enough_pixels
+from anomalib_lite.metrics.aupimo import BOUNDS, _Rates, aupimo, enough_pixels
 from anomalib_lite.metrics.functional import image_curves, image_metrics, pixel_curves, pixel_metrics
 from anomalib_lite.metrics.names import name_of, overlap_key
 from anomalib_lite.metrics.overlap import overlap_metrics
 from anomalib_lite.metrics.per_category import mean_metrics, measure_categories, thresholds
+from anomalib_lite.metrics.vertices import Pixels
 from tests.unit.test_metrics import KINDS, blobs, cut, draw
 
 WIDE = (0.01, 0.3)  # bounds that images of a few pixels can reach
@@ -106,6 +107,15 @@ def test_many_good_images():
             assert aupimo(maps, masks, labels, bounds) == pytest.approx(
                 slow_aupimo(maps, masks, labels, bounds), abs=2e-6
             )
+
+
+def test_few_pixels_of_many_good_images_are_held():
+    """Those up to a rate that reaches the upper bound, also where one image alone can't reach it."""
+    maps = np.random.default_rng(6).uniform(size=(101, 20, 20))
+    upper = 0.02
+    rates = _Rates(Pixels(maps, np.zeros(maps.shape)), range(101), upper)
+    assert rates.at(np.array([rates.least]), "left") >= upper
+    assert sum(len(scores) for _, scores in rates.scores) < 3 * upper * maps.size
 
 
 def test_aupimo_that_cant_be_computed():

@@ -11,6 +11,7 @@ from anomalib_lite.metrics.functional import image_metrics
 from anomalib_lite.metrics.per_category import decisions, mean_metrics, measure_categories, ranking_notes
 from anomalib_lite.runs import summary
 from anomalib_lite.runs.summary import other_precision, threshold_notes
+from anomalib_lite.runs.terminal import decision_lines
 
 
 def test_thresholds_from_few_images_are_noted():
@@ -102,3 +103,17 @@ def test_versions_in_a_checkout_without_git_and_installation(monkeypatch, tmp_pa
     found = summary.software.__wrapped__()
     assert (found["anomalib_lite"], found["git"]) == (__version__, None)
     assert found["torch"] == metadata.version("torch")
+
+
+def test_decisions_are_counted():
+    """No share is rounded to all images, or to none."""
+    found: dict[str, Any] = {
+        "screw": {"defective_found": 249 / 250, "good_flagged": 1 / 300},
+        "tile": {"defective_found": None, "good_flagged": None},
+    }
+    counts = {"screw": {"defective": 250, "good": 300}, "tile": {"defective": 0, "good": 0}}
+    result = {"thresholds": {"quantile": 0.99, "from": "normal training images"}, "decisions": {"per_category": found}}
+    expected = "249 of 250 defective images found, 1 of 300 good ones flagged"
+    assert decision_lines(result | {"data": {"test_counts": counts}}) == [
+        f"screw: at the threshold (0.99 quantile of normal training images) {expected}"
+    ]
