@@ -521,6 +521,7 @@ EVALUATE = {
         "cache.type: .*new name; give cache.dtype",
     ),
     "bad value": (["run={run}", "output={out}", "scoring.image_score=best"], "scoring.image_score=best: give"),
+    "check alone": (["run={run}", "output={out}", "data.check=only"], "data.check=only: evaluates nothing"),
     "no value": (["run={run}", "output={out}", "seed"], "seed: arguments are KEY=VALUE"),
     "unreadable value": (
         ["run={run}", "output={out}", "hardware.devices=[1"],
