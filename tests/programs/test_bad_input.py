@@ -132,6 +132,7 @@ OPTIONS = {
     "backbone=foo": "backbone=foo: .*resnet18.*--config-dir",
     "split=foo": "split=foo: .*full",
     "+experiments=foo": "experiments=foo: .*no such choice",
+    "+experiments=published": "experiments: the chosen file is no study",
     "--config-name=foo": "foo",
     "--config-dir=nowhere": "--config-dir nowhere: no such folder",
     "method=null": "method=null: .*name of a choice",
