@@ -46,7 +46,7 @@ bench: setup ## timings, each beside a well-known implementation, in one run
 gpu-check: setup ## is a GPU's result the CPU's, and how fast is it? as much as 8 minutes allow; without a card it says so (ARGS="--output FILE.md")
 	$(BIN)/python -m tests.benchmarks.gpu_check $(ARGS)
 
-reproduce: setup ## run every published setting on the data in DATA=DIR and compare; it can be stopped and started again (ARGS=--dry-run: the time)
+reproduce: setup ## run the settings of experiments/published.yaml on the data in DATA=DIR and compare; it can be stopped and started again (ARGS=--dry-run: the time)
 	$(BIN)/python experiments/reproduce.py "$(DATA)" $(ARGS)
 
 clean: ## remove what runs and builds leave behind (not .venv)

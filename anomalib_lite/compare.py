@@ -4,7 +4,7 @@
 
 DIR              folders; every result.json below them is read; damaged and foreign ones are named and left out
 --metric NAME    what the tables show: image_auroc (default), image_ap, image_f1max, pixel_auroc, pixel_ap, pixel_f1max,
-                 aupro_30, aupro_05, aupimo, pixel_iou, pixel_dice
+                 aupro_30, aupro_05, spro_05 (MVTec LOCO), aupimo, pixel_iou, pixel_dice
 --html FILE      one page that needs no network: tables to sort, curves, heat maps side by side, worst cases first
 --csv FILE       one line per run and category, all metrics with all digits
 --latex FILE     tables for booktabs

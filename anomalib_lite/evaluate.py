@@ -3,8 +3,10 @@
     python -m anomalib_lite.evaluate run=DIR output=DIR [KEY=VALUE ...]
 
 KEY is a key of the run's configuration that training does not depend on: scoring.*, hardware.*, data.root,
-data.workers, data.eval_batch_size, data.check. All other values come from the run's folder. The list of a split and
-weights that were moved are given with split.path, backbone.weights or backbone.name; their contents must be the same.
+data.workers, data.eval_batch_size, data.image_memory_gb, data.check=thorough. All other values come from the run's
+folder. Images of data=folder and data=table that were moved are given with data.normal, data.normal_test,
+data.abnormal, data.masks or data.table. The list of a split and weights that were moved are given with split.path,
+backbone.weights or backbone.name; their contents must be the same.
 
 data.root=DIR                     where the data lie now; or another test set (CATEGORY/test/...) for the trained run,
                                   whose thresholds remain; the result says so
@@ -53,6 +55,8 @@ def evaluate(options: dict[str, Any]) -> None:
                 inputs.check_moved(key, keys.lookup(config, key), value, folder.stored_digests(run))
         elif not schema.is_free(key, "evaluate"):
             raise UserError(f"{key} can't be changed without training anew: change {changeable}")
+        if f"{key}={value}" == "data.check=only":
+            raise UserError("data.check=only: evaluates nothing; use it in training, or give fast or thorough")
         if keys.lookup(config, key, ...) is ...:
             raise UserError(f"{key}: the run's configuration has no such key")
         if key == "data.root" and value is not None:

@@ -1,4 +1,4 @@
-"""Run every published setting on the data at hand, and put our figures beside the published ones.
+"""Run the settings that published.yaml lists on the data at hand, and put our figures beside the published ones.
 
     make reproduce DATA=DIR [ARGS="--only recontrast --dry-run trainer.max_steps=20 ..."]
     python experiments/reproduce.py DIR [--only METHOD,...] [--output DIR] [--dry-run] [KEY=VALUE ...]

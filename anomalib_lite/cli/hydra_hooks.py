@@ -1,5 +1,5 @@
 """Hooks into Hydra: folders named after the time can't meet, a failed start leaves no empty folder, --help lists no
-choice that begins with `_`, and a start composes its configuration once.
+file that is no choice, and a start composes its configuration once.
 """
 
 import contextlib
@@ -19,6 +19,8 @@ from omegaconf import OmegaConf, open_dict, read_write
 
 #: Hydra's record of a sweep, written before its jobs are checked
 SWEEP_RECORD = "multirun.yaml"
+#: files in groups that are for other programs; files whose name begins with `_` are parts of others
+NO_CHOICES = ("experiments/published", "experiments/wandb_sweep")
 _new_folders: list[Path] = []
 
 
@@ -90,7 +92,7 @@ def replaced(owner: type, name: str, function: Callable[..., Any]) -> Iterator[N
 
 
 def no_private_choices() -> contextlib.AbstractContextManager[None]:
-    """Hydra lists every file of a group as a choice: hide those that are parts of others, such as data/_base.
+    """Hydra lists every file of a group as a choice: hide NO_CHOICES and parts of others, such as data/_base.
 
     Hydra copies all configurations for each of its 80 groups; one copy makes --help twice as fast.
     """
@@ -106,7 +108,8 @@ def no_private_choices() -> contextlib.AbstractContextManager[None]:
         key = (id(self), config_name, tuple(overrides or ()))
         if key not in copies:
             copies[key] = self._parse_overrides_and_create_caching_repo(config_name, overrides or [])[1]
-        return [name for name in copies[key].get_group_options(group_name, results_filter) if not name.startswith("_")]
+        names = copies[key].get_group_options(group_name, results_filter)
+        return [name for name in names if not name.startswith("_") and f"{group_name}/{name}" not in NO_CHOICES]
 
     return replaced(ConfigLoaderImpl, "get_group_options", public)
 

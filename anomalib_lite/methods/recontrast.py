@@ -135,7 +135,7 @@ class ReContrast(AnomalyModule):
             return None
         first, last = self.mining
         warm_up = self.own["warm_up"] * self.total_steps
-        return min(first + (last - first) * step / warm_up, last) if warm_up else last
+        return first + (last - first) * min(step, warm_up) / warm_up if warm_up else last
 
     def anomaly_map(self, batch: Batch) -> Tensor:
         """Channel-wise cosine distances of the six pairs at the input's size, summed (unified: averaged)."""

@@ -219,6 +219,8 @@ def test_alpha():
     assert [model.alpha(step) for step in (0, 5, 10, 11, 99)] == pytest.approx([-3, -1, 1, 1, 1])
     stable = make(variant="stable")
     assert [stable.alpha(step) for step in (0, 10, 20, 99)] == pytest.approx([-3, -1, 1, 1])
+    falling = make(mining=[1, -3])
+    assert [falling.alpha(step) for step in (0, 5, 10, 99)] == pytest.approx([1, -1, -3, -3])
     assert make(mining=None).alpha(7) is None
 
 

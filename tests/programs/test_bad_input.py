@@ -132,6 +132,7 @@ OPTIONS = {
     "backbone=foo": "backbone=foo: .*resnet18.*--config-dir",
     "split=foo": "split=foo: .*full",
     "+experiments=foo": "experiments=foo: .*no such choice",
+    "+experiments=published": "experiments: the chosen file is no study",
     "--config-name=foo": "foo",
     "--config-dir=nowhere": "--config-dir nowhere: no such folder",
     "method=null": "method=null: .*name of a choice",
@@ -521,6 +522,7 @@ EVALUATE = {
         "cache.type: .*new name; give cache.dtype",
     ),
     "bad value": (["run={run}", "output={out}", "scoring.image_score=best"], "scoring.image_score=best: give"),
+    "check alone": (["run={run}", "output={out}", "data.check=only"], "data.check=only: evaluates nothing"),
     "no value": (["run={run}", "output={out}", "seed"], "seed: arguments are KEY=VALUE"),
     "unreadable value": (
         ["run={run}", "output={out}", "hardware.devices=[1"],
