@@ -17,7 +17,8 @@ from anomalib_lite.data.samples import load_mask, load_rgb
 from anomalib_lite.errors import UserError
 from anomalib_lite.metrics.curves import CURVES
 from anomalib_lite.paths import file_name
-from anomalib_lite.runs.heat_maps import colours, data_uri, disagreement, outlined, score_text
+from anomalib_lite.runs.decisions import score_text
+from anomalib_lite.runs.heat_maps import colours, data_uri, disagreement, outlined
 
 MOST_METHODS = 8  # in curves and heat maps: the best
 TILE = 128  # pixels of an image's thumbnail

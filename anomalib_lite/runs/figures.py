@@ -16,8 +16,9 @@ from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.samples import Sample
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.methods.tiles import tiled
+from anomalib_lite.runs.decisions import score_text
 from anomalib_lite.runs.folder import TRAINING_FIGURE
-from anomalib_lite.runs.heat_maps import chosen_cases, outlined, overlay, score_text
+from anomalib_lite.runs.heat_maps import chosen_cases, outlined, overlay
 
 Rows = dict[str, np.ndarray]  # {title: uint8 [N, h, w, 3]}
 TILE, GAP = 192, 6  # pixels: the side of an image in a figure, and the space between two

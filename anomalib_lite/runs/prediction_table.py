@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from anomalib_lite.errors import UserError
-from anomalib_lite.runs.heat_maps import ratio
+from anomalib_lite.runs.decisions import ratio
 
 COLUMNS = ("path", "score", "threshold", "decision", "ratio")
 MODIFIED = "modified"  # a further column of watched folders: when the file was changed, in ns since 1970
@@ -21,7 +21,7 @@ class Prediction(NamedTuple):
 
     Attributes:
         name: the path below the folder that all inputs share.
-        ratio: as `heat_maps.ratio` gives it.
+        ratio: as `decisions.ratio` gives it.
     """
 
     name: str

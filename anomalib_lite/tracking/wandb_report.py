@@ -23,7 +23,8 @@ from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.splits import SHOTS
 from anomalib_lite.metrics.curves import CURVES
 from anomalib_lite.paths import relative_path
-from anomalib_lite.runs.heat_maps import chosen_cases, overlay, score_text
+from anomalib_lite.runs.decisions import score_text
+from anomalib_lite.runs.heat_maps import chosen_cases, overlay
 
 
 def run_name(cfg: dict[str, Any], names: dict[str, str], data: AnomalyDataModule) -> str:

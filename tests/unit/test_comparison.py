@@ -22,7 +22,8 @@ from anomalib_lite.comparison.page import to_html
 from anomalib_lite.comparison.plots import plot_metric
 from anomalib_lite.comparison.tables import Column, Over
 from anomalib_lite.comparison.worst_cases import worst_cases
-from anomalib_lite.runs.heat_maps import chosen_cases, disagreement, score_text
+from anomalib_lite.runs.decisions import score_text
+from anomalib_lite.runs.heat_maps import chosen_cases, disagreement
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.written_runs import compare, tables
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from anomalib_lite.data.transforms import Pipeline, Resize
 from anomalib_lite.errors import UserError
+from anomalib_lite.runs.decisions import score_text
 from anomalib_lite.runs.figures import TILE, contact_sheet
-from anomalib_lite.runs.heat_maps import score_text
 from anomalib_lite.runs.load import LoadedRun
 from anomalib_lite.runs.predictions import Predictor
 from anomalib_lite.tracking import wandb_report
