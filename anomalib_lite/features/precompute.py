@@ -55,7 +55,7 @@ def precompute(
     if cache["enabled"] and paths:
         extraction = Extraction(trainer, data, backbone.to(trainer.strategy.root_device), cache, kept, keeps)
         stored, report = extraction.shared(paths) if fit else extraction.from_cache(paths)
-    if fit and train and not report["used"]:
+    if fit and train and memory_gb and not report["used"]:
         stored = in_memory(trainer, data, backbone.to(trainer.strategy.root_device), train, memory_gb * 2**30, kept)
     return stored, report
 

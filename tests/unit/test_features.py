@@ -375,6 +375,14 @@ def test_nothing_to_store(caplog):
     assert not caplog.records
 
 
+def test_no_pass_without_room():
+    """With hardware.feature_memory_gb=0 no batch goes through the backbone, for which the device may lack memory."""
+    data: Any = SimpleNamespace(eval_pipeline=PIPELINE, train_pipeline=PIPELINE, corrupt=None, test_samples=[])
+    data.train_samples = [SimpleNamespace(path="a.png")]
+    stored, _ = precompute.precompute(SimpleNamespace(), data, torch.nn.Identity(), {"enabled": False}, 0)  # type: ignore[arg-type]
+    assert stored.places == {}
+
+
 def test_a_folder_that_cannot_be(root, filled, tmp_path):
     (tmp_path / "file").write_text("")
     result = run(root, tmp_path / "file" / "cache", tmp_path / "run")
