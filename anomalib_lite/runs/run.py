@@ -84,11 +84,11 @@ def execute(
         fit = fit and not stored.get("finished", False)  # a run that was interrupted in its test is trained already
         data, cache = with_features(cfg, trainer, data, model, fit)
         if fit:
-            with enough_memory(lambda: "data.batch_size" if training.started else "data.eval_batch_size", cfg):
+            with enough_memory(lambda: "data.batch_size" if training.started else "data.eval_batch_size", cfg, cache):
                 trainer.fit(model, datamodule=data, ckpt_path=checkpoint if stored else None, weights_only=True)
             training.save(trainer)
         started = time.perf_counter()
-        with enough_memory(lambda: "data.eval_batch_size", cfg):
+        with enough_memory(lambda: "data.eval_batch_size", cfg, cache):
             weights = None if fit else checkpoint
             scored = scored_for_thresholds(data.train_samples, cfg["scoring"].get("threshold_images"), cfg["seed"])
             trainer.test(model, test_loaders(data, scored), ckpt_path=weights, weights_only=True, verbose=False)
