@@ -11,7 +11,7 @@ import torch
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.dataset import Batch
 from anomalib_lite.data.image_files import to_uint8
-from anomalib_lite.errors import UserError
+from anomalib_lite.errors import UserError, explained_memory
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.methods.recontrast import ReContrast
 from anomalib_lite.runs import build, own_modules
@@ -130,7 +130,8 @@ def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyMod
     data = build.data_module(cfg, category=stored["categories"], pixels=build.stored_pixels(stored))
     model = build.make_method(cfg, build.make_backbone(cfg, stored=True), data, stored["categories"])
     build.load_weights(model, checkpoint)
-    model.eval().to("cuda" if accelerator == "gpu" else "cpu")
+    with explained_memory(lambda: "this GPU has no room for the model; give device=cpu"):
+        model.eval().to("cuda" if accelerator == "gpu" else "cpu")
     if isinstance(model, ReContrast):
         model.lay_out(model.device)  # made on the CPU; a trainer would call its `setup`
     return model, data
