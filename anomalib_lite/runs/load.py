@@ -17,7 +17,7 @@ from anomalib_lite.methods.recontrast import ReContrast
 from anomalib_lite.runs import build, own_modules
 from anomalib_lite.runs.artifacts import thresholds_of
 from anomalib_lite.runs.checkpoints import read_checkpoint
-from anomalib_lite.runs.devices import allow_tf32, most_threads, set_threads
+from anomalib_lite.runs.devices import allow_tf32, check_gpu, most_threads, set_threads
 from anomalib_lite.runs.folder import read_run, stored_digests
 
 log = logging.getLogger(__name__)
@@ -125,6 +125,8 @@ def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyMod
         raise UserError("device=gpu: no GPU is visible here; choose device=cpu or device=auto")
     # no Trainer and no ranks: a caller may be a rank of its own training
     accelerator = "gpu" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    if accelerator == "gpu":
+        check_gpu(cfg["hardware"]["precision"], "precision", "device=cpu")
     set_threads(cfg["hardware"]["threads"], most_threads(accelerator, devices=1, slurm=False))
     allow_tf32(False)
     data = build.data_module(cfg, category=stored["categories"], pixels=build.stored_pixels(stored))
