@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 Levels = list[Tensor]  # [B, C_i, H_i, W_i]
 # Images of every forward pass on a CPU. With another number, a network's output may differ in its last bit.
 BATCH = 16
-LOCK_SECONDS = 60.0  # the ranks meet this often while they wait for a lock: NCCL ends a wait of half an hour
+LOCK_SECONDS = 60.0  # the ranks meet this often while they wait for a lock: NCCL ends a long wait
 
 
 def precompute(

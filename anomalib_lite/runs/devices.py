@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,12 @@ def lightning_options(hardware: dict[str, Any], multirun: bool) -> dict[str, Any
     set_threads(hardware["threads"], most_threads(accelerator, devices, slurm))
     allow_tf32(False)
     precision = "bf16-mixed" if hardware["precision"] == "bf16" else "32-true"
-    strategy: Any = DDP(process_group_backend="gloo" if accelerator == "cpu" else None) if several else "auto"
+    # not Lightning's half an hour: rank 0 may need longer to pick a large coreset, while the others wait
+    group: dict[str, Any] = {
+        "process_group_backend": "gloo" if accelerator == "cpu" else None,
+        "timeout": timedelta(days=1),
+    }
+    strategy: Any = DDP(**group) if several else "auto"
     environment: dict[str, Any] = {}
     if slurm:
         environment["plugins"] = [SLURMEnvironment(auto_requeue=False)]  # submitit queues a job again

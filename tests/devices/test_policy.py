@@ -78,6 +78,10 @@ def test_a_gpu_that_cannot_be_used(gpus, monkeypatch):
     options(accelerator="cpu")
 
 
+def test_ranks_wait_for_a_long_coreset(gpus):
+    assert options(devices=2)["strategy"]._timeout.total_seconds() == 24 * 3600
+
+
 # --- determinism ---
 
 
