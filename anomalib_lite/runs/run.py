@@ -19,6 +19,7 @@ from anomalib_lite.data.samples import Sample
 from anomalib_lite.errors import UserError, enough_memory
 from anomalib_lite.features.precompute import BATCH
 from anomalib_lite.methods.base import AnomalyModule
+from anomalib_lite.methods.graphs import check_devices
 from anomalib_lite.paths import HOME
 from anomalib_lite.runs import build, other_test_set, own_modules, summary
 from anomalib_lite.runs.callbacks import Training
@@ -61,6 +62,7 @@ def execute(
     options = lightning_options(cfg["hardware"], multirun) | {"log_every_n_steps": cfg["trainer"]["log_every"]}
     if fit:
         check_batch_size(cfg["data"]["batch_size"], options["devices"] * options["num_nodes"])
+        check_devices(cfg["method"], options)
     used = checkpoint.is_file() and (cfg["resume"] or not fit)  # a new run uses no checkpoint, whatever lies there
     stored = read_checkpoint(checkpoint, cfg) if used else {}
     if not fit and not stored.get("finished", True):
