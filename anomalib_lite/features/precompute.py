@@ -97,10 +97,15 @@ class Extraction:
 
     def open(self, paths: list[str]) -> StoredFeatures:
         """The features that the files already hold."""
-        stored = StoredFeatures(self.data.eval_pipeline)
+        stored, strategy = StoredFeatures(self.data.eval_pipeline), self.trainer.strategy
+        about: dict[str, Any] | None = None
         with self.noting_problems():
-            device = self.trainer.strategy.root_device
-            about = key(self.backbone, self.data.eval_pipeline, device, self.cache["dtype"], self.keeps)
+            about = key(self.backbone, self.data.eval_pipeline, strategy.root_device, self.cache["dtype"], self.keeps)
+        if not strategy.reduce_boolean_decision(about == strategy.broadcast(about)):
+            self.problem = self.problem or "the ranks compute on different devices, whose features are not equal"
+        if about is None or self.problem:
+            return stored
+        with self.noting_problems():
             root = Path(self.cache["folder"] or cache_folder() / "features").expanduser()
             self.files = FeatureFiles(root, about)
             self.keys = {path: image_key(path) for path in paths}
