@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 #: messages of PyTorch and its libraries, on CPUs and GPUs
-NO_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory|not enough memory|bad_alloc|ALLOC_FAILED")
+NO_MEMORY = re.compile(
+    "OutOfMemoryError|out of memory|can't allocate memory|not enough memory|bad_alloc|ALLOC_FAILED|"
+    "nable to find an engine|valid cuDNN algorithm"  # cuDNN's, where no algorithm's workspace fits
+)
 
 
 class UserError(Exception):
@@ -24,14 +27,18 @@ def explained_memory(message: Callable[[], str]) -> Iterator[None]:
         raise UserError(f"out of memory: {message()}") from error
 
 
-def enough_memory(option: Callable[[], str], cfg: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
-    """`explained_memory` for a batch size, which `option()` names."""
+def enough_memory(
+    option: Callable[[], str], cfg: dict[str, Any], cache: dict[str, Any]
+) -> contextlib.AbstractContextManager[None]:
+    """`explained_memory` for a batch size, which `option()` names. `cache`: as in result.json."""
 
     def message() -> str:
         group, key = option().split(".")
+        size = cache.get("gpu_gb")
+        table = f", or hardware.feature_gpu_gb=0 (the features' table takes {size} GB)" if size else ""
         return (
             f"{option()}={cfg[group][key]} images of this size are too many for this device; give a smaller one, or a "
-            "smaller data.image_size"
+            f"smaller data.image_size{table}"
         )
 
     return explained_memory(message)

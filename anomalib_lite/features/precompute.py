@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 Levels = list[Tensor]  # [B, C_i, H_i, W_i]
 # Images of every forward pass on a CPU. With another number, a network's output may differ in its last bit.
 BATCH = 16
-LOCK_SECONDS = 60.0  # the ranks meet this often while they wait for a lock: NCCL ends a wait of half an hour
+LOCK_SECONDS = 60.0  # the ranks meet this often while they wait for a lock: NCCL ends a long wait
 
 
 def precompute(
@@ -55,7 +55,7 @@ def precompute(
     if cache["enabled"] and paths:
         extraction = Extraction(trainer, data, backbone.to(trainer.strategy.root_device), cache, kept, keeps)
         stored, report = extraction.shared(paths) if fit else extraction.from_cache(paths)
-    if fit and train and not report["used"]:
+    if fit and train and memory_gb and not report["used"]:
         stored = in_memory(trainer, data, backbone.to(trainer.strategy.root_device), train, memory_gb * 2**30, kept)
     return stored, report
 
@@ -97,10 +97,15 @@ class Extraction:
 
     def open(self, paths: list[str]) -> StoredFeatures:
         """The features that the files already hold."""
-        stored = StoredFeatures(self.data.eval_pipeline)
+        stored, strategy = StoredFeatures(self.data.eval_pipeline), self.trainer.strategy
+        about: dict[str, Any] | None = None
         with self.noting_problems():
-            device = self.trainer.strategy.root_device
-            about = key(self.backbone, self.data.eval_pipeline, device, self.cache["dtype"], self.keeps)
+            about = key(self.backbone, self.data.eval_pipeline, strategy.root_device, self.cache["dtype"], self.keeps)
+        if not strategy.reduce_boolean_decision(about == strategy.broadcast(about)):
+            self.problem = self.problem or "the ranks compute on different devices, whose features are not equal"
+        if about is None or self.problem:
+            return stored
+        with self.noting_problems():
             root = Path(self.cache["folder"] or cache_folder() / "features").expanduser()
             self.files = FeatureFiles(root, about)
             self.keys = {path: image_key(path) for path in paths}

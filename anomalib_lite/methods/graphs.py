@@ -12,13 +12,15 @@ from torch.utils import _pytree as pytree
 
 from anomalib_lite.errors import UserError
 
+KINDS = 2  # of inputs that are recorded, each in memory of its own: full batches and an epoch's last one
+
 
 class Recorded:
-    """Takes the place of a network's `forward` until `release`: in training it replays what its first call recorded.
+    """Takes the place of a network's `forward` until `release`: in training it replays what earlier calls recorded.
 
     The kernels are PyTorch's own. A call runs kernel by kernel if it needs no gradient, if its inputs have other shapes
-    than the first ones or are no tensors, or if it is a step's second call: each replay overwrites the outputs of the
-    one before.
+    than the first two kinds or are no tensors, or if it is a step's second call: each replay overwrites the outputs of
+    the one before.
 
     Args:
         network: its inputs and outputs are tensors, or lists of tensors; it has no hooks.
@@ -27,8 +29,7 @@ class Recorded:
 
     def __init__(self, network: nn.Module, step: Callable[[], int]):
         self.network, self.step, self.plain = network, step, network.forward
-        self.replay: Callable[..., Any] | None = None
-        self.kind: Any = None
+        self.replays: dict[Any, Callable[..., Any]] = {}  # by the kind of inputs
         self.last = -1
         network.forward = self
 
@@ -38,10 +39,10 @@ class Recorded:
         if not tensors or not torch.is_grad_enabled() or self.step() == self.last:
             return self.plain(*inputs, **options)
         self.last = self.step()
-        kind = (self.network.training, [(x.shape, x.dtype, x.requires_grad) for x in given])
-        if self.replay is None:
-            self.kind, self.replay = kind, self.record(inputs)
-        return (self.replay if kind == self.kind else self.plain)(*inputs)
+        kind = (self.network.training, *((x.shape, x.dtype, x.requires_grad) for x in given))
+        if kind not in self.replays and len(self.replays) < KINDS:
+            self.replays[kind] = self.record(inputs)
+        return self.replays.get(kind, self.plain)(*inputs)
 
     def record(self, inputs: Any) -> Callable[..., Any]:
         """The function that replays both passes. Buffers and random numbers are afterwards as they were before."""
@@ -80,17 +81,21 @@ def beside_other_threads() -> Iterator[None]:
         torch.cuda.graph = graph  # type: ignore[misc]
 
 
+def check_devices(method: dict[str, Any], trainer: dict[str, Any]) -> None:
+    """Raise UserError if the options of a method and of its Trainer are those of a compiled method on several GPUs."""
+    if method.get("compile") and trainer["accelerator"] == "gpu" and trainer["devices"] * trainer["num_nodes"] > 1:
+        raise UserError("method.compile=true: CUDA graphs need hardware.devices=1; otherwise give false")
+
+
 def start(method: Any) -> None:
     """Compile a method's `networks()` until `stop`: on a GPU as CUDA graphs, on a CPU by torch.compile.
 
     torch.compile draws other random numbers for dropout than PyTorch does.
 
     Raises:
-        UserError: there is no compiler, or there are several GPUs.
+        UserError: there is no compiler.
     """
     if method.device.type == "cuda":
-        if method.trainer.world_size > 1:
-            raise UserError("method.compile=true: CUDA graphs need hardware.devices=1; otherwise give false")
         for network in method.networks():
             Recorded(network, lambda: method.global_step)
         return

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anomalib_lite.errors import UserError
+from anomalib_lite.errors import UserError, explained_memory
 from anomalib_lite.methods.base import AnomalyModule, Batch
 from anomalib_lite.methods.tiles import position_note
 from anomalib_lite.methods.transformer import token_grids
@@ -61,7 +61,10 @@ class PaDiM(AnomalyModule):
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
-        scatter, count = torch.zeros_like(self.whitening, dtype=torch.float64), 0
+        with explained_memory(
+            lambda: f"a Gaussian of method.dim={len(self.subset)} numbers at every position; give a smaller method.dim"
+        ):
+            scatter, count = torch.zeros_like(self.whitening, dtype=torch.float64), 0
         total = torch.zeros_like(self.mean, dtype=torch.float64)
         for batch in self.fit_batches():
             x = self.embedding(batch).double()

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from anomalib_lite.data.sampler import rank_and_world
-from anomalib_lite.errors import UserError
+from anomalib_lite.errors import UserError, explained_memory
 from anomalib_lite.methods.base import AnomalyModule, Batch
 from anomalib_lite.methods.coreset import greedy_coreset, sparse_projection
 from anomalib_lite.methods.nearest import Bank, nearest_in_parts
@@ -76,7 +76,13 @@ class PatchCore(AnomalyModule):
     def on_fit_start(self) -> None:
         """The first rank picks; the others get its bank."""
         rank, world = rank_and_world()
-        bank, owners = (self.bank, self.owners) if rank else self.picked()
+        with explained_memory(
+            lambda: (
+                "the training images' patches are too many for this device; limit them by method.max_patches, or give "
+                "a smaller data.eval_batch_size"
+            )
+        ):
+            bank, owners = (self.bank, self.owners) if rank else self.picked()
         if world > 1:
             count = torch.tensor(len(bank), device=self.device)
             dist.broadcast(count, 0)

@@ -156,7 +156,8 @@ def check_memory(needed: int, images: int, device: torch.device) -> None:
 def free_memory(device: torch.device) -> float:
     """Free memory of a device in bytes, infinite where the system does not say."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's, and unused
+        return torch.cuda.mem_get_info(device)[0] + reserved
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -97,6 +97,7 @@ class SSAE(AnomalyModule):
         self.net = Autoencoder(width, skip, side, input_skip).to(memory_format=torch.channels_last)
         self.register_buffer("best", torch.tensor(torch.inf, dtype=torch.float64))  # held-out loss
         self.register_buffer("waited", torch.tensor(0))  # evaluations since then
+        self.since_best = 0  # the same on the host: no step waits for the device
         if calibrate:
             self.register_buffer("normal_error", torch.ones(len(self.categories), *self.image_size))
 
@@ -117,6 +118,7 @@ class SSAE(AnomalyModule):
                 "method.patience: needs held-out images; give data.val_fraction=0.1, or method.patience=null"
             )
         self.held_out = data.val_dataloader() if self.patience else []
+        self.since_best = int(self.waited)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self.patience and self.global_step and self.global_step % self.eval_every == 0:
@@ -143,12 +145,13 @@ class SSAE(AnomalyModule):
         """Compare the loss of held-out images, corrupted and clean ones, with the best one so far."""
         loss = mean_loss(self, self.held_out, self.losses)
         self.waited = torch.where(loss < self.best, 0, self.waited + 1)
+        self.since_best = int(self.waited)
         self.best = torch.minimum(loss, self.best)
 
     @property
     def stopped_early(self) -> bool:  # type: ignore[override]
         """Whether the current batch is the last one, because the held-out loss no longer falls."""
-        return self.patience is not None and int(self.waited) >= self.patience
+        return self.patience is not None and self.since_best >= self.patience
 
     @torch.no_grad()
     def on_train_end(self) -> None:

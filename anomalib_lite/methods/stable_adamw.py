@@ -43,35 +43,49 @@ class StableAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        given = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        given: Any = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if given and any(group["skip"] for group in self.param_groups):
-            is_finite = torch.stack([torch.isfinite(g).all() for g in given]).all()
+            is_finite = torch.stack(torch._foreach_norm(given, torch.inf)).isfinite().all()
         else:
             is_finite = None
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, p.grad, group, is_finite)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                self._update(parameters, group, is_finite)
         return loss
 
-    def _update(self, p: Tensor, g: Tensor, group: dict[str, Any], is_finite: Tensor | None) -> None:
-        state = self.state[p]
-        if not state:
-            names = ("m", "v", "largest") if group["amsgrad"] else ("m", "v")
-            state |= {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in names}
-            state["t"] = torch.zeros((), dtype=torch.float32, device=p.device)
-        applied: Any = 1.0  # 0 in a step that is skipped
-        if is_finite is not None:
-            applied, g = is_finite.to(p.device, p.dtype), torch.where(is_finite.to(p.device), g, 0)
+    def _update(self, parameters: list[Tensor], group: dict[str, Any], is_finite: Tensor | None) -> None:
+        """One step of a group's tensors. On a GPU, an operation of torch._foreach is one kernel for all of them."""
+        names = ("m", "v", "largest") if group["amsgrad"] else ("m", "v")
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p] |= {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in names}
+                self.state[p]["t"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        m, v, steps = ([self.state[p][name] for p in parameters] for name in ("m", "v", "t"))
+        g: Any = [p.grad for p in parameters]
+        squares: Any = torch._foreach_mul(g, g)
+        applied: Any = 1.0  # 0 in a step that is skipped, which moves no moment
+        if is_finite is None:
+            torch._foreach_add_(steps, 1)
+        else:
+            applied = is_finite.to(parameters[0].dtype)
+            torch._foreach_add_(steps, [is_finite.to(steps[0].dtype)] * len(steps))
+            g, squares = ([torch.where(is_finite, *x) for x in zip(*y, strict=True)] for y in ((g, m), (squares, v)))
         beta1, beta2 = group["betas"]
-        state["t"] += applied
-        t = state["t"].double().clamp(min=1)  # float32 would round 1 − β₂ᵗ
-        state["m"].lerp_(g, (1 - beta1) * applied)
-        state["v"].lerp_(g * g, (1 - beta2) * applied)
-        v = state["v"]
+        torch._foreach_lerp_(m, g, 1 - beta1)
+        torch._foreach_lerp_(v, squares, 1 - beta2)
         if group["amsgrad"]:
-            v = torch.maximum(state["largest"], v, out=state["largest"])
-        den = v.sqrt().div_((1 - beta2**t).sqrt()).add_(group["eps"])
-        r = (g / den).square_().mean().sqrt_().clamp_(min=1)
-        p.mul_(1 - group["lr"] * group["weight_decay"] * applied)
-        p.addcdiv_(state["m"] * (applied / ((1 - beta1**t) * r)), den, value=-group["lr"])
+            largest = [self.state[p]["largest"] for p in parameters]
+            torch._foreach_maximum_(largest, v)
+            v = largest
+        t = torch.stack(steps).double().clamp(min=1)  # float32 would round 1 − β₂ᵗ
+        den = torch._foreach_sqrt(v)
+        for x, correction in zip(den, (1 - beta2**t).sqrt().unbind(), strict=True):
+            x.div_(correction)
+        torch._foreach_add_(den, group["eps"])
+        sizes = torch._foreach_norm(torch._foreach_div(g, den))
+        r = torch.stack(torch._foreach_div(sizes, [p.numel() ** 0.5 for p in parameters])).clamp(min=1)
+        scales = (applied / ((1 - beta1**t) * r)).unbind()
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * applied)
+        updates = [x * scale for x, scale in zip(m, scales, strict=True)]
+        torch._foreach_addcdiv_(parameters, updates, den, -group["lr"])

@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from anomalib_lite.data import cores
 from anomalib_lite.errors import UserError
+from anomalib_lite.features.backbones import has_bf16
 from anomalib_lite.methods.batch_norm import synchronise
 from anomalib_lite.runs import ranks
 
@@ -45,7 +47,8 @@ def lightning_options(hardware: dict[str, Any], multirun: bool) -> dict[str, Any
     """Return a Trainer's options (accelerator, devices, num_nodes, strategy, precision, ...) and set the CPU threads.
 
     Raises:
-        UserError: there is no GPU, there are fewer GPUs than requested, or jobs with several devices share a process.
+        UserError: there is no GPU, it can't be used, there are fewer GPUs than requested, or jobs with several devices
+            share a process.
     """
     gpus = torch.cuda.device_count()
     accelerator = hardware["accelerator"]
@@ -61,13 +64,20 @@ def lightning_options(hardware: dict[str, Any], multirun: bool) -> dict[str, Any
         devices = gpus if accelerator == "gpu" else 1
     if accelerator == "gpu" and devices > gpus:
         raise UserError(f"hardware.devices={devices}: only {gpus} GPUs are visible here; give a smaller number")
+    if accelerator == "gpu":
+        check_gpu(hardware["precision"], "hardware.precision", "hardware=cpu")
     several = devices * hardware["nodes"] > 1
     if several and multirun:
         raise UserError(ranks.several_in_one_process(devices, "basic"))
     set_threads(hardware["threads"], most_threads(accelerator, devices, slurm))
     allow_tf32(False)
     precision = "bf16-mixed" if hardware["precision"] == "bf16" else "32-true"
-    strategy: Any = DDP(process_group_backend="gloo" if accelerator == "cpu" else None) if several else "auto"
+    # not Lightning's half an hour: rank 0 may need longer to pick a large coreset, while the others wait
+    group: dict[str, Any] = {
+        "process_group_backend": "gloo" if accelerator == "cpu" else None,
+        "timeout": timedelta(days=1),
+    }
+    strategy: Any = DDP(**group) if several else "auto"
     environment: dict[str, Any] = {}
     if slurm:
         environment["plugins"] = [SLURMEnvironment(auto_requeue=False)]  # submitit queues a job again
@@ -86,6 +96,21 @@ def lightning_options(hardware: dict[str, Any], multirun: bool) -> dict[str, Any
         **determinism(hardware.get("deterministic", "auto"), accelerator),
         **environment,
     }
+
+
+def check_gpu(precision: str | int, option: str, cpu: str) -> None:
+    """Raise UserError unless PyTorch can use the GPU, in bf16 if `precision` is.
+
+    Args:
+        option, cpu: the program's option for the precision, and the one that chooses the CPU.
+    """
+    try:
+        torch.cuda.init()  # the driver counts GPUs that it is too old for
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the GPU can't be used ({reason}); update its driver, or choose {cpu}") from error
+    if precision == "bf16" and not has_bf16(torch.device("cuda")):
+        raise UserError(f"{option}=bf16: this GPU does not compute in bf16; choose auto or 32")
 
 
 def determinism(wanted: bool | str, accelerator: str) -> dict[str, Any]:

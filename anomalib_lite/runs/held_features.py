@@ -6,7 +6,7 @@ import lightning as L
 import torch
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
-from anomalib_lite.errors import explained_memory
+from anomalib_lite.errors import UserError, explained_memory
 from anomalib_lite.features.precompute import images_per_pass, precompute, row_bytes, unchanged_images
 from anomalib_lite.methods.base import AnomalyModule
 
@@ -37,7 +37,8 @@ def with_features(
         )
     ):
         backbone.to(device)
-        limit = table_limit(cfg["hardware"].get("feature_gpu_gb", "auto"), device)
+        gigabytes = cfg["hardware"].get("feature_gpu_gb", "auto")
+        limit = table_limit(gigabytes, device) if model.total_steps else 0  # a closed form reads a row twice at most
         if uses_images and device.type != "cpu":
             fits = fit and limit > 0 and fits_table(data, model, limit)
             if not trainer.strategy.reduce_boolean_decision(fits):
@@ -46,12 +47,16 @@ def with_features(
         how = (cache, cfg["hardware"]["feature_memory_gb"], fit, model.stored_levels, model.keeps)
         stored, report = precompute(trainer, data, backbone, *how, of_test=not uses_images or device.type == "cpu")
     data = data.with_features(stored, uses_images, device)
-    with explained_memory(
-        lambda: "the features' table does not fit on this device; give a smaller hardware.feature_gpu_gb"
-    ):
-        train = [str(sample.path) for sample in data.train_samples]
-        if fit and limit and stored.to_device(train, device, limit):
-            report["gpu_gb"] = round(len(train) * stored.row(train[0]).nbytes / 2**30, 3)
+    train = [str(sample.path) for sample in data.train_samples]
+    try:
+        with explained_memory(
+            lambda: "the features' table does not fit on this device; give a smaller hardware.feature_gpu_gb"
+        ):
+            if fit and limit and stored.to_device(train, device, limit):
+                report["gpu_gb"] = round(len(train) * stored.row(train[0]).nbytes / 2**30, 3)
+    except UserError:
+        if gigabytes != "auto":
+            raise
     return data, report
 
 

@@ -11,13 +11,13 @@ import torch
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.dataset import Batch
 from anomalib_lite.data.image_files import to_uint8
-from anomalib_lite.errors import UserError
+from anomalib_lite.errors import UserError, explained_memory
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.methods.recontrast import ReContrast
 from anomalib_lite.runs import build, own_modules
 from anomalib_lite.runs.artifacts import thresholds_of
 from anomalib_lite.runs.checkpoints import read_checkpoint
-from anomalib_lite.runs.devices import allow_tf32, most_threads, set_threads
+from anomalib_lite.runs.devices import allow_tf32, check_gpu, most_threads, set_threads
 from anomalib_lite.runs.folder import read_run, stored_digests
 
 log = logging.getLogger(__name__)
@@ -133,12 +133,15 @@ def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyMod
         raise UserError("device=gpu: no GPU is visible here; choose device=cpu or device=auto")
     # no Trainer and no ranks: a caller may be a rank of its own training
     accelerator = "gpu" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    if accelerator == "gpu":
+        check_gpu(cfg["hardware"]["precision"], "precision", "device=cpu")
     set_threads(cfg["hardware"]["threads"], most_threads(accelerator, devices=1, slurm=False))
     allow_tf32(False)
     data = build.data_module(cfg, category=stored["categories"], pixels=build.stored_pixels(stored))
     model = build.make_method(cfg, build.make_backbone(cfg, stored=True), data, stored["categories"])
     build.load_weights(model, checkpoint)
-    model.eval().to("cuda" if accelerator == "gpu" else "cpu")
+    with explained_memory(lambda: "this GPU has no room for the model; give device=cpu"):
+        model.eval().to("cuda" if accelerator == "gpu" else "cpu")
     if isinstance(model, ReContrast):
         model.lay_out(model.device)  # made on the CPU; a trainer would call its `setup`
     return model, data

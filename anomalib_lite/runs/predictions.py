@@ -14,7 +14,7 @@ from anomalib_lite.console import ProgressBar
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.samples import load_rgb
 from anomalib_lite.data.value_range import depth_notes, range_notes
-from anomalib_lite.errors import UserError
+from anomalib_lite.errors import UserError, explained_memory
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.paths import file_name, readable
 from anomalib_lite.runs.folder import HEATMAPS, OVERLAYS
@@ -92,7 +92,8 @@ class Predictor:
         return self.data.eval_pipeline.shown(path), load_rgb(self._file(OVERLAYS, path))
 
     def _maps(self, batch: Any) -> Iterator[tuple[str, Any, float]]:
-        with torch.inference_mode():
+        message = f"batch_size={self.batch_size} is too large for this device; give a smaller one, or device=cpu"
+        with torch.inference_mode(), explained_memory(lambda: message):
             found = self.model.predict_step(move_data_to_device(batch, self.model.device), 0)
         return zip(batch["path"], found["map"], found["score"].tolist(), strict=True)
 

@@ -19,6 +19,7 @@ from anomalib_lite.data.samples import Sample
 from anomalib_lite.errors import UserError, enough_memory
 from anomalib_lite.features.precompute import BATCH
 from anomalib_lite.methods.base import AnomalyModule
+from anomalib_lite.methods.graphs import check_devices
 from anomalib_lite.paths import HOME
 from anomalib_lite.runs import build, other_test_set, own_modules, summary
 from anomalib_lite.runs.callbacks import Training
@@ -61,6 +62,7 @@ def execute(
     options = lightning_options(cfg["hardware"], multirun) | {"log_every_n_steps": cfg["trainer"]["log_every"]}
     if fit:
         check_batch_size(cfg["data"]["batch_size"], options["devices"] * options["num_nodes"])
+        check_devices(cfg["method"], options)
     used = checkpoint.is_file() and (cfg["resume"] or not fit)  # a new run uses no checkpoint, whatever lies there
     stored = read_checkpoint(checkpoint, cfg) if used else {}
     if not fit and not stored.get("finished", True):
@@ -84,11 +86,11 @@ def execute(
         fit = fit and not stored.get("finished", False)  # a run that was interrupted in its test is trained already
         data, cache = with_features(cfg, trainer, data, model, fit)
         if fit:
-            with enough_memory(lambda: "data.batch_size" if training.started else "data.eval_batch_size", cfg):
+            with enough_memory(lambda: "data.batch_size" if training.started else "data.eval_batch_size", cfg, cache):
                 trainer.fit(model, datamodule=data, ckpt_path=checkpoint if stored else None, weights_only=True)
             training.save(trainer)
         started = time.perf_counter()
-        with enough_memory(lambda: "data.eval_batch_size", cfg):
+        with enough_memory(lambda: "data.eval_batch_size", cfg, cache):
             weights = None if fit else checkpoint
             scored = scored_for_thresholds(data.train_samples, cfg["scoring"].get("threshold_images"), cfg["seed"])
             trainer.test(model, test_loaders(data, scored), ckpt_path=weights, weights_only=True, verbose=False)

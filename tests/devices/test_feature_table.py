@@ -13,6 +13,7 @@ from anomalib_lite.data.dataset import Batch
 from anomalib_lite.data.loader import ahead
 from anomalib_lite.data.readers import read_folder
 from anomalib_lite.data.stored_features import StoredFeatures
+from anomalib_lite.errors import UserError
 from anomalib_lite.features.precompute import as_rows, shapes_of
 from anomalib_lite.runs import held_features
 from tests.helpers.fake_cuda import Counted, FakeTrainer, fake_cuda, to_fake
@@ -205,10 +206,14 @@ def test_a_second_batch_starts_no_process_and_looks_nothing_up(root, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("gigabytes", "fit", "used"), [(1, True, True), (0, True, False), (1e-9, True, False), (1, False, False)]
+    ("gigabytes", "fit", "used", "steps"),
+    [(1, True, True, 4), (0, True, False, 4), (1e-9, True, False, 4), (1, False, False, 4), (1, True, False, 0)],
 )
-def test_the_cache_makes_no_step_slower(gigabytes, fit, used, root, monkeypatch):
-    """A method that needs images takes features from a table on the GPU, or computes them; test images' never."""
+def test_the_cache_makes_no_step_slower(gigabytes, fit, used, steps, root, monkeypatch):
+    """A method that needs images takes features from a table on the GPU, or computes them; test images' never.
+
+    A closed form, which has no steps, has no table.
+    """
     asked: dict[str, Any] = {}
 
     def precompute(*_: Any, of_test: bool) -> Any:
@@ -219,11 +224,7 @@ def test_the_cache_makes_no_step_slower(gigabytes, fit, used, root, monkeypatch)
     monkeypatch.setattr(held_features, "precompute", precompute)
     monkeypatch.setattr(held_features, "row_bytes", lambda *_: 24)
     monkeypatch.setattr(StoredFeatures, "to_device", lambda self, paths, device, limit: device == gpu and limit > 0)
-    model: Any = SimpleNamespace(uses_images=True, frozen_features=True, stored_levels=None, keeps="",
-                                 backbone=SimpleNamespace(to=lambda device: None))  # fmt: skip
-    trainer: Any = SimpleNamespace(
-        strategy=SimpleNamespace(root_device=gpu, reduce_boolean_decision=lambda decision, all=True: decision)
-    )
+    model, trainer = on_gpu(steps)
     cfg = {"hardware": {"feature_memory_gb": 1, "feature_gpu_gb": gigabytes}, "cache": {"enabled": True}}
     found, report = held_features.with_features(cfg, trainer, data, model, fit)
     assert (report["used"], found.stored is not None) == (used, used)
@@ -231,6 +232,37 @@ def test_the_cache_makes_no_step_slower(gigabytes, fit, used, root, monkeypatch)
     model.uses_images = False
     assert held_features.with_features(cfg, trainer, data, model, fit)[1]["used"]
     assert asked == {"of_test": True}
+
+
+def on_gpu(steps: int) -> tuple[Any, Any]:
+    """What is asked of a method that needs images, and of its trainer."""
+    strategy = SimpleNamespace(
+        root_device=torch.device("cuda", 0), reduce_boolean_decision=lambda decision, all=True: decision
+    )
+    backbone = SimpleNamespace(to=lambda device: None)
+    model = SimpleNamespace(
+        uses_images=True, frozen_features=True, stored_levels=None, keeps="", total_steps=steps, backbone=backbone
+    )
+    return model, SimpleNamespace(strategy=strategy)
+
+
+def test_a_table_that_finds_no_memory(root, monkeypatch):
+    """With `auto` the rows stay on the host; a size that was given is an error."""
+
+    def full(*_: Any) -> bool:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    data = module(root)
+    found = stored_of(data, [(2, 2, 3)], torch.bfloat16), {"used": True}
+    monkeypatch.setattr(held_features, "precompute", lambda *_, of_test: found)
+    monkeypatch.setattr(held_features, "row_bytes", lambda *_: 24)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda *_: (2**36, 2**36))
+    monkeypatch.setattr(StoredFeatures, "to_device", full)
+    model, trainer = on_gpu(steps=4)
+    hardware: dict[str, Any] = {"feature_memory_gb": 1}
+    assert held_features.with_features({"hardware": hardware}, trainer, data, model, fit=True)[1] == {"used": True}
+    with pytest.raises(UserError, match=r"the features' table does not fit .* a smaller hardware\.feature_gpu_gb"):
+        held_features.with_features({"hardware": hardware | {"feature_gpu_gb": 1}}, trainer, data, model, fit=True)
 
 
 @pytest.mark.parametrize("options", [{"treatment": "texture"}, {"tiling": {"size": 16}}])

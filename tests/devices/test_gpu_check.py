@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.benchmarks import gpu_check
+from tests.benchmarks import gpu_check, gpu_correct
+from tests.helpers import run_programs as runs
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -21,6 +22,20 @@ def test_a_page_of_one_method(tmp_path, capsys):
     assert page.count("| norm_occ |") == 4  # right, ranks, speed, features
     assert "FAILED" not in page
     assert page.rstrip().endswith("Every row passed.")
+    assert not torch.distributed.is_initialized()
+
+
+def test_several_gpus_are_ranks_of_another_process(tmp_path, monkeypatch):
+    """Lightning would start this process's own command as rank 1."""
+    started: list[tuple[str, ...]] = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    monkeypatch.setattr(gpu_correct, "assert_close", lambda *_: None)
+    monkeypatch.setattr(runs, "train", lambda *_: runs.Outcome(0, "", ""))
+    monkeypatch.setattr(runs, "python", lambda *given, cwd: started.append(given) or runs.Outcome(0, "", ""))  # type: ignore[func-returns-value]
+    assert gpu_correct.Checks(tmp_path, "gpu").ranks("norm_occ")["all cards"] == "equal"
+    assert started[0][:2] == ("-m", "anomalib_lite.train")
+    assert {"hardware=ddp", "hardware.devices=2"} < set(started[0])
 
 
 def test_a_row_that_fails_is_counted(tmp_path, capsys, monkeypatch):

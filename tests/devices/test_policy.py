@@ -10,6 +10,7 @@ from torch import nn
 
 from anomalib_lite.cli import signals
 from anomalib_lite.data import loader
+from anomalib_lite.errors import UserError
 from anomalib_lite.features.cache import key
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.runs import build, devices, extras, summary
@@ -37,6 +38,7 @@ def gpus(monkeypatch):
     """Pretends that there are four GPUs beside 64 cores."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.init", lambda: None)
     monkeypatch.setattr("torch.set_num_threads", lambda number: None)
     monkeypatch.setattr("anomalib_lite.data.cores.cores", lambda: 64)
     for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"):
@@ -55,6 +57,29 @@ def small(root: Path) -> list[str]:
 
 def options(**changes: Any) -> dict[str, Any]:
     return devices.lightning_options(HARDWARE | changes, multirun=False)
+
+
+# --- what is refused ---
+
+
+def too_old() -> None:
+    raise RuntimeError("The NVIDIA driver on your system\nis too old (found version 11040).")
+
+
+def test_a_gpu_that_cannot_be_used(gpus, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **given: given["including_emulation"])
+    options(accelerator="auto")
+    with pytest.raises(UserError, match=r"^hardware\.precision=bf16: this GPU does not compute in bf16; choose auto"):
+        options(precision="bf16")
+    options(precision="bf16", accelerator="cpu")
+    monkeypatch.setattr("torch.cuda.init", too_old)
+    with pytest.raises(UserError, match=r"system is too old \(found version 11040\)\.\); .* choose hardware=cpu$"):
+        options(accelerator="auto")
+    options(accelerator="cpu")
+
+
+def test_ranks_wait_for_a_long_coreset(gpus):
+    assert options(devices=2)["strategy"]._timeout.total_seconds() == 24 * 3600
 
 
 # --- determinism ---

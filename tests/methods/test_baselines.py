@@ -13,6 +13,7 @@ from anomalib_lite.errors import UserError
 from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.methods import rad
 from anomalib_lite.methods.padim import PaDiM
+from anomalib_lite.methods.patchcore import PatchCore
 from anomalib_lite.methods.patches import patch_features
 from anomalib_lite.methods.rad import RAD
 from anomalib_lite.methods.rd4ad import RD4AD
@@ -207,6 +208,23 @@ def test_rad_refuses_a_bank_that_does_not_fit(monkeypatch):
         fitted(RAD, CNN, images)
     monkeypatch.undo()
     assert 2**20 < rad.free_memory(torch.device("cpu")) < 2**50
+    for name, number in (("reserved", 50), ("allocated", 20)):  # what PyTorch has reserved and does not use is free too
+        monkeypatch.setattr(f"torch.cuda.memory_{name}", lambda device, number=number: number)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (100, 1000))
+    assert rad.free_memory(torch.device("cuda")) == 130
+
+
+@pytest.mark.parametrize(("method", "part", "option"), [
+    (PaDiM, "torch.zeros_like", r"method\.dim=3 .* give a smaller method\.dim"),
+    (PatchCore, "anomalib_lite.methods.patchcore.PatchCore.picked", r"limit them by method\.max_patches"),
+])  # fmt: skip
+def test_a_closed_form_without_memory_names_its_option(method, part, option, monkeypatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(part, full)
+    with pytest.raises(UserError, match=f"^out of memory: .*{option}"):
+        fitted(method, CNN, make_images(CNN), **{"dim": 3} if method is PaDiM else {})
 
 
 @pytest.mark.parametrize("method", [SubspaceAD, PaDiM, RAD])

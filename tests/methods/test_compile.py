@@ -1,6 +1,5 @@
 """method.compile=true: the networks run through torch.compile while training, with the same losses and gradients."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,7 +71,7 @@ class Doubled(nn.Module):
         return [2 * self.norm(x) for x in levels]
 
 
-def test_a_recorded_network_replays_the_first_call_alone(monkeypatch):
+def test_a_recorded_network_replays_two_kinds_of_calls(monkeypatch):
     """Recording itself needs a GPU (`make gpu-check`); here it calls the network three times, as the warm-up does."""
     replayed = []
 
@@ -95,19 +94,19 @@ def test_a_recorded_network_replays_the_first_call_alone(monkeypatch):
     now = [0]
     recorded = graphs.Recorded(network, lambda: now[0])
     x = torch.randn(4, 3)
-    for now[0], shape in ((0, 4), (1, 4), (1, 4), (2, 3), (3, 4)):
+    for now[0], shape in ((0, 3), (1, 4), (1, 4), (2, 4), (3, 2), (4, 3), (5, 4)):  # the first batch is a short one
         torch.manual_seed(now[0])
         found = network([x[:shape]])
         drawn = torch.rand(2)
         torch.manual_seed(now[0])
         torch.testing.assert_close(found, plain([x[:shape]]), rtol=0, atol=0)
         torch.testing.assert_close(drawn, torch.rand(2), rtol=0, atol=0)
-    assert len(replayed) == 3  # not: the second call of step 1, the small batch
-    now[0] = 4
+    assert len(replayed) == 5  # not: the second call of step 1, the third size
+    now[0] = 6
     network(levels=[x])
     with torch.no_grad():
         network([x])
-    assert len(replayed) == 3
+    assert len(replayed) == 5
     mean: Any = plain.norm.running_mean
     torch.testing.assert_close(network.norm.running_mean, mean * 0.81 + 0.19 * x.mean(0))
     recorded.release()
@@ -115,6 +114,8 @@ def test_a_recorded_network_replays_the_first_call_alone(monkeypatch):
 
 
 def test_several_gpus_are_refused():
-    method = SimpleNamespace(device=torch.device("cuda"), trainer=SimpleNamespace(world_size=2))
+    two = {"accelerator": "gpu", "devices": 2, "num_nodes": 1}
+    for compiles, change in ((True, {"devices": 1}), (True, {"accelerator": "cpu"}), (False, {})):
+        graphs.check_devices({"compile": compiles}, two | change)
     with pytest.raises(UserError, match=r"^method.compile=true: CUDA graphs need hardware.devices=1"):
-        graphs.start(method)
+        graphs.check_devices({"compile": True}, two)

@@ -18,6 +18,7 @@ from anomalib_lite.methods.schedules import warm_up_then_cosine
 from anomalib_lite.methods.scoring import image_scores
 from anomalib_lite.methods.stable_adamw import StableAdamW
 from anomalib_lite.methods.vit_decoder import distance, means
+from tests.helpers.kernels import Kernels, fake_gpu
 from tests.helpers.run_programs import ROOT
 
 DIM, GRID, TOKENS = 16, (2, 3), 5
@@ -318,6 +319,21 @@ def test_a_step_with_bad_gradients_changes_nothing(bad):
     torch.testing.assert_close(ends[True, 3], ends[True, 2], atol=0, rtol=0)
     torch.testing.assert_close(ends[True, 2], ends[False, 2])
     assert ends[False, 3].isnan().any()
+
+
+@pytest.mark.parametrize(("skip", "each"), [(False, 2), (True, 4)])
+def test_a_step_launches_few_kernels(skip, each):
+    """Most are for all tensors together; no step waits for the device."""
+    with fake_gpu(), Kernels() as kernels:
+        parameters = [nn.Parameter(torch.ones(2, 3, device="cuda")) for _ in range(50)]
+        for p in parameters:
+            p.grad = torch.ones(2, 3, device="cuda")
+        optimizer = StableAdamW(parameters, 2e-3, amsgrad=True, skip=skip)
+        optimizer.step()  # makes the state
+        kernels.launched.clear()
+        optimizer.step()
+    assert not kernels.waits
+    assert sum(kernels.launched.values()) <= 50 * each + 40, kernels.launched
 
 
 def test_learning_rates():

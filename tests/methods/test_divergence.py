@@ -173,17 +173,22 @@ def test_too_little_memory(base, tmp_path, how, option):
 
 
 def test_errors_that_are_not_about_memory_pass():
-    with pytest.raises(RuntimeError, match="shapes"), enough_memory(lambda: "data.batch_size", {}):
+    with pytest.raises(RuntimeError, match="shapes"), enough_memory(lambda: "data.batch_size", {}, {}):
         raise RuntimeError("shapes do not fit")
 
 
 def test_gpu_errors_are_known():
     from anomalib_lite.errors import UserError
 
-    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError()):
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        MemoryError(),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+        RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"),
+    ):
         with (
-            pytest.raises(UserError, match=r"data\.batch_size=7"),
-            enough_memory(lambda: "data.batch_size", {"data": {"batch_size": 7}}),
+            pytest.raises(UserError, match=r"data\.batch_size=7 .* hardware\.feature_gpu_gb=0 \(.* takes 2\.5 GB\)$"),
+            enough_memory(lambda: "data.batch_size", {"data": {"batch_size": 7}}, {"gpu_gb": 2.5}),
         ):
             raise error
 

@@ -18,8 +18,10 @@ from anomalib_lite.methods.dilated_autoencoder import DILATIONS, MARGIN, Autoenc
 from anomalib_lite.methods.ssae import SSAE, losses, tone
 from anomalib_lite.runs import artifacts as results
 from tests.helpers import run_programs as runs
+from tests.helpers.fake_cuda import to_fake
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.interrupt import assert_same_run, interrupted_after
+from tests.helpers.kernels import Kernels, fake_gpu
 
 TINY = (
     "method=ssae", "method.width=4", "hardware=cpu", "hardware.threads=1", "logger=csv", "data.image_size=32",
@@ -348,6 +350,15 @@ def undisturbed(root, tmp_path_factory):
         result = run_of(root, run, *EARLY)
     assert max(waits) > 1
     return run, result
+
+
+def test_the_end_of_training_is_known_on_the_host():
+    """It is asked for after every batch, and the device must not be waited for."""
+    model = SSAE(width=4, patience=2, image_size=(32, 32))
+    with fake_gpu(), Kernels() as kernels:
+        to_fake(model)
+        assert not model.stopped_early
+    assert not kernels.waits
 
 
 @pytest.mark.parametrize("stop_at", [2, 7])  # the second batch, the last one

@@ -420,6 +420,25 @@ def test_gpu_without_gpu(trained, photographs, tmp_path):
     assert_refused(outcome, "device=gpu: no GPU is visible here; choose device=cpu or device=auto")
 
 
+def full(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def too_old() -> None:
+    raise RuntimeError("The NVIDIA driver is too old")
+
+
+@pytest.mark.parametrize(("part", "fails", "message"), [
+    ("anomalib_lite.methods.base.AnomalyModule.predict_step", full, "batch_size=32 is too large .* or device=cpu"),
+    ("anomalib_lite.methods.base.AnomalyModule.to", full, "no room for the model; give device=cpu"),
+    ("torch.cuda.init", too_old, "The NVIDIA driver is too old.* choose device=cpu"),
+])  # fmt: skip
+def test_a_device_that_cannot_be_used(part, fails, message, trained, photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: fails is too_old)
+    monkeypatch.setattr(part, fails)
+    assert_refused(predict(f"run={trained}", f"input={photographs}", f"output={tmp_path / 'out'}"), message)
+
+
 def drop(part: str):
     return lambda run: (run / part).unlink()
 

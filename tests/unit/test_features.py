@@ -375,6 +375,27 @@ def test_nothing_to_store(caplog):
     assert not caplog.records
 
 
+def test_ranks_on_different_devices(monkeypatch):
+    """The files' key names the device: nothing is computed that the other ranks would not find."""
+    strategy = SimpleNamespace(
+        root_device=CPU, reduce_boolean_decision=lambda decision: decision, broadcast=lambda own: {"computed": "other"}
+    )
+    data: Any = SimpleNamespace(eval_pipeline=PIPELINE)
+    trainer: Any = SimpleNamespace(strategy=strategy, is_global_zero=False)
+    monkeypatch.setattr(precompute, "key", lambda *_: {"computed": "own"})
+    extraction = precompute.Extraction(trainer, data, torch.nn.Identity(), {"dtype": "auto"}, list, "")  # type: ignore[arg-type]
+    _, report = extraction.shared(["a.png"])
+    assert report == {"used": False, "why": "the ranks compute on different devices, whose features are not equal"}
+
+
+def test_no_pass_without_room():
+    """With hardware.feature_memory_gb=0 no batch goes through the backbone, for which the device may lack memory."""
+    data: Any = SimpleNamespace(eval_pipeline=PIPELINE, train_pipeline=PIPELINE, corrupt=None, test_samples=[])
+    data.train_samples = [SimpleNamespace(path="a.png")]
+    stored, _ = precompute.precompute(SimpleNamespace(), data, torch.nn.Identity(), {"enabled": False}, 0)  # type: ignore[arg-type]
+    assert stored.places == {}
+
+
 def test_a_folder_that_cannot_be(root, filled, tmp_path):
     (tmp_path / "file").write_text("")
     result = run(root, tmp_path / "file" / "cache", tmp_path / "run")

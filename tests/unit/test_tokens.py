@@ -127,7 +127,9 @@ def test_the_cache_gives_what_a_method_keeps(enabled, tmp_path):
                              reader=read_mvtec, batch_size=16, eval_batch_size=16)  # fmt: skip
     data.setup()
     model = Fused(backbone=Backbone(VIT, [1, 3], "none", "32", [(32, 48)], tokens=True))
-    strategy = SimpleNamespace(root_device=CPU, reduce_boolean_decision=lambda decision, all=True: decision)
+    strategy = SimpleNamespace(
+        root_device=CPU, reduce_boolean_decision=lambda decision, all=True: decision, broadcast=lambda x: x
+    )
     trainer: Any = SimpleNamespace(strategy=strategy, is_global_zero=True, global_rank=0, world_size=1)
     cache = {"enabled": enabled, "folder": str(tmp_path / "cache"), "limit_gb": 1, "dtype": "auto"}
     assert model.backbone is not None
