@@ -128,8 +128,6 @@ def arguments(root, checkpoints):
         backbone = ["backbone=resnet18", "backbone.name=test_resnet.r160_in1k", "backbone.weights=none"]
         if case.text:
             backbone = [f"backbone={case.text}", f"backbone.name={checkpoints[case.text]}", "backbone.weights=auto"]
-        if case.method == "recontrast":
-            backbone = ["backbone=resnet18", "backbone.name=mobilenetv3_small_050", "backbone.weights=none"]
         if case.method in ("dinomaly", "inp_former"):
             backbone = [
                 "backbone=dinov2_small",
@@ -137,14 +135,12 @@ def arguments(root, checkpoints):
                 "backbone.weights=none",
                 "backbone.layers=[1,2,3,4]",
             ]
-        if case.method == "ssae":
-            backbone = ["method.width=4"]
         steps = 2 if case.method == "ltad" else 4
         budget = [] if case.stops == (0,) else ["trainer.max_epochs=null", f"trainer.max_steps={steps}"]
         rate = ["method.optimizer.lr=1e-2"] if budget else []
         chosen = [option for option in runs.method(case.method) if option != "method.groups=1"]  # that is for CNNs
         return [
-            *chosen, *runs.folder_data(root, case.category), *backbone, f"data.image_size={SIDE}",
+            *backbone, *chosen, *runs.folder_data(root, case.category), f"data.image_size={SIDE}",
             *budget, *rate, "hardware.precision=32", "hardware.threads=1", "trainer.log_every=1",
             "trainer.checkpoint_minutes=0", *case.options,
         ]  # fmt: skip

@@ -38,7 +38,6 @@ METHODS = sorted(path.stem for path in (runs.ROOT / "conf" / "method").glob("*.y
 COMPARED = "the file's scores differ from predict's in float32 (precision=32) by at most "
 OPTIONS = {
     "padim": ("method.dim=16",),
-    "ssae": ("method.width=4",),
     "rlr": ("method.windows=[3,3,1]",),
     "norm_occ": ("data.resample=lanczos", "scoring.image_score=0.01"),
     "patchcore": ("backbone=resnet18",),  # weights that int8 makes smaller

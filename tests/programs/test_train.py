@@ -32,7 +32,7 @@ BASE = (
 )  # fmt: skip
 #: the smallest networks
 SMALL = {
-    "ssae": ("method.width=4",), "padim": ("method.dim=16",),
+    "padim": ("method.dim=16",),
     "dinomaly": ("backbone=dinov2_small", "backbone.name=test_vit", "backbone.layers=[1,2,3,4]", "method.warm_up=2"),
 }  # fmt: skip
 FILES = {

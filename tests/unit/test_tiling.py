@@ -270,10 +270,11 @@ def test_a_tile_as_large_as_the_image_changes_nothing(root, tmp_path):
     common += ["hardware.feature_memory_gb=0"]
     for name, more in (
         ("patchcore", []),
-        ("ssae", ["method.width=4", "data.treatment=object", "trainer.max_epochs=1"]),
+        ("ssae", ["data.treatment=object", "trainer.max_epochs=1"]),
     ):
-        runs.result_of(*common, *more, f"method={name}", run_dir=tmp_path / f"{name}_plain")
-        runs.result_of(*common, *more, f"method={name}", "data.tiling={size: 72}", run_dir=tmp_path / f"{name}_tiled")
+        options = [*runs.method(name), *common, *more]
+        runs.result_of(*options, run_dir=tmp_path / f"{name}_plain")
+        runs.result_of(*options, "data.tiling={size: 72}", run_dir=tmp_path / f"{name}_tiled")
         assert scores_of(tmp_path / f"{name}_tiled") == scores_of(tmp_path / f"{name}_plain"), name
     outcome = runs.run(compare, tmp_path, "--csv", tmp_path / "runs.csv")
     assert outcome.code == 0
@@ -284,8 +285,7 @@ def test_a_tile_as_large_as_the_image_changes_nothing(root, tmp_path):
 @pytest.mark.parametrize(("method", "rel"), [("norm_occ", 1e-4), ("ssae", 1e-2)])
 def test_two_ranks_are_one_device(method, rel, root, tmp_path):
     """Training shares the tiles of a batch, and the test whole images. Batch norm (ssae) is synchronised."""
-    options = [*runs.defaults(), *runs.folder_data(root), TILES, f"method={method}", "trainer.max_epochs=3"]
-    options += ["method.width=4"] if method == "ssae" else []
+    options = [*runs.defaults(), *runs.folder_data(root), TILES, *runs.method(method), "trainer.max_epochs=3"]
     options += ["hardware=ddp", "hardware.accelerator=cpu", "hardware.precision=32"]
     for ranks in (1, 2):
         on_ranks("train", [*options, f"hardware.devices={ranks}", f"hydra.run.dir={tmp_path / str(ranks)}"], ranks)
@@ -297,8 +297,7 @@ def test_two_ranks_are_one_device(method, rel, root, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(method, root, tmp_path):
     """Two steps, held-out images and their loss, figures; predictions are what was evaluated."""
-    run = tmp_path / "run"
-    needs = [*runs.method(method), *(["method.width=4"] if method == "ssae" else [])]
+    run, needs = tmp_path / "run", runs.method(method)
     budget = ["trainer.max_epochs=null", "trainer.max_steps=2", "data.val_fraction=0.5", "data.batch_size=2"]
     result = runs.result_of(*needs, *runs.folder_data(root), TILES, *budget, "scoring.image_smooth=2", run_dir=run)
     assert not [note for note in result["notes"] if "left out" in note]
