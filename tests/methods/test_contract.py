@@ -21,7 +21,7 @@ from anomalib_lite.cli.messages import one_line
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.methods.recontrast import ReContrast
-from anomalib_lite.runs import build, summary
+from anomalib_lite.runs import build, efficiency, summary
 from anomalib_lite.runs.devices import lightning_options
 from anomalib_lite.runs.load import load_run
 from anomalib_lite.runs.run import notes_of
@@ -369,13 +369,20 @@ def test_combinations_without_effect_are_noted(name, given, option, note, compos
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_bf16(name, composed):
-    """hardware.precision=bf16 fits and tests every method, and rounds neither maps nor scores to bf16's 8 bits."""
-    _, model, tested = fitted(resolved(composed(name), "hardware.precision=bf16"))
+def test_bf16_and_cost(name, composed, monkeypatch):
+    """hardware.precision=bf16 fits and tests every method, and rounds neither maps nor scores to bf16's 8 bits.
+
+    The cost of every method is measured.
+    """
+    data, model, tested = fitted(resolved(composed(name), "hardware.precision=bf16"))
     assert summary.precision("bf16", model, torch.device("cpu")) == "bf16"
     assert (tested["map"].dtype, tested["score"].dtype) == (torch.float32, torch.float32)
     bits = tested["map"]
     assert (bits != bits.bfloat16().float()).float().mean() > 0.9
+    monkeypatch.setattr(efficiency, "WINDOW", 0)
+    cost = efficiency.sizes(model)
+    efficiency.measure_cost(model, data, 2, cost, efficiency.no_speed(), seconds=1e-9)
+    assert 0 < cost["flops_per_image"] < 1e12
 
 
 def built(cfg: dict[str, Any], categories: list[str], **context: Any) -> AnomalyModule:
