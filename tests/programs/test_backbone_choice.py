@@ -79,7 +79,6 @@ def test_imagenets_own_numbers_share_a_table_with_the_default(root, tmp_path):
     ("options", "pattern"),
     [
         (["method=ssae", "backbone=none", "data.normalize=backbone"], "data.normalize=backbone: there is no backbone"),
-        (["data.normalize=clip"], "data.normalize=clip: give imagenet, none or backbone"),
         (["backbone.name=vit_tiny_patch16_224", "backbone.layers=[1]", "data.image_size=40"],
          r"data.image_size=40: .*give 32 or 48"),
         (["backbone.name=vit_tiny_patch16_224", "backbone.layers=[1,2,3]", *method("recontrast")[:1]],

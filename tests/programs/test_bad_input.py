@@ -88,9 +88,15 @@ VALUES = {
     "data.value_range=[5,5]": r"data.value_range=\[5, 5\]: give \[low, high\] with low < high, or null",
     "data.value_range=4095": "data.value_range=4095: give",
     "data.tiling={size: [64,32], overlap: 40}": "data.tiling=.*an overlap from 0 below them",
+    "data.tiling={size: 32, overlap: 32}": r"data.tiling=.*: give \{size: 512, overlap: 64\}",
+    "data.tiling={overlap: 8}": r"data.tiling=.*: give \{size: 512, overlap: 64\}",
+    "data.tiling={size: 8}": r"data.tiling=.*: give \{size: 512, overlap: 64\}",
+    "data.tiling={size: 32, step: 1}": r"data.tiling=.*: give \{size: 512, overlap: 64\}",
+    "data.tiling=32": r"data.tiling=.*: give \{size: 512, overlap: 64\}",
     "data.test_fraction=1": "data.test_fraction=1: give a share from 0, below 1",
     "data.treatment=foo": "data.treatment=foo: give auto, object or texture",
     "data.drop_last=maybe": "data.drop_last=maybe: give true or false",
+    "data.balanced=3": "data.balanced=3: give true or false",
     "data.category=[]": r"data.category=\[\]: give a name",
     "trainer.max_epochs=-1": "trainer.max_epochs=-1: give",
     "trainer.max_steps=0": "trainer.max_steps=0: give",
@@ -103,6 +109,27 @@ VALUES = {
     "hardware.devices=0": "hardware.devices=0: give",
     "hardware.accelerator=tpu": "hardware.accelerator=tpu: give auto, cpu or gpu",
     "hardware.precision=16": "hardware.precision=16: give",
+    "hardware.deterministic=maybe": "hardware.deterministic=maybe: give auto, true or false",
+    "cache.enabled=maybe": "cache.enabled=maybe: give true or false$",
+    "cache.limit_gb=-1": "cache.limit_gb=-1: give gigabytes from 0$",
+    "cache.dtype=int8": "cache.dtype=int8: give auto, bfloat16, float16 or float32$",
+    "logger.wandb.project=a/b": "logger.wandb.project=a/b: give at most 128 characters",
+    "logger.wandb.project=50%": "logger.wandb.project=50%: give",
+    f"logger.wandb.project={'a' * 129}": "logger.wandb.project=.*a: give at most 128",
+    "logger.wandb.tags=[a,'']": "logger.wandb.tags=.*: give a list of tags",
+    f"logger.wandb.tags=[{'a' * 65}]": "logger.wandb.tags=.* a list of tags, each of 1 to 64",
+    "logger.wandb.tags=a": "logger.wandb.tags=a: give",
+    "logger.wandb.mode=on": "logger.wandb.mode=on: give",
+    "logger.wandb.timeout=0": "logger.wandb.timeout=0: give",
+    "logger.wandb.upload_timeout=soon": "logger.wandb.upload_timeout=soon: give",
+    "split.shots=0": "split.shots=0: give a whole number of images from 1",
+    "split.shots=1.5": "split.shots=1.5: give a whole number of images from 1",
+    "split.shots=true": "split.shots=true: give a whole number of images from 1",
+    "split.seed=first": "split.seed=first: give a whole number from 0",
+    "split.seed=0.5": "split.seed=0.5: give a whole number from 0",
+    "split.seed=-1": "split.seed=-1: give a whole number from 0",
+    "split.imbalance=0.5": "split.imbalance=0.5: give a number from 1",
+    "split.imbalance=inf": "split.imbalance=inf: give a number from 1",
     "method.optimizer.lr=-1": "method.optimizer.lr=-1: give a number from 0$",
     "method.optimizer.lr=abc": "method.optimizer.lr=abc: give a number from 0$",
     "method.optimizer.lr=inf": "method.optimizer.lr=inf: give a number from 0$",
@@ -120,7 +147,7 @@ def configuration():
 def test_value(argument, configuration):
     """Refused by the rules of its key, which hold before a run begins; test_option goes through the whole program."""
     given = configuration.copy()
-    OmegaConf.update(given, argument.partition("=")[0], values.read(values.as_typed(argument)))
+    OmegaConf.update(given, argument.partition("=")[0], values.read(values.as_typed(argument)), force_add=True)
     cfg: Any = OmegaConf.to_container(given, resolve=True)
     with pytest.raises(UserError, match=f"^{VALUES[argument]}"):
         schema.check(cfg)

@@ -451,16 +451,3 @@ def test_files_that_another_node_may_read_stay(kind, stays, tmp_path, monkeypatc
         files.make_room(500, 1600)
         assert (old.exists(), used.exists()) == (False, True)
     assert model.exists()
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("cache.enabled=maybe", "cache.enabled=maybe: give true or false"),
-        ("cache.limit_gb=-1", "cache.limit_gb=-1: give gigabytes from 0"),
-        ("cache.dtype=int8", "cache.dtype=int8: give auto, bfloat16, float16 or float32"),
-    ],
-)
-def test_options_that_mean_nothing(argument, message):
-    outcome = train(argument)
-    assert (outcome.code, outcome.err) == (2, f"error: {message}\n")

@@ -331,10 +331,3 @@ def test_the_grid_is_shown(root, tmp_path):
     outcome = runs.train(*runs.folder_data(root), TILES, "data.check=only", f"hydra.run.dir={tmp_path / 'run'}")
     assert outcome.code == 0
     assert "tiles of 32x32 in an image of 72x72: 9, in 3 rows and 3 columns that overlap by 8 or more" in outcome.out
-
-
-@pytest.mark.parametrize("value", ["{size: 32, overlap: 32}", "{overlap: 8}", "{size: 8}", "{size: 32, step: 1}", "32"])
-def test_wrong_values_are_one_line(value, root, tmp_path):
-    outcome = runs.train(*runs.folder_data(root), f"data.tiling={value}", f"hydra.run.dir={tmp_path / 'run'}")
-    assert outcome.code == 2
-    assert re.fullmatch(r"error: data.tiling=.*: give \{size: 512, overlap: 64\}.*\n", outcome.err)
