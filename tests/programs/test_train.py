@@ -109,18 +109,6 @@ def files_of(run: Path) -> set[str]:
     return {file.relative_to(run).as_posix() for file in run.rglob("*") if file.is_file()}
 
 
-def weights_of(run: Path) -> dict[str, Any]:
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-
-
-def lasting(result: dict[str, Any]) -> dict[str, Any]:
-    """A result without what may differ between two equal runs."""
-    environment = {key: value for key, value in result["environment"].items() if key != "git"}  # commits go on
-    return {key: value for key, value in result.items() if key not in ("timing", "cache")} | {
-        "environment": environment
-    }
-
-
 def measured(metrics: dict[str, Any]) -> dict[str, float]:
     """All but AUPIMO, for which these images have too few normal pixels."""
     assert metrics["aupimo"] is None
