@@ -235,14 +235,6 @@ def test_validation_on_two_ranks(root, tmp_path):
     assert_same_outcome(tmp_path / "run", tmp_path / "one")
 
 
-def test_a_batch_that_ranks_can_not_share(root, tmp_path):
-    options = [*arguments(root, tmp_path / "run", "norm_occ", 3, "bottle"), "trainer.max_steps=2"]
-    outcome = runs.train(*options, small=False)
-    assert outcome.code == 2
-    assert outcome.err.startswith("error: data.batch_size=4 is not divisible by 3 devices")
-    assert outcome.err.count("\n") == 1
-
-
 def test_peak_memory_is_that_of_this_process():
     """Linux gives a small process the ru_maxrss of the large one that has started it, such as this one."""
     program = f"""

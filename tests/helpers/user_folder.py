@@ -76,7 +76,10 @@ data:
 trainer:
   max_epochs: 3
 """
-SMALL = ("--config-dir=my_conf", "hardware=cpu", "logger=csv", "data=folder", "data.root=data", "data.image_size=32")
+SMALL = (
+    "--config-dir=my_conf", "hardware=cpu", "hardware.measure_cost=false", "logger=csv", "data=folder",
+    "data.root=data", "data.image_size=32",
+)  # fmt: skip
 FREE = {"timing", "environment", "overrides", "cache"}
 
 

@@ -173,7 +173,6 @@ def test_ray_hands_each_job_its_own_gpu(home, tmp_path):
             (SLURM, "hardware=slurm", "hardware.nodes=2", "hydra.launcher.nodes=3"),
             "hydra.launcher.nodes=3 with hardware.nodes=2: a task is a device's rank",
         ),
-        ((SLURM, "data.val_fraction=2"), "data.val_fraction=2: give a share"),
         (("hydra/launcher=basic", "hardware=slurm"), "hardware.devices=auto in a sweep with hydra/launcher=basic"),
         (("hydra/launcher=basic", "hardware=ddp", "hardware.nodes=2"), "in a sweep with hydra/launcher=basic"),
     ],

@@ -356,7 +356,6 @@ def test_interrupted_beside_another(home, undisturbed, tmp_path, number):
         ("objective=metrics.image_auroc", "objective=metrics.image_auroc: .*the test set chooses nothing"),
         ("data.check=only", "data.check=only: makes no run; leave out -m"),
         ("objective=validation.aupro_5", "objective=validation.aupro_5: no such metric; choose from"),
-        ("data.batch_size=0", "data.batch_size=0: give"),
         ("hydra.sweep.subdir=same", "hydra.sweep.subdir: two jobs share the folder same"),
     ],
 )
