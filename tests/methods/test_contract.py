@@ -1,7 +1,6 @@
 """What every method promises, on a tiny data set: fit, resume, predict, switches that act, tensors on one device."""
 
 import contextlib
-import csv
 import json
 import re
 from dataclasses import dataclass
@@ -244,11 +243,6 @@ def plain(composed):
     return get
 
 
-def scores_of(run: Path) -> dict[str, float]:
-    with (run / "scores.csv").open(newline="") as file:
-        return {row["path"]: float(row["score"]) for row in csv.DictReader(file)}
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_resumed_is_undisturbed(name, arguments, finished, tmp_path):
     """Weights, optimizers, log and scores to the last bit, after one interruption after the other."""
@@ -271,10 +265,10 @@ def test_predicts_what_the_run_evaluated(name, finished, root, tmp_path):
     assert outcome.code == 0, outcome.err
     evaluated = {
         path.removeprefix("bottle/test/"): score
-        for path, score in scores_of(finished(name)).items()
+        for path, score in runs.scores_of(finished(name)).items()
         if path.startswith("bottle")
     }
-    found = scores_of(tmp_path / "out")
+    found = runs.scores_of(tmp_path / "out")
     assert found == pytest.approx(evaluated, rel=1e-4)
     names, values = list(evaluated), list(evaluated.values())
     others = dict(zip(names, [*values[1:], values[0]], strict=True))
