@@ -2,6 +2,7 @@ import atexit
 import gc
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -19,6 +20,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if "ANOMALIB_LITE_CACHE" not in os.environ:
     os.environ["ANOMALIB_LITE_CACHE"] = tempfile.mkdtemp(prefix="anomalib_lite_cache_")
     atexit.register(shutil.rmtree, os.environ["ANOMALIB_LITE_CACHE"], ignore_errors=True)
+
+
+# A background job of a shell starts with SIGINT ignored. Tests of Ctrl-C would then wait forever.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish():

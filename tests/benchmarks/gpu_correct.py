@@ -43,7 +43,7 @@ class Checks:
         chosen = [option for option in runs.method(method) if option != "method.groups=1" or method not in VIT]
         outcome = (start or runs.train)(
             *chosen, *runs.folder_data(self.root), *[x for x in backbone if method not in ("recontrast", "rd4ad")],
-            *(["method.width=4"] if method == "ssae" else []), *known, f"hardware={device or self.device}",
+            *known, f"hardware={device or self.device}",
             f"data.image_size={SIDE}", "data.batch_size=4", "trainer.log_every=1", "trainer.checkpoint_minutes=0",
             "hardware.precision=32", "cache.enabled=false", f"hydra.run.dir={run}", *options,
         )  # fmt: skip

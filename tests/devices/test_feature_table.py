@@ -18,7 +18,7 @@ from anomalib_lite.features.precompute import as_rows, shapes_of
 from anomalib_lite.runs import held_features
 from tests.helpers.fake_cuda import Counted, FakeTrainer, fake_cuda, to_fake
 from tests.helpers.image_trees import make_mvtec
-from tests.methods.test_contract import CASES, FIRST, SIDE, arguments, built, checkpoints, composed, resolved  # noqa: F401  fixtures
+from tests.methods.test_contract import CASES, FROM_FEATURES, SIDE, arguments, built, checkpoints, composed, resolved  # noqa: F401  fixtures
 
 META = torch.device("meta")  # a device that any machine has: tensors with a shape and without values
 BATCH = 4
@@ -51,10 +51,7 @@ def stored_of(data: AnomalyDataModule, shapes: list[tuple[int, ...]], dtype: tor
 # --- a table on the device ---
 
 
-FROM_FEATURES = ("norm_occ", "uniad", "rlr", "dinomaly", "inp_former", "ltad")
-
-
-@pytest.mark.parametrize("name", [*(name for name in FIRST if CASES[name].method in FROM_FEATURES), "ltad between"])
+@pytest.mark.parametrize("name", FROM_FEATURES)
 def test_a_step_copies_the_batchs_numbers_alone(name, composed, root):  # noqa: F811
     """24 bytes an image: index, label, category. LTAD draws a second batch, of the classes that it chooses."""
     case = CASES[name]
@@ -312,10 +309,10 @@ def test_kept_images_change_no_bit(place, workers, options, root, monkeypatch):
         return load(self, path)
 
     monkeypatch.setattr(type(first.eval_pipeline), "load", counted)
+    names = ["train_dataloader", "test_dataloader", *([] if workers else ["train_eval_dataloader", "val_dataloader"])]
     for epoch in range(2):
-        for loader in ("train_dataloader", "train_eval_dataloader", "val_dataloader", "test_dataloader"):
-            pairs = list(zip(getattr(first, loader)(), getattr(again, loader)(), strict=True))
-            for one, other in pairs:
+        for loader in names:
+            for one, other in zip(getattr(first, loader)(), getattr(again, loader)(), strict=True):
                 assert one.keys() == other.keys()
                 tensors = [key for key, value in one.items() if isinstance(value, torch.Tensor)]
                 assert all(torch.equal(one[key], other[key]) for key in tensors), (epoch, loader)

@@ -107,8 +107,8 @@ def test_memory_is_not_filled(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["norm_occ", "uniad"])
-def test_two_equal_runs(method, root, tmp_path):
-    """With real determinism, in which an operation without a deterministic version would end the run."""
+def test_a_deterministic_run(method, root, tmp_path):
+    """An operation without a deterministic version would end the run."""
     seen = []
 
     def note(*_: Any) -> None:
@@ -119,20 +119,14 @@ def test_two_equal_runs(method, root, tmp_path):
     given = (*runs.method(method), *small(root), "data.image_size=48", "hardware.deterministic=true")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AnomalyModule, "on_test_start", note, raising=False)
-        results = [runs.result_of(*given, run_dir=tmp_path / name) for name in "ab"]
-    assert seen == [(True, False)] * 2
-    assert results[0]["environment"]["deterministic"] is True
-    assert results[0]["metrics"] == results[1]["metrics"]
-    for name in ("scores.csv", "metrics.csv"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        result = runs.result_of(*given, run_dir=tmp_path)
+    assert seen == [(True, False)]
+    assert result["environment"]["deterministic"] is True
 
 
-def test_determinism_is_recorded_and_checked(root, tmp_path):
+def test_determinism_is_recorded(root, tmp_path):
     given = (*small(root), "hardware.deterministic=false")
-    assert runs.result_of(*given, run_dir=tmp_path / "a")["environment"]["deterministic"] is False
-    outcome = runs.train(*small(root), "hardware.deterministic=maybe", f"hydra.run.dir={tmp_path / 'b'}")
-    assert outcome.code == 2
-    assert outcome.err.startswith("error: hardware.deterministic=maybe: give auto, true or false")
+    assert runs.result_of(*given, run_dir=tmp_path)["environment"]["deterministic"] is False
 
 
 # --- TF32 ---

@@ -9,7 +9,6 @@ from PIL import Image
 
 from tests.helpers.image_trees import make_mvtec, save_image, save_mask
 
-AREA = 64  # pixels of a mask of `save_mask`
 #: LOCO's defects: value in the mask -> (threshold, relative)
 DEFECTS = {255: (40, False), 254: (0.25, True), 253: (100, False)}
 

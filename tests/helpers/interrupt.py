@@ -1,7 +1,8 @@
 """Runs that are interrupted inside the test's process, and the comparison of a resumed run with an undisturbed one."""
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,20 @@ def interrupted_after(batches: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):  # noqa: PT012
         patch.setattr(AnomalyModule, "on_train_batch_end" if batches else "on_test_start", stop, raising=False)
         yield
+
+
+def until(reached: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait for a moment of another process or thread, which must come within some seconds."""
+    end = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def logged(run: Path, step: int) -> bool:
+    """Whether metrics.csv has the row of a step; it is written with each checkpoint."""
+    file = run / "metrics.csv"
+    return file.is_file() and f"\n{step}," in file.read_text()
 
 
 def assert_same_run(found: Path, expected: Path) -> None:

@@ -29,6 +29,7 @@ SMALL = (
 )  # fmt: skip
 #: what methods need on images of 32 to 48 pixels with resnet18's three levels; their own settings are for large grids
 NEEDS = {
+    "ssae": ("method.width=4",),
     "recontrast": ("backbone.name=mobilenetv3_small_050",),  # a resnet18's decoder is 60 times as large
     "rd4ad": ("backbone.name=mobilenetv3_small_050", "data.drop_last=true"),
     "rlr": ("method.windows=[3,1,1]", "method.dims=[16,16,16]", "method.layers=1", "scoring.image_smooth=same"),

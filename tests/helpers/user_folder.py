@@ -3,12 +3,9 @@
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import torch
 
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
+from tests.helpers.interrupt import until
 from tests.helpers.run_programs import Outcome
 
 METHODS = '''
@@ -77,7 +75,10 @@ data:
 trainer:
   max_epochs: 3
 """
-SMALL = ("--config-dir=my_conf", "hardware=cpu", "logger=csv", "data=folder", "data.root=data", "data.image_size=32")
+SMALL = (
+    "--config-dir=my_conf", "hardware=cpu", "hardware.measure_cost=false", "logger=csv", "data=folder",
+    "data.root=data", "data.image_size=32",
+)  # fmt: skip
 FREE = {"timing", "environment", "overrides", "cache"}
 
 
@@ -109,7 +110,6 @@ class Started:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored below a shell's `command &`
         )
 
     def alive(self) -> dict[int, str]:
@@ -133,15 +133,9 @@ class Started:
         """The newest of its processes with that role."""
         return max((number for number, found in self.alive().items() if found == role), default=None)
 
-    def until(self, reached: Callable[[], bool], patience: float = 60) -> None:
-        end = time.monotonic() + patience
-        while not reached():
-            assert time.monotonic() < end
-            time.sleep(0.005)
-
     def end(self) -> Outcome:
         out, err = self.process.communicate(timeout=300)
-        self.until(lambda: not self.alive(), 20)
+        until(lambda: not self.alive(), 20)
         return Outcome(self.process.returncode, out, err)
 
 

@@ -1,7 +1,6 @@
 """What every method promises, on a tiny data set: fit, resume, predict, switches that act, tensors on one device."""
 
 import contextlib
-import csv
 import json
 import re
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from anomalib_lite.cli.messages import one_line
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.methods.recontrast import ReContrast
-from anomalib_lite.runs import build, summary
+from anomalib_lite.runs import build, efficiency, summary
 from anomalib_lite.runs.devices import lightning_options
 from anomalib_lite.runs.load import load_run
 from anomalib_lite.runs.run import notes_of
@@ -76,10 +75,14 @@ CASES = {
     "ltad align": Case("ltad", (3,), ("method.fill=largest", "backbone.layers=[1,2]"), BOTH, "align"),
     "ltad clip": Case("ltad", (2,), ("method.fill=largest", "backbone.layers=[0,2]"), BOTH, "clip"),
 }  # fmt: skip
-#: cases whose checkpoint holds nothing that another case of their method lacks
-SAME_STATE = ("norm_occ shell", "norm_occ global", "norm_occ_closed_form global", "dinomaly cnn", "ltad align")
+#: cases whose checkpoint holds something that other cases of their method lack
+RUNS = [name for name in CASES if name not in (
+    "norm_occ shell", "norm_occ global", "norm_occ_closed_form global", "dinomaly cnn", "ltad align",
+)]  # fmt: skip
 #: the first case of every method
 FIRST = list({case.method: name for name, case in reversed(CASES.items())}.values())[::-1]
+#: cases whose training step takes stored features: tests/devices/test_feature_table.py counts what this step costs
+FROM_FEATURES = ("norm_occ", "uniad", "rlr", "dinomaly", "inp_former", "ltad", "ltad between")
 #: options that must change the scores of the case before them
 SWITCHES = {
     "norm_occ": ["method.target=shell", "method.target=zero", "method.squared=false", "method.norm=2", "method.dim=8",
@@ -128,8 +131,6 @@ def arguments(root, checkpoints):
         backbone = ["backbone=resnet18", "backbone.name=test_resnet.r160_in1k", "backbone.weights=none"]
         if case.text:
             backbone = [f"backbone={case.text}", f"backbone.name={checkpoints[case.text]}", "backbone.weights=auto"]
-        if case.method == "recontrast":
-            backbone = ["backbone=resnet18", "backbone.name=mobilenetv3_small_050", "backbone.weights=none"]
         if case.method in ("dinomaly", "inp_former"):
             backbone = [
                 "backbone=dinov2_small",
@@ -137,14 +138,12 @@ def arguments(root, checkpoints):
                 "backbone.weights=none",
                 "backbone.layers=[1,2,3,4]",
             ]
-        if case.method == "ssae":
-            backbone = ["method.width=4"]
         steps = 2 if case.method == "ltad" else 4
         budget = [] if case.stops == (0,) else ["trainer.max_epochs=null", f"trainer.max_steps={steps}"]
         rate = ["method.optimizer.lr=1e-2"] if budget else []
         chosen = [option for option in runs.method(case.method) if option != "method.groups=1"]  # that is for CNNs
         return [
-            *chosen, *runs.folder_data(root, case.category), *backbone, f"data.image_size={SIDE}",
+            *backbone, *chosen, *runs.folder_data(root, case.category), f"data.image_size={SIDE}",
             *budget, *rate, "hardware.precision=32", "hardware.threads=1", "trainer.log_every=1",
             "trainer.checkpoint_minutes=0", *case.options,
         ]  # fmt: skip
@@ -244,12 +243,7 @@ def plain(composed):
     return get
 
 
-def scores_of(run: Path) -> dict[str, float]:
-    with (run / "scores.csv").open(newline="") as file:
-        return {row["path"]: float(row["score"]) for row in csv.DictReader(file)}
-
-
-@pytest.mark.parametrize("name", [name for name in CASES if name not in SAME_STATE])
+@pytest.mark.parametrize("name", RUNS)
 def test_resumed_is_undisturbed(name, arguments, finished, tmp_path):
     """Weights, optimizers, log and scores to the last bit, after one interruption after the other."""
     case, run = CASES[name], tmp_path / "run"
@@ -262,7 +256,7 @@ def test_resumed_is_undisturbed(name, arguments, finished, tmp_path):
     assert_same_run(run, finished(name))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", RUNS)
 def test_predicts_what_the_run_evaluated(name, finished, root, tmp_path):
     case = CASES[name]
     chosen = ["category=bottle"] if case.category == BOTH else []
@@ -271,15 +265,14 @@ def test_predicts_what_the_run_evaluated(name, finished, root, tmp_path):
     assert outcome.code == 0, outcome.err
     evaluated = {
         path.removeprefix("bottle/test/"): score
-        for path, score in scores_of(finished(name)).items()
+        for path, score in runs.scores_of(finished(name)).items()
         if path.startswith("bottle")
     }
-    found = scores_of(tmp_path / "out")
+    found = runs.scores_of(tmp_path / "out")
     assert found == pytest.approx(evaluated, rel=1e-4)
     names, values = list(evaluated), list(evaluated.values())
     others = dict(zip(names, [*values[1:], values[0]], strict=True))
-    if name != "ltad align":  # its tiny random checkpoint scores all images alike
-        assert found != pytest.approx(others, rel=1e-4)  # another image's score would not pass
+    assert found != pytest.approx(others, rel=1e-4)  # another image's score would not pass
     assert len(list((tmp_path / "out" / "heatmaps").rglob("*.png"))) == 4
 
 
@@ -373,13 +366,20 @@ def test_combinations_without_effect_are_noted(name, given, option, note, compos
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_bf16(name, composed):
-    """hardware.precision=bf16 fits and tests every method, and rounds neither maps nor scores to bf16's 8 bits."""
-    _, model, tested = fitted(resolved(composed(name), "hardware.precision=bf16"))
+def test_bf16_and_cost(name, composed, monkeypatch):
+    """hardware.precision=bf16 fits and tests every method, and rounds neither maps nor scores to bf16's 8 bits.
+
+    The cost of every method is measured.
+    """
+    data, model, tested = fitted(resolved(composed(name), "hardware.precision=bf16"))
     assert summary.precision("bf16", model, torch.device("cpu")) == "bf16"
     assert (tested["map"].dtype, tested["score"].dtype) == (torch.float32, torch.float32)
     bits = tested["map"]
     assert (bits != bits.bfloat16().float()).float().mean() > 0.9
+    monkeypatch.setattr(efficiency, "WINDOW", 0)
+    cost = efficiency.sizes(model)
+    efficiency.measure_cost(model, data, 2, cost, efficiency.no_speed(), seconds=1e-9)
+    assert 0 < cost["flops_per_image"] < 1e12
 
 
 def built(cfg: dict[str, Any], categories: list[str], **context: Any) -> AnomalyModule:
@@ -440,7 +440,8 @@ def test_runs_on_a_fake_gpu(name, composed):
             model.bank, model.owners = torch.randn(9, model.bank.shape[1], device="cuda"), model.owners.new_zeros(9)
         else:
             model.on_fit_start()
-        if type(model).training_step is not AnomalyModule.training_step and model.automatic_optimization:
+        trains = type(model).training_step is not AnomalyModule.training_step and model.automatic_optimization
+        if trains and name not in FROM_FEATURES:
             for step in (0, 3):  # of a method with two phases, one each
                 model._trainer.global_step, batch = step, fake_batch(4, SIDE)
                 with Counted() as count:

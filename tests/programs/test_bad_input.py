@@ -12,7 +12,7 @@ import timm
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from anomalib_lite.cli import schema, values
 from anomalib_lite.cli.annotations import check_types
@@ -33,15 +33,16 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """Weights files: resnet18, without_layer3, truncated, text, resnet34, resnet50; random numbers all of them."""
+    """Files of random weights: damaged ones, and test_resnet's with more layers, wider layers, and without layer3."""
     folder = tmp_path_factory.mktemp("weights")
-    for name in ("resnet18", "resnet34", "resnet50"):
-        save_file(timm.create_model(name).state_dict(), folder / f"{name}.safetensors")
-    state = load_file(folder / "resnet18.safetensors")
+    state = timm.create_model("test_resnet").state_dict()
     lacking = {key: tensor for key, tensor in state.items() if not key.startswith("layer3.")}
+    wider = {key: torch.cat([tensor, tensor]) if tensor.ndim else tensor for key, tensor in state.items()}
+    save_file(state | {"layer1.2.conv1.weight": torch.zeros(1)}, folder / "deeper.safetensors")
+    save_file(wider, folder / "wider.safetensors")
     save_file(lacking, folder / "without_layer3.safetensors")
     torch.save(lacking, folder / "without_layer3.pth")
-    whole = (folder / "resnet18.safetensors").read_bytes()
+    whole = (folder / "wider.safetensors").read_bytes()
     (folder / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
     (folder / "text.pth").write_text("these are no weights")
     return folder
@@ -88,9 +89,15 @@ VALUES = {
     "data.value_range=[5,5]": r"data.value_range=\[5, 5\]: give \[low, high\] with low < high, or null",
     "data.value_range=4095": "data.value_range=4095: give",
     "data.tiling={size: [64,32], overlap: 40}": "data.tiling=.*an overlap from 0 below them",
+    "data.tiling={size: 32, overlap: 32}": r"data.tiling=.*: give \{size: 512, overlap: 64\}",
+    "data.tiling={overlap: 8}": r"data.tiling=.*: give \{size: 512, overlap: 64\}",
+    "data.tiling={size: 8}": r"data.tiling=.*: give \{size: 512, overlap: 64\}",
+    "data.tiling={size: 32, step: 1}": r"data.tiling=.*: give \{size: 512, overlap: 64\}",
+    "data.tiling=32": r"data.tiling=.*: give \{size: 512, overlap: 64\}",
     "data.test_fraction=1": "data.test_fraction=1: give a share from 0, below 1",
     "data.treatment=foo": "data.treatment=foo: give auto, object or texture",
     "data.drop_last=maybe": "data.drop_last=maybe: give true or false",
+    "data.balanced=3": "data.balanced=3: give true or false",
     "data.category=[]": r"data.category=\[\]: give a name",
     "trainer.max_epochs=-1": "trainer.max_epochs=-1: give",
     "trainer.max_steps=0": "trainer.max_steps=0: give",
@@ -103,6 +110,27 @@ VALUES = {
     "hardware.devices=0": "hardware.devices=0: give",
     "hardware.accelerator=tpu": "hardware.accelerator=tpu: give auto, cpu or gpu",
     "hardware.precision=16": "hardware.precision=16: give",
+    "hardware.deterministic=maybe": "hardware.deterministic=maybe: give auto, true or false",
+    "cache.enabled=maybe": "cache.enabled=maybe: give true or false$",
+    "cache.limit_gb=-1": "cache.limit_gb=-1: give gigabytes from 0$",
+    "cache.dtype=int8": "cache.dtype=int8: give auto, bfloat16, float16 or float32$",
+    "logger.wandb.project=a/b": "logger.wandb.project=a/b: give at most 128 characters",
+    "logger.wandb.project=50%": "logger.wandb.project=50%: give",
+    f"logger.wandb.project={'a' * 129}": "logger.wandb.project=.*a: give at most 128",
+    "logger.wandb.tags=[a,'']": "logger.wandb.tags=.*: give a list of tags",
+    f"logger.wandb.tags=[{'a' * 65}]": "logger.wandb.tags=.* a list of tags, each of 1 to 64",
+    "logger.wandb.tags=a": "logger.wandb.tags=a: give",
+    "logger.wandb.mode=on": "logger.wandb.mode=on: give",
+    "logger.wandb.timeout=0": "logger.wandb.timeout=0: give",
+    "logger.wandb.upload_timeout=soon": "logger.wandb.upload_timeout=soon: give",
+    "split.shots=0": "split.shots=0: give a whole number of images from 1",
+    "split.shots=1.5": "split.shots=1.5: give a whole number of images from 1",
+    "split.shots=true": "split.shots=true: give a whole number of images from 1",
+    "split.seed=first": "split.seed=first: give a whole number from 0",
+    "split.seed=0.5": "split.seed=0.5: give a whole number from 0",
+    "split.seed=-1": "split.seed=-1: give a whole number from 0",
+    "split.imbalance=0.5": "split.imbalance=0.5: give a number from 1",
+    "split.imbalance=inf": "split.imbalance=inf: give a number from 1",
     "method.optimizer.lr=-1": "method.optimizer.lr=-1: give a number from 0$",
     "method.optimizer.lr=abc": "method.optimizer.lr=abc: give a number from 0$",
     "method.optimizer.lr=inf": "method.optimizer.lr=inf: give a number from 0$",
@@ -120,7 +148,7 @@ def configuration():
 def test_value(argument, configuration):
     """Refused by the rules of its key, which hold before a run begins; test_option goes through the whole program."""
     given = configuration.copy()
-    OmegaConf.update(given, argument.partition("=")[0], values.read(values.as_typed(argument)))
+    OmegaConf.update(given, argument.partition("=")[0], values.read(values.as_typed(argument)), force_add=True)
     cfg: Any = OmegaConf.to_container(given, resolve=True)
     with pytest.raises(UserError, match=f"^{VALUES[argument]}"):
         schema.check(cfg)
@@ -172,15 +200,9 @@ OPTIONS = {
     "data.category=": "data.category is empty",
     "trainer.max_epochs=null trainer.max_steps=null": "trainer.max_epochs and trainer.max_steps are both null",
     "method.target=foo": "method.target=foo: choose point, shell or zero",
-    "method.p=3": "method.p=3: choose 1, 2 or inf$",
     "method.p=-inf": "method.p=-inf: choose 1, 2 or inf$",
-    "method.norm=-1": "method.norm=-1: give a number from 0$",
     "method.norm=abc": 'method.norm="abc": give a finite number',
     "method.norm=inf": 'method.norm="inf": give a finite number',
-    "method.dim=-3": "method.dim=-3: give a whole number from 1",
-    "method.dim=0": "method.dim=0: give a whole number from 1",
-    "method.squared=maybe": 'method.squared="maybe": give true or false',
-    "method.dim=1.5": "method.dim=1.5: give a whole number, or null",
     "+method.optimizer.foo=1": r"method.optimizer: .*'foo'; check its values \(lr=0.5, foo=1\)",
     "method=ssae +method.optimizer.betas=[0.9,high]": (
         r"method.optimizer.betas=\[0.9, 'high'\]: give a list of shares from 0, below 1, such as \[0.9,0.999\]$"
@@ -219,18 +241,11 @@ def test_option(argument, data, tmp_path):
     assert_refused(OPTIONS[argument], *sound, *arguments, run_dir=tmp_path / "run")
 
 
-@pytest.mark.parametrize("argument", ["method.target=foo", "data.batch_size=0", "backbone.layers=[9]"])
-def test_the_folder_takes_the_corrected_run(argument, data, tmp_path):
-    assert_refused(re.escape(argument), *folder_data(data), argument, run_dir=tmp_path)
+def test_the_folder_takes_the_corrected_run(data, tmp_path):
+    assert_refused("method.target=foo", *folder_data(data), "method.target=foo", run_dir=tmp_path)
     assert_accepted(*folder_data(data), run_dir=tmp_path)
     again = train(*folder_data(data), f"hydra.run.dir={tmp_path}")
     assert_one_line(again, "already holds a run: add resume=true")  # a run that was begun is not overwritten
-
-
-def test_flags_stand_anywhere(data):
-    outcome = train(*folder_data(data), "--cfg", "job", "seed=7")
-    assert outcome.code == 0
-    assert "seed: 7" in outcome.out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -238,7 +253,6 @@ def test_gpu_without_gpu(data, tmp_path):
     assert_refused(
         "hardware.accelerator=gpu: no GPU.*hardware=cpu", *folder_data(data), "hardware=gpu", run_dir=tmp_path
     )
-    assert_accepted(*folder_data(data), run_dir=tmp_path)
 
 
 def test_batch_size_that_devices_cant_share(data, tmp_path):
@@ -250,13 +264,6 @@ def test_batch_size_that_devices_cant_share(data, tmp_path):
         "data.batch_size=3",
         run_dir=tmp_path,
     )
-
-
-def test_sweep_over_several_devices(data, tmp_path):
-    devices = ["hardware=ddp", "hardware.accelerator=cpu", "hardware.devices=2"]
-    sweep = ("hydra/launcher=basic", "seed=0,1", f"hydra.sweep.dir={tmp_path}")
-    outcome = train("-m", *folder_data(data), *devices, *sweep)
-    assert_one_line(outcome, "hardware.devices=2 in a sweep with hydra/launcher=basic")
 
 
 @pytest.mark.parametrize(
@@ -378,14 +385,6 @@ def test_spoilt_folder(case, tmp_path):
     assert_refused(pattern, *folder_data(tmp_path / "data"), run_dir=tmp_path / "run")
 
 
-def test_spoilt_folder_that_was_corrected(tmp_path):
-    folder = make_mvtec(tmp_path / "data")
-    mask_missing(folder)
-    assert_refused("no mask", *folder_data(tmp_path / "data"), run_dir=tmp_path / "run")
-    save_mask(folder / "ground_truth" / "broken" / "001_mask.png")
-    assert_accepted(*folder_data(tmp_path / "data"), run_dir=tmp_path / "run")
-
-
 def test_damage_that_only_decoding_shows(tmp_path, monkeypatch):
     """The fast check reads headers and ends; what it can't see is met in the run, in a worker process as well."""
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)  # how long torch waits for the worker
@@ -425,36 +424,28 @@ def test_visa_table_of_another_kind(tmp_path):
     assert_refused("1cls.csv: its header must be", *visa(tmp_path / "visa"), run_dir=tmp_path / "run")
 
 
-def test_no_good_test_images_is_no_error(tmp_path):
-    make_mvtec(tmp_path / "data", good=0)
-    result = result_of(*folder_data(tmp_path / "data"), run_dir=tmp_path / "run")
-    assert result["metrics"]["image_auroc"] is None
-    (note,) = [note for note in result["notes"] if "no good test images" in note]
-    assert note == "bottle: image_auroc, image_ap, image_f1max can't be computed: no good test images"
-    assert result["metrics"]["pixel_auroc"] is not None
-
-
 # --- weights ---
 
+NAME = runs.TINY.partition("=")[2]
 WEIGHTS = {
     "missing.safetensors": "missing.safetensors: no such file; give a weights file",
     "truncated.safetensors": "truncated.safetensors: damaged, or not a weights file",
     "text.pth": "text.pth: damaged, or not a weights file",
-    "resnet34.safetensors": r"resnet34.safetensors: these are not the weights of resnet18.tv_in1k \(layer1.2",
-    "resnet50.safetensors": r"resnet50.safetensors: these are not the weights of resnet18.tv_in1k \(size mismatch",
-    "without_layer3.safetensors": r"lacks \d+ tensors that layers \[2, 3\] of resnet18.tv_in1k need, such as layer3",
+    "deeper.safetensors": rf"deeper.safetensors: these are not the weights of {NAME} \(layer1.2",
+    "wider.safetensors": rf"wider.safetensors: these are not the weights of {NAME} \(size mismatch",
+    "without_layer3.safetensors": rf"lacks \d+ tensors that layers \[2, 3\] of {NAME} need, such as layer3",
     "without_layer3.pth": r"lacks \d+ tensors .*other layers or another file",
 }
 
 
 @pytest.mark.parametrize("file", WEIGHTS)
 def test_weights(file, weights, data, tmp_path):
-    given = ("backbone=resnet18", f"backbone.weights={weights / file}", "backbone.layers=[2,3]")
+    given = (f"backbone.weights={weights / file}", "backbone.layers=[2,3]")
     assert_refused(WEIGHTS[file], *folder_data(data), *given, run_dir=tmp_path)
 
 
 def test_weights_without_an_unused_layer_are_fine(weights, data, tmp_path):
-    given = (*folder_data(data), "backbone=resnet18", f"backbone.weights={weights / 'without_layer3.safetensors'}")
+    given = (*folder_data(data), f"backbone.weights={weights / 'without_layer3.safetensors'}")
     assert_refused("lacks", *given, "backbone.layers=[2,3]", run_dir=tmp_path)
     assert_accepted(*given, "backbone.layers=[1,2]", run_dir=tmp_path)
 
@@ -478,7 +469,6 @@ BROKEN = {
         "mine.Mine: can't be imported .*No module named 'no_such_module'.*debug=true",
     ),
     "syntax": ("class Mine(:\n", r"mine.Mine: can't be imported \(SyntaxError: .*mine.py, line 1"),
-    "name": ("class Other:\n    pass\n", "mine.Mine: can't be imported"),
     "construction": (
         "class Mine:\n    def __init__(self, **options):\n        1 / 0\n",
         "mine.Mine: can't be made from its options .*division by zero.*debug=true",

@@ -238,23 +238,6 @@ def test_flags_after_overrides_and_between(tmp_path):
     assert "max_epochs: 7" in outcome.out
 
 
-def test_seed_zero_is_a_seed(tmp_path):
-    make_mvtec(tmp_path / "data", train=4, good=1, defects={"cut": 1})
-    result = result_of("data=folder", f"data.root={tmp_path / 'data'}", "seed=0", run_dir=tmp_path / "run")
-    assert result["seed"] == 0
-    assert "seed=0" in result["overrides"]
-
-
-def test_categories_named_by_numbers(tmp_path):
-    """BTAD's are 01, 02, 03."""
-    for category in ("01", "3"):
-        make_mvtec(tmp_path / "data", category, train=4, good=1, defects={"cut": 1})
-    for category in ("01", "3", "[01,3]"):
-        arguments = ["data=folder", f"data.root={tmp_path / 'data'}", f"data.category={category}"]
-        result = result_of(*arguments, run_dir=tmp_path / f"run_{len(category)}")
-        assert result["categories"] == category.strip("[]").split(",")
-
-
 AS_TYPED = {
     "data.root=2024": "2024",
     "data.root=1e3": "1e3",

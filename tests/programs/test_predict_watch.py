@@ -16,6 +16,7 @@ from anomalib_lite.runs import watching
 from anomalib_lite.runs.prediction_table import GrowingTable, Prediction
 from tests.helpers import run_programs
 from tests.helpers.image_trees import save_image
+from tests.helpers.interrupt import until
 from tests.helpers.run_programs import Outcome, holding, predict
 
 
@@ -35,13 +36,6 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
     """The complete rows; none while there is no file."""
     file = folder / "scores.csv"
     return run_programs.rows_of(file) if file.exists() else []
-
-
-def wait(condition: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.02)
 
 
 def watch(*arguments: str, while_it_runs: Callable[[], None], by: int = signal.SIGINT) -> Outcome:
@@ -80,22 +74,22 @@ def test_files_as_they_arrive(place, trained, tmp_path):
         return [row["path"] for row in rows_of(output)]
 
     def arrive() -> None:
-        wait(running(output))
+        until(running(output))
         save_image(source / "a.png", seed=1)
-        wait(lambda: names() == ["a.png"])
+        until(lambda: names() == ["a.png"])
         (source / "slow.png").write_bytes(whole[: len(whole) // 2])
         time.sleep(0.4)
         looked.append(names())
         (source / "slow.png").write_bytes(whole)
-        wait(lambda: names() == ["a.png", "slow.png"])
+        until(lambda: names() == ["a.png", "slow.png"])
         save_image(source / "sub" / "c.jpg", seed=2)
         (source / "bad.png").write_text("no image")
         (source / "phone.heic").write_text("another kind")
         (source / "notes.txt").write_text("no image")
         (source / ".hidden.png").write_text("nobody's")
-        wait(lambda: names()[2:] == ["sub/c.jpg"])
+        until(lambda: names()[2:] == ["sub/c.jpg"])
         save_image(source / "a.png", seed=3)  # replaced
-        wait(lambda: names()[3:] == ["a.png"])
+        until(lambda: names()[3:] == ["a.png"])
         time.sleep(1)
 
     outcome = watch(*place, while_it_runs=arrive, by=signal.SIGTERM)
@@ -127,7 +121,7 @@ def test_the_next_start_goes_on(place, tmp_path):
     source, output = tmp_path / "in", tmp_path / "out"
     for i, name in enumerate(("a.png", "b.png")):
         save_image(source / name, seed=i)
-    first = watch(*place, while_it_runs=lambda: wait(lambda: len(rows_of(output)) == 2))
+    first = watch(*place, while_it_runs=lambda: until(lambda: len(rows_of(output)) == 2))
     assert (first.code, first.err) == (0, "")
     with (output / "scores.csv").open("a") as file:
         file.write("half a row,0.1")  # of a machine that lost its power
@@ -135,7 +129,7 @@ def test_the_next_start_goes_on(place, tmp_path):
     save_image(source / "c.png", seed=2)
     (source / "b.png").unlink()
     second = watch(
-        *place, while_it_runs=lambda: wait(lambda: [row["path"] for row in rows_of(output)][2:] == ["c.png"])
+        *place, while_it_runs=lambda: until(lambda: [row["path"] for row in rows_of(output)][2:] == ["c.png"])
     )
     assert (second.code, second.err) == (0, "")
     assert [row["path"] for row in rows_of(output)] == ["a.png", "b.png", "c.png"]

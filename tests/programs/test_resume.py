@@ -1,13 +1,13 @@
 """A run that is killed at any moment and started again ends as if nothing had happened, bit for bit."""
 
-import csv
 import json
-import multiprocessing
 import os
 import random
 import re
+import shutil
 import time
-from functools import partial
+from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from anomalib_lite.runs import artifacts as results
 from anomalib_lite.runs.folder import is_finished
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
+from tests.helpers.interrupt import assert_same_run, interrupted_after, logged, until
+from tests.helpers.ranks import PROCESSES
 
 CONFIG = """
 # @package _global_
@@ -41,14 +43,8 @@ EPOCH, STEPS = 3, 9  # 10 images in batches of 4, three epochs
 FREE = {"timing", "environment", "overrides", "cache"}
 
 
-class Interrupted(Exception):  # noqa: N818
-    """Stands for a kill, where no process of its own is needed."""
-
-
 class Noisy(AnomalyModule):
     """Needs every random number there is in its training step: torch's, NumPy's and Python's."""
-
-    stop_at: int | None = None  # after this many batches; 0 is the beginning of testing
 
     def __init__(self, pause: float = 0.0, **context: Any):
         super().__init__(**context)
@@ -73,14 +69,6 @@ class Noisy(AnomalyModule):
 
     def held_out_loss(self, batch):
         return (self.net(batch["image"]) - batch["image"]).square().mean((1, 2, 3))
-
-    def on_train_batch_end(self, outputs, batch, batch_idx):  # after the checkpoint of this batch
-        if self.stop_at and self.trainer.callbacks[0].steps == self.stop_at:  # type: ignore[attr-defined]
-            raise Interrupted
-
-    def on_test_start(self):
-        if self.stop_at == 0:
-            raise Interrupted
 
     def anomaly_map(self, batch):
         return (self.net(batch["image"]) - batch["image"]).square().mean(1)
@@ -126,7 +114,7 @@ def conf(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def arguments(root, conf):
     """(run's folder, more) -> the command line."""
 
@@ -145,58 +133,42 @@ def finish(arguments: list[str]) -> None:
 
 
 def interrupt(arguments: list[str], stop_at: int) -> None:
-    Noisy.stop_at = stop_at
-    try:
-        with pytest.raises(Interrupted):
-            runs.train(*arguments, small=False)
-    finally:
-        Noisy.stop_at = None
+    with interrupted_after(stop_at):
+        runs.train(*arguments, small=False)
 
 
-def state_of(run: Path) -> dict[str, Any]:
-    """Everything of a finished run that must not depend on interruptions."""
-    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    with (run / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {
-        "weights": checkpoint["state_dict"],
-        "optimizers": checkpoint["optimizer_states"],
-        "schedulers": checkpoint["lr_schedulers"],
-        "rows": rows,
-        "scores": (run / "scores.csv").read_text(),
-        "result": {key: value for key, value in results.read_result(run).items() if key not in FREE},
-        "steps": results.read_result(run)["timing"]["steps"],
-    }
-
-
-def assert_equal(found: Any, expected: Any, where: str = "") -> None:
-    """Nested containers, tensors to the last bit."""
-    if isinstance(expected, torch.Tensor):
-        assert torch.equal(found, expected), where
-    elif isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        for key in expected:
-            assert_equal(found[key], expected[key], f"{where}.{key}")
-    elif isinstance(expected, list):
-        assert len(found) == len(expected), where
-        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-            assert_equal(a, b, f"{where}[{i}]")
-    else:
-        assert found == expected, where
+def assert_undisturbed(found: Path, expected: Path) -> None:
+    """Nothing that a run leaves behind depends on interruptions."""
+    assert_same_run(found, expected)
+    one, two = results.read_result(found), results.read_result(expected)
+    assert one["timing"]["steps"] == two["timing"]["steps"]
+    assert {key: one[key] for key in one.keys() - FREE} == {key: two[key] for key in two.keys() - FREE}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(root, conf, tmp_path_factory):
-    """(method, budget) -> the state of a run without interruption, made once."""
-    made: dict[Any, dict[str, Any]] = {}
+def undisturbed(arguments, tmp_path_factory):
+    """(method, budget) -> the folder of a run without interruption, made once."""
 
-    def get(arguments, *more: str, method: str = "noisy") -> dict[str, Any]:
-        key = (method, more)
-        if key not in made:
-            run = tmp_path_factory.mktemp("undisturbed") / "run"
-            finish(arguments(run, *more, "trainer.checkpoint_minutes=5", method=method))
-            made[key] = state_of(run)
-        return made[key]
+    @cache
+    def get(*more: str, method: str = "noisy") -> Path:
+        run = tmp_path_factory.mktemp("undisturbed") / "run"
+        finish(arguments(run, *more, "trainer.checkpoint_minutes=5", method=method))
+        return run
+
+    return get
+
+
+@pytest.fixture
+def resumed(arguments, undisturbed, tmp_path):
+    """(batches after which the run stops) -> the folder of the run, which is continued after each stop."""
+
+    def get(*stops: int, options: Sequence[str] = (), method: str = "noisy") -> Path:
+        run = tmp_path / "run"
+        for stop_at in stops:
+            interrupt(arguments(run, *options, *(["resume=true"] if run.exists() else []), method=method), stop_at)
+        finish(arguments(run, *options, "resume=true", method=method))
+        assert_undisturbed(run, undisturbed(*options, method=method))
+        return run
 
     return get
 
@@ -204,84 +176,63 @@ def undisturbed(root, conf, tmp_path_factory):
 # --- at every batch, in this process ---
 
 
-@pytest.mark.parametrize("stop_at", [1, EPOCH, EPOCH + 2, STEPS, 0])
-def test_stopped_once(arguments, undisturbed, tmp_path, stop_at):
-    """In the middle of an epoch, at its end, at the last batch, and (0) when all is trained and testing begins."""
-    interrupt(arguments(tmp_path / "run"), stop_at)
-    finish(arguments(tmp_path / "run", "resume=true"))
-    state = state_of(tmp_path / "run")
-    assert state["steps"] == STEPS
-    assert [int(row["step"]) for row in state["rows"]] == list(range(1, STEPS + 1))
-    assert_equal(state, undisturbed(arguments))
+@pytest.mark.parametrize("stop_at", [STEPS, 0])
+def test_stopped_once(resumed, stop_at):
+    """At the last batch, and (0) when all is trained and testing begins."""
+    rows = runs.rows_of(resumed(stop_at) / "metrics.csv")
+    assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize(
     ("stop_at", "budget"),
     [
-        (3, "trainer.max_steps=7"),
-        (0, "trainer.max_steps=7"),
-        (6, "trainer.max_epochs=null trainer.max_steps=7"),
-        (7, "trainer.max_epochs=null trainer.max_steps=7"),
+        (0, ["trainer.max_steps=7"]),
+        (6, ["trainer.max_epochs=null", "trainer.max_steps=7"]),
+        (7, ["trainer.max_epochs=null", "trainer.max_steps=7"]),
     ],
 )
-def test_a_budget_that_ends_within_an_epoch(arguments, undisturbed, tmp_path, stop_at, budget):
-    interrupt(arguments(tmp_path / "run", *budget.split()), stop_at)
-    finish(arguments(tmp_path / "run", *budget.split(), "resume=true"))
-    state = state_of(tmp_path / "run")
-    assert state["steps"] == 7
-    assert_equal(state, undisturbed(arguments, *budget.split()))
+def test_a_budget_that_ends_within_an_epoch(resumed, stop_at, budget):
+    assert results.read_result(resumed(stop_at, options=budget))["timing"]["steps"] == 7
 
 
-def test_a_budget_of_steps_that_ends_with_an_epoch(arguments, undisturbed, tmp_path):
-    budget = ("trainer.max_epochs=null", "trainer.max_steps=6")
-    interrupt(arguments(tmp_path / "run", *budget), 0)
-    finish(arguments(tmp_path / "run", *budget, "resume=true"))
-    assert_equal(state_of(tmp_path / "run"), undisturbed(arguments, *budget))
+def test_a_budget_of_steps_that_ends_with_an_epoch(resumed):
+    resumed(0, options=["trainer.max_epochs=null", "trainer.max_steps=6"])
 
 
-@pytest.mark.parametrize("stop_at", [1, EPOCH, STEPS - 1])
-def test_a_method_that_steps_its_own_optimizers(arguments, undisturbed, tmp_path, stop_at):
-    interrupt(arguments(tmp_path / "run", method="twooptimizers"), stop_at)
-    finish(arguments(tmp_path / "run", "resume=true", method="twooptimizers"))
-    state = state_of(tmp_path / "run")
-    assert state["steps"] == STEPS
-    assert_equal(state, undisturbed(arguments, method="twooptimizers"))
+def test_a_method_that_steps_its_own_optimizers(resumed):
+    run = resumed(1, EPOCH, STEPS - 1, method="twooptimizers")
+    assert results.read_result(run)["timing"]["steps"] == STEPS
 
 
-@pytest.mark.parametrize("stop_at", [2, EPOCH])
-def test_with_loader_processes(arguments, undisturbed, tmp_path, stop_at):
-    interrupt(arguments(tmp_path / "run", "data.workers=1"), stop_at)
-    finish(arguments(tmp_path / "run", "resume=true", "data.workers=1"))
-    assert_equal(state_of(tmp_path / "run"), undisturbed(arguments))
+def test_with_loader_processes(arguments, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    interrupt(arguments(run, "data.workers=1"), 2)
+    interrupt(arguments(run, "data.workers=1", "resume=true"), EPOCH)
+    finish(arguments(run, "data.workers=1", "resume=true"))
+    assert_undisturbed(run, undisturbed())
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 6])
-def test_with_losses_of_held_out_images(arguments, undisturbed, tmp_path, stop_at):
+def test_with_losses_of_held_out_images(resumed):
     """2 batches of 4 images an epoch; the loss is logged before the checkpoint of the epoch's last batch."""
-    held_out = "data.val_fraction=0.2"
-    interrupt(arguments(tmp_path / "run", held_out), stop_at)
-    finish(arguments(tmp_path / "run", held_out, "resume=true"))
-    state = state_of(tmp_path / "run")
-    assert [int(row["step"]) for row in state["rows"] if row["held_out_loss"]] == [2, 4, 6]
-    assert_equal(state, undisturbed(arguments, held_out))
+    rows = runs.rows_of(resumed(1, 2, 6, options=["data.val_fraction=0.2"]) / "metrics.csv")
+    assert [int(row["step"]) for row in rows if row["held_out_loss"]] == [2, 4, 6]
 
 
-@pytest.mark.parametrize("stops", [(3, 6, 9), (1, 3, 5, 6, 7)])
-def test_stopped_again_and_again(arguments, undisturbed, tmp_path, stops):
+def test_stopped_again_and_again(resumed):
     """Also at the ends of several epochs: Lightning's count of them then lags in the epochs that follow."""
-    budget = "trainer.max_epochs=5"
-    interrupt(arguments(tmp_path / "run", budget), stops[0])
-    for stop_at in stops[1:]:
-        interrupt(arguments(tmp_path / "run", budget, "resume=true"), stop_at)
-    finish(arguments(tmp_path / "run", budget, "resume=true"))
-    assert_equal(state_of(tmp_path / "run"), undisturbed(arguments, budget))
+    resumed(1, 3, 6, 9, 10, options=["trainer.max_epochs=5"])
 
 
-def test_other_hardware_and_logging_may_change(arguments, undisturbed, tmp_path):
-    interrupt(arguments(tmp_path / "run"), 4)
+@pytest.fixture
+def copied(interrupted, tmp_path):
+    """A copy of the folder of the interrupted run."""
+    return shutil.copytree(interrupted, tmp_path / "run")
+
+
+def test_other_hardware_and_logging_may_change(arguments, undisturbed, copied):
     changed = ("trainer.checkpoint_minutes=5", "data.check=thorough", "hardware.feature_memory_gb=1", "debug=true")
-    finish(arguments(tmp_path / "run", "resume=true", *changed))
-    assert_equal(state_of(tmp_path / "run"), undisturbed(arguments))
+    finish(arguments(copied, "resume=true", *changed))
+    assert_undisturbed(copied, undisturbed())
 
 
 @pytest.mark.parametrize(
@@ -303,20 +254,18 @@ def test_a_changed_configuration_is_refused_by_its_key(arguments, interrupted, c
     assert (interrupted / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
-def test_resume_alone(arguments, undisturbed, tmp_path):
+def test_resume_alone(undisturbed, copied):
     """The run's folder is enough; keys that may change are given besides, others are refused by name."""
-    run = tmp_path / "run"
-    interrupt(arguments(run), 4)
-    alone = ("resume=true", f"hydra.run.dir={run}")
+    alone = ("resume=true", f"hydra.run.dir={copied}")
     outcome = runs.train(*alone, "seed=1", small=False)
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert outcome.err.startswith("error: seed=1 but the run in")
     other = ("hardware=cpu", "hardware.measure_cost=false", "data.eval_batch_size=3", "trainer.checkpoint_minutes=5")
     finish([*alone, *other])
-    assert_equal(state_of(run), undisturbed(arguments))
-    result = results.read_result(run)
+    assert_undisturbed(copied, undisturbed())
+    result = results.read_result(copied)
     assert {"method=noisy", "data.eval_batch_size=3"} <= set(result["overrides"])
-    assert json.loads((run / "checkpoints" / "config.json").read_text())["names"]["method"] == "noisy"
+    assert json.loads((copied / "checkpoints" / "config.json").read_text())["names"]["method"] == "noisy"
 
 
 def test_the_stored_command_line_is_read_in_any_locale(tmp_path):
@@ -338,10 +287,9 @@ def test_resume_alone_in_a_folder_without_a_run(more, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def interrupted(root, conf, tmp_path_factory):
+def interrupted(arguments, tmp_path_factory):
     run = tmp_path_factory.mktemp("interrupted") / "run"
-    options = ["hardware=cpu", "logger=csv", "method=noisy", *runs.folder_data(root), "data.image_size=32"]
-    interrupt([f"--config-dir={conf}", *options, "trainer.checkpoint_minutes=0", f"hydra.run.dir={run}"], 4)
+    interrupt(arguments(run), 4)
     return run
 
 
@@ -351,7 +299,7 @@ def test_an_interrupted_run_is_not_overwritten(arguments, interrupted):
     assert "already holds a run: add resume=true" in outcome.err
 
 
-def test_changed_data_are_refused(arguments, root, tmp_path):
+def test_changed_data_are_refused(arguments, tmp_path):
     copied = make_mvtec(tmp_path / "data", train=10).parent
     options = [x if not x.startswith("data.root=") else f"data.root={copied}" for x in arguments(tmp_path / "run")]
     interrupt(options, 4)
@@ -361,19 +309,15 @@ def test_changed_data_are_refused(arguments, root, tmp_path):
     assert "data.root" in outcome.err
 
 
-def test_a_leftover_of_a_half_written_checkpoint_is_harmless(arguments, undisturbed, tmp_path):
-    interrupt(arguments(tmp_path / "run"), 4)
-    part = tmp_path / "run" / "checkpoints" / "last.part"
-    part.write_bytes((tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes()[:1000])
-    finish(arguments(tmp_path / "run", "resume=true"))
+def test_a_leftover_of_a_half_written_checkpoint_is_harmless(arguments, undisturbed, copied):
+    part = copied / "checkpoints" / "last.part"
+    part.write_bytes((copied / "checkpoints" / "last.ckpt").read_bytes()[:1000])
+    finish(arguments(copied, "resume=true"))
     assert not part.exists()
-    assert_equal(state_of(tmp_path / "run"), undisturbed(arguments))
+    assert_undisturbed(copied, undisturbed())
 
 
 # --- by SIGKILL, in processes of their own ---
-
-PROCESSES = multiprocessing.get_context("forkserver")  # a server that has imported everything starts them in no time
-PROCESSES.set_forkserver_preload(["anomalib_lite.runs.run", "tests.helpers.run_programs", "albumentations"])
 
 
 def process(arguments: list[str]) -> Any:
@@ -389,33 +333,21 @@ def _train(arguments: list[str]) -> None:
         os._exit(1)
 
 
-def kill_when(started: Any, reached: Any, patience: float = 60) -> None:
+def kill_when(started: Any, reached: Any) -> None:
     """SIGKILL as soon as `reached()`."""
-    end = time.monotonic() + patience
-    while not reached():
-        assert started.is_alive(), "the run ended before the moment to kill it"
-        assert time.monotonic() < end
-        time.sleep(0.002)
+    until(lambda: reached() or not started.is_alive())
     started.kill()
     started.join()
     assert started.exitcode == -9
 
 
-def at_step(run: Path, step: int) -> bool:
-    """Whether the checkpoint's step is reached, read off what is logged with each checkpoint."""
-    try:
-        return f"\n{step}," in (run / "metrics.csv").read_text()
-    except FileNotFoundError:
-        return False
-
-
-@pytest.mark.parametrize("moment", ["started", "step 3", "step 5", "half a checkpoint", "tested"])
+@pytest.mark.parametrize("moment", ["started", "step 3", "half a checkpoint", "tested"])
 def test_killed(arguments, undisturbed, tmp_path, moment):
     file = {"started": "checkpoints/config.json", "half a checkpoint": "checkpoints/last.part", "tested": "scores.csv"}
     for attempt in range(5):  # a checkpoint is written in a moment, which may be missed nine times
         run = tmp_path / str(attempt) / "run"
         started = process(arguments(run, "method.pause=0.05"))
-        there = (run / file[moment]).exists if moment in file else partial(at_step, run, int(moment.split()[1]))
+        there = (run / file[moment]).exists if moment in file else partial(logged, run, int(moment.split()[1]))
         try:
             kill_when(started, there)
             break
@@ -425,7 +357,7 @@ def test_killed(arguments, undisturbed, tmp_path, moment):
     assert not is_finished(run)
     finish(arguments(run, "resume=true", "method.pause=0.05"))
     assert not list(run.rglob("*.part"))
-    assert_equal(state_of(run), undisturbed(arguments, "method.pause=0.05"))
+    assert_undisturbed(run, undisturbed("method.pause=0.05"))
 
 
 def test_killed_at_random_until_it_is_done(arguments, undisturbed, tmp_path):
@@ -440,4 +372,4 @@ def test_killed_at_random_until_it_is_done(arguments, undisturbed, tmp_path):
     else:
         finish(arguments(run, "method.pause=0.05", "resume=true"))
     assert json.loads((run / "result.json").read_text())["timing"]["steps"] == STEPS
-    assert_equal(state_of(run), undisturbed(arguments, "method.pause=0.05"))
+    assert_undisturbed(run, undisturbed("method.pause=0.05"))

@@ -12,6 +12,7 @@ import pytest
 
 from tests.helpers import fake_slurm as slurm
 from tests.helpers import run_programs as runs
+from tests.helpers.interrupt import until
 from tests.helpers.user_folder import SMALL, YAML, Started, assert_refused, in_process, result_of, state_of
 
 SEEN = """
@@ -71,7 +72,7 @@ def test_interrupted(launcher, home, tmp_path):
     slow = (*arguments, "method.pause=0.2", "trainer.checkpoint_minutes=0", "trainer.log_every=1")
     for number in (signal.SIGINT, signal.SIGKILL):
         started = Started(home, *slow)
-        started.until(lambda: all(len(list((tmp_path / job).glob("checkpoints/last.ckpt"))) for job in "01"))
+        until(lambda: all(len(list((tmp_path / job).glob("checkpoints/last.ckpt"))) for job in "01"))
         started.process.send_signal(number)
         if number == signal.SIGINT:
             outcome = started.end()
@@ -81,7 +82,7 @@ def test_interrupted(launcher, home, tmp_path):
             started.process.wait()
     done = Started(home, *slow).end()
     assert done.code == 0, done.err
-    started.until(lambda: not started.alive())
+    until(lambda: not started.alive())
     for seed in "01":
         single = (*ONE, "method=mean", f"seed={seed}", "method.pause=0.2", "trainer.checkpoint_minutes=0")
         assert in_process(*single, "trainer.log_every=1", f"hydra.run.dir={tmp_path / 'alone'}/{seed}").code == 0
@@ -121,7 +122,7 @@ def test_slurm_queues_a_job_again(home, tmp_path, monkeypatch):
     sweep, budget = tmp_path / "sweep", ("method=mean", "method.pause=0.5", "trainer.log_every=1", "seed=0")
     hardware = (SLURM, "hardware=slurm", "hardware.accelerator=cpu", "trainer.checkpoint_minutes=0")
     started = Started(home, *ONE, *hardware, *budget, f"hydra.sweep.dir={sweep}")
-    started.until(lambda: (sweep / "0" / "checkpoints" / "last.ckpt").exists(), 120)
+    until(lambda: (sweep / "0" / "checkpoints" / "last.ckpt").exists(), 120)
     subprocess.run([tmp_path / "slurm" / "scancel", "--signal=USR2", "1000"], check=True)
     runs.succeeded(started.end())
     output = (sweep / "0" / "output.log").read_text()
@@ -173,7 +174,6 @@ def test_ray_hands_each_job_its_own_gpu(home, tmp_path):
             (SLURM, "hardware=slurm", "hardware.nodes=2", "hydra.launcher.nodes=3"),
             "hydra.launcher.nodes=3 with hardware.nodes=2: a task is a device's rank",
         ),
-        ((SLURM, "data.val_fraction=2"), "data.val_fraction=2: give a share"),
         (("hydra/launcher=basic", "hardware=slurm"), "hardware.devices=auto in a sweep with hydra/launcher=basic"),
         (("hydra/launcher=basic", "hardware=ddp", "hardware.nodes=2"), "in a sweep with hydra/launcher=basic"),
     ],

@@ -92,7 +92,7 @@ def picture(*size: int) -> torch.Tensor:
     return torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("size", [(224, 224), (256, 256), (64, 96)])
+@pytest.mark.parametrize("size", [(224, 224), (64, 96)])
 def test_swin_gives_channels_first_at_any_size(size):
     """Beside timm's own conversion to channels first, with the same weights."""
     torch.manual_seed(1)
@@ -104,7 +104,7 @@ def test_swin_gives_channels_first_at_any_size(size):
     assert [x.shape[1] for x in backbone(picture(*size))] == backbone.channels == [96, 192]
 
 
-@pytest.mark.parametrize("size", [(224, 224), (256, 256), (112, 320)])
+@pytest.mark.parametrize("size", [(224, 224), (112, 320)])
 def test_vit_at_other_sizes_resamples_its_positions(size):
     """Beside a model that timm builds for this size, with positions that timm converts once."""
     torch.manual_seed(1)
@@ -209,7 +209,7 @@ def test_the_models_are_timms_again_afterwards(file):
     strict = torch.nn.Module.load_state_dict
     Backbone(RESNET, [2], str(file))
     with pytest.raises(UserError):
-        Backbone("wide_resnet50_2.tv_in1k", [2], str(file))
+        Backbone("resnet34.tv_in1k", [2], str(file))
     assert torch.nn.Module.load_state_dict is strict
 
 
@@ -229,7 +229,7 @@ def test_the_models_are_timms_again_afterwards(file):
     ],
 )
 def test_what_does_not_exist_is_named(name, layers, message):
-    with pytest.raises(UserError, match=message) as raised:
+    with pytest.raises(UserError, match=message) as raised, torch.device("meta"):
         Backbone(name, layers, "none", image_sizes=[(250, 250)])
     assert "\n" not in str(raised.value)
 

@@ -106,7 +106,8 @@ def test_what_differs_between_shots_is_named(write):
     assert list(table.over_shots("image_auroc")) == [label.partition(" [")[0] for label in labels]
 
 
-def test_every_format_has_methods_over_shots(write, runs, tmp_path):
+def test_every_format_has_methods_over_shots(write, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: Path(file).touch())
     few(write, "odd_name", 2)
     out = compare(write.root, "--csv", tmp_path / "all.csv", "--plots", tmp_path / "plots", "--metric", "pixel_ap")
     assert out.code == 0, out.err
@@ -134,7 +135,7 @@ def test_every_format_has_methods_over_shots(write, runs, tmp_path):
     counts = {(row["method"], row["shots"], row["split.seed"]) for row in rows}
     assert {("a", "8", "2"), ("b", "1", "0"), ("odd_name", "2", "0")} < counts
     assert {row["shots"] for row in rows if row["split"] == "full"} == {""}
-    assert (tmp_path / "plots" / "shots_pixel_ap.png").stat().st_size > 1000
+    assert (tmp_path / "plots" / "shots_pixel_ap.png").is_file()
     assert "no paired tests" in " ".join(notes(table, "pixel_ap"))
 
 
