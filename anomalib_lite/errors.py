@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 #: messages of PyTorch and its libraries, on CPUs and GPUs
-NO_MEMORY = re.compile(
-    "OutOfMemoryError|out of memory|can't allocate memory|not enough memory|bad_alloc|ALLOC_FAILED|"
-    "nable to find an engine|valid cuDNN algorithm"  # cuDNN's, where no algorithm's workspace fits
-)
+NO_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory|not enough memory|bad_alloc|ALLOC_FAILED")
+#: where no algorithm's workspace fits, but also where cuDNN does not work at all
+NO_ALGORITHM = re.compile("nable to find an engine|valid cuDNN algorithm")
 
 
 class UserError(Exception):
@@ -22,9 +21,12 @@ def explained_memory(message: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch has no common class for it
-        if not isinstance(error, MemoryError) and not NO_MEMORY.search(f"{type(error).__name__} {error}"):
+        text, reason = f"{type(error).__name__} {error}", "out of memory"
+        if NO_ALGORITHM.search(text):
+            reason += f", or a cuDNN that does not fit this PyTorch ({str(error).splitlines()[0]})"
+        elif not isinstance(error, MemoryError) and not NO_MEMORY.search(text):
             raise
-        raise UserError(f"out of memory: {message()}") from error
+        raise UserError(f"{reason}: {message()}") from error
 
 
 def enough_memory(

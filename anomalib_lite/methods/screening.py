@@ -11,7 +11,7 @@ SAMPLE = 4096  # rows that the directions come from
 PART, GROUPS = 2048, 64  # rows of one product; groups of its rows whose largest bounds are compared first
 TRIED = 4  # rows whose distances give the first upper bound of the least distance
 PAIRS = 16384  # distances computed at once
-FEW = 1 / 100  # the largest share of pairs that are worth comparing one by one
+FEW = 1 / 200  # the largest share of pairs that are worth comparing one by one
 ROUNDING = 2**-14  # of ‖x‖·‖y‖: more than the float32 sums of a bound can lose
 
 
@@ -93,6 +93,8 @@ class Screen:
         wanted = (size - least.square()) / 2 - ROUNDING * (size + least.square())
         wanted = wanted.to(self.dtype)  # rounding keeps the order, and the bounds were rounded as well
         patch, group = (largest >= wanted[:, None]).nonzero(as_tuple=True)
+        if len(patch) > FEW * len(x) * len(self.rows):  # at least one row of each group remains
+            return None
         found, member = (groups[group // GROUPS, patch, :, group % GROUPS] >= wanted[patch, None]).nonzero(
             as_tuple=True
         )

@@ -74,6 +74,7 @@ class StableAdamW(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         torch._foreach_lerp_(m, g, 1 - beta1)
         torch._foreach_lerp_(v, squares, 1 - beta2)
+        del squares  # copies of all weights are held for as short as possible
         if group["amsgrad"]:
             largest = [self.state[p]["largest"] for p in parameters]
             torch._foreach_maximum_(largest, v)
@@ -83,9 +84,11 @@ class StableAdamW(torch.optim.Optimizer):
         for x, correction in zip(den, (1 - beta2**t).sqrt().unbind(), strict=True):
             x.div_(correction)
         torch._foreach_add_(den, group["eps"])
-        sizes = torch._foreach_norm(torch._foreach_div(g, den))
+        updates = torch._foreach_div(g, den)
+        sizes = torch._foreach_norm(updates)
         r = torch.stack(torch._foreach_div(sizes, [p.numel() ** 0.5 for p in parameters])).clamp(min=1)
         scales = (applied / ((1 - beta1**t) * r)).unbind()
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * applied)
-        updates = [x * scale for x, scale in zip(m, scales, strict=True)]
+        for update, moment, scale in zip(updates, m, scales, strict=True):
+            torch.mul(moment, scale, out=update)
         torch._foreach_addcdiv_(parameters, updates, den, -group["lr"])

@@ -187,10 +187,13 @@ def test_gpu_errors_are_known():
         RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"),
     ):
         with (
-            pytest.raises(UserError, match=r"data\.batch_size=7 .* hardware\.feature_gpu_gb=0 \(.* takes 2\.5 GB\)$"),
+            pytest.raises(
+                UserError, match=r"data\.batch_size=7 .* hardware\.feature_gpu_gb=0 \(.* takes 2\.5 GB\)$"
+            ) as found,
             enough_memory(lambda: "data.batch_size", {"data": {"batch_size": 7}}, {"gpu_gb": 2.5}),
         ):
             raise error
+        assert ("cuDNN that does not fit" in str(found.value)) == (type(error) is RuntimeError)
 
 
 @pytest.mark.slow
