@@ -46,6 +46,7 @@ def measure_cost(
     number of images in a loader of the run.
 
     A multiply-add is 2 FLOPs; operations that PyTorch's counter does not know (pooling, indexing) are not counted.
+    Those of PatchCore's search depend on the device and the image: on a CPU bounds leave few distances to compute.
     Times are measured from images in memory to scores. They are medians after a warm-up; the passes end after about
     `seconds`, with those that were made. Values are set one after the other: an exception leaves those measured before.
     """
