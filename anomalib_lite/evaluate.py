@@ -21,6 +21,7 @@ hardware.devices=2                on several devices
 """
 
 import contextlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def evaluate(options: dict[str, Any]) -> None:
     from anomalib_lite.cli import schema
 
     checkpoint, config, names = folder.read_run(run)
+    before = keys.flat(config)
     changeable = ", ".join((*schema.free("evaluate"), *schema.free("moved")))
     for key, value in sorted(options.items(), key=lambda option: "." in option[0]):  # choices before their options
         if key in keys.RENAMED:
@@ -64,6 +66,11 @@ def evaluate(options: dict[str, Any]) -> None:
         value = choice(key, value) if (HOME / "conf" / key).is_dir() else value
         folder.assign_everywhere(config, key, value)
     schema.check(config)
+    changed = [  # by a choice such as hardware=cpu; compare reads them
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in keys.flat(config).items()
+        if key.partition(".")[0] in options and before.get(key, value) != value
+    ]
     first = ranks.settle(config["hardware"])
     make_folder(output, "output")
     with claimed(output, "output") if first else contextlib.nullcontext():
@@ -78,7 +85,7 @@ def evaluate(options: dict[str, Any]) -> None:
         from anomalib_lite.runs.summary import other_precision
 
         root = f"data.root={config['data']['root']}"  # compare reads it, and the remark, in another folder
-        overrides = [root if x.startswith("data.root=") else x for x in sys.argv[1:] if "=" in x]
+        overrides = [root if x.startswith("data.root=") else x for x in sys.argv[1:] if "=" in x] + changed
         try:
             remark, other = f"evaluated again from {run.absolute()}", "data.root" in options
             result = execute(config, output, names, checkpoint, overrides, [remark], fit=False, may_differ=other)

@@ -94,6 +94,7 @@ class Run:
             key: value
             for key, value in known.items()
             if (not is_free(key, "compare") or key in EVALUATED)
+            and not (key.startswith("method.") and value is None)  # as without an option that the method got later
             and key.rpartition(".")[2] not in ("seed", "_partial_", "_convert_", "_recursive_")
         }
         backbone, weights = dict_at(self.result, "backbone"), self.result.get("weights")

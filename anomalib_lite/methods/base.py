@@ -27,6 +27,7 @@ class AnomalyModule(L.LightningModule):
     A subclass defines `training_step(batch, batch_idx) -> loss` and `anomaly_map(batch) -> Tensor[B, h, w]`
     (float32, higher is more anomalous, at any resolution). It may also define
 
+    - `check_training()`, which refuses options that would be useless in a new run; stored runs may have such options;
     - `on_fit_start()`, which computes a closed form before training: `for batch in self.fit_batches(): ...`. The
       constructor registers its results as buffers of any shape, as `self.register_buffer("bank", torch.empty(0))`;
     - `configure_optimizers()`, if `optimizer` and `scheduler` from the configuration are not enough;
@@ -138,6 +139,9 @@ class AnomalyModule(L.LightningModule):
 
     def networks(self) -> list[nn.Module]:
         return []
+
+    def check_training(self) -> None:
+        """Raise UserError for options that can't be used in a new run; called before features are computed."""
 
     def on_fit_start(self) -> None:
         """With method.compile=true compile the networks; a subclass with its own on_fit_start calls this one first."""
@@ -269,8 +273,7 @@ class AnomalyModule(L.LightningModule):
         return super().transfer_batch_to_device(rest, device, dataloader_idx) | masks
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        is_train_image = dataloader_idx == 1  # loader 1 has the training images
-        return self.predict_step(batch | {"is_train_image": is_train_image}, batch_idx)
+        return self.predict_step(batch | {"is_train_image": dataloader_idx == 1}, batch_idx)  # 1: the training images
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         with torch.autocast(self.device.type, enabled=False):  # hardware.precision=bf16 would round distances to 8 bits

@@ -73,7 +73,8 @@ class Dinomaly(GroupedReconstruction):
         variants: for each variant `dropout` of the bottleneck; `narrow`, the width of a first linear layer, or None;
             `first_lr`, the learning rate of the first layer, or None; `recentre`, whether the targets are layer norms
             of patch tokens minus the class token; `eps` in the attention's denominator; `final` (see
-            GroupedReconstruction); `optimizer`, options that override the configured ones.
+            GroupedReconstruction); `optimizer`, options that override the configured ones; `skip: false`
+            is left out, because only StableAdamW has this option.
         variant: which of them: v1 is Dinomaly, v2 Dinomaly2.
         mining: {share, factor, warm_up}: the gradient is multiplied by `factor` at the `share` of positions with the
             smallest distances; the share rises from 0 over `warm_up` steps. None: no mining.
@@ -90,7 +91,9 @@ class Dinomaly(GroupedReconstruction):
     ):
         if variant not in variants:
             raise UserError(f"method.variant={variant}: choose {' or '.join(variants)}")
-        self.own, self.variants = variants[variant], tuple(variants)
+        own = variants[variant]
+        used = {key: value for key, value in own["optimizer"].items() if (key, value) != ("skip", False)}
+        self.own, self.variants = own | {"optimizer": used}, tuple(variants)
         super().__init__(final=self.own["final"], **context)
         self.variant, self.mining = variant, mining
         self.check()

@@ -70,8 +70,8 @@ def check_clip(clip: float | None) -> None:
 def check_drop(option: str, drop: dict[str, float] | None) -> None:
     """Raise UserError for a drop of the learning rate that is neither None nor {at: share of the budget, factor}."""
     known = isinstance(drop, Mapping) and drop.keys() == {"at", "factor"}
-    if drop is not None and not (known and 0 < drop["at"] <= 1 and drop["factor"] >= 0):
+    if drop is not None and not (known and 0 < drop["at"] < 1 and drop["factor"] >= 0):
         raise UserError(
-            f"{option}={drop}: give null, or {{at: A, factor: F}} with a share A of the budget, above 0 and at most 1, "
+            f"{option}={drop}: give null, or {{at: A, factor: F}} with a share A of the budget, above 0 and below 1, "
             "and a number F from 0"
         )

@@ -68,7 +68,6 @@ class ReContrast(AnomalyModule):
         if mining is not None and len(mining) != 2:
             raise UserError(f"method.mining={mining}: give null, or the first α and the last one")
         check_from_0(encoder_lr=encoder_lr)
-        check_drop(f"method.variants.{chosen}.lr_drop", own["lr_drop"])
         self.automatic, self.variant, self.own = variant == "auto", chosen, own
         self.encoder_lr, self.mining, self.variants = encoder_lr, mining, tuple(variants)
         self.encoder_trains = encoder_bn == "train" or own["stable"] is not None
@@ -86,6 +85,9 @@ class ReContrast(AnomalyModule):
         initialise(self.heads)
         self.lay_out(self.device)
         self.train()
+
+    def check_training(self) -> None:
+        check_drop(f"method.variants.{self.variant}.lr_drop", self.own["lr_drop"])
 
     def setup(self, stage: str) -> None:
         self.lay_out(self.trainer.strategy.root_device)

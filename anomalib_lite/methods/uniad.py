@@ -64,10 +64,12 @@ class UniAD(AnomalyModule):
         check_dropout(dropout)
         check_from_0(jitter=jitter)
         check_clip(clip)
-        check_drop("method.drop", drop)
         self.jitter, self.clip, self.drop = jitter, clip, drop
         channels = sum(self.backbone.channels)
         self.net = ReconstructionTransformer(channels, self.grid, dim, layers, heads, hidden, dropout, neighbours)
+
+    def check_training(self) -> None:
+        check_drop("method.drop", self.drop)
 
     def networks(self) -> list[nn.Module]:
         return [self.net]

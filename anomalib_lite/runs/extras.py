@@ -26,6 +26,9 @@ from anomalib_lite.runs.test_outputs import TEST
 
 log = logging.getLogger(__name__)
 PENDING = "cost and figures are missing: the run ended before they were made; resume=true makes them"
+UNREPORTED = (
+    "the loggers have not received all results: the run ended before; resume=true repeats the test and logs them"
+)
 
 
 def write_with_extras(
@@ -64,6 +67,7 @@ def write_with_extras(
     with attempt("figures of training images", seconds, notes):
         training_figure(run / folder.FIGURES, data, model)
     result["timing"]["peak_memory_mb"] = peak_memory_mb()
+    artifacts.write_result(run, result | {"complete": False, "notes": [*notes, UNREPORTED]})
     for logger in loggers:
         if isinstance(logger, RunLogger):
             with attempt(f"logger {type(logger).__name__}", seconds, notes):

@@ -53,7 +53,7 @@ def is_run(folder: Path) -> bool:
 
 
 def is_finished(run: Path) -> bool:
-    """Whether the run has all its results. A result.json that is not complete lacks costs and figures."""
+    """Whether the run has all its results. An incomplete result.json lacks costs, figures or logged results."""
     try:
         return json.loads((run / RESULT).read_text()).get("complete", True) is not False
     except FileNotFoundError:

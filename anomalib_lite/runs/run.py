@@ -71,11 +71,7 @@ def execute(
     L.seed_everything(cfg["seed"], workers=True, verbose=False)
 
     data, other = read_data(cfg, stored, checkpoint, may_differ)
-    steps = build.budget(cfg, data)
-    model = build.make_method(cfg, build.make_backbone(cfg, stored=bool(stored)), data, data.categories, steps)
-    if stored:
-        build.load_weights(model, checkpoint)  # features are computed with the checkpoint's backbone
-
+    model = make_model(cfg, data, stored, checkpoint)
     training, evaluation = Training(cfg, checkpoint, model.total_steps), Evaluation(run)
     loggers = build.make_loggers(cfg.get("logger"), run) if fit else []
     trainer = build.make_trainer(options, run, [training, evaluation], loggers, model.total_steps)
@@ -118,6 +114,17 @@ def read_data(
     data = build.make_data(cfg, stored)
     check_fingerprint(cfg, data, stored, checkpoint)
     return data, False
+
+
+def make_model(cfg: dict[str, Any], data: AnomalyDataModule, stored: dict[str, Any], checkpoint: Path) -> AnomalyModule:
+    """The method, with the checkpoint's weights if there is one; a new run's options are checked."""
+    steps = build.budget(cfg, data)
+    model = build.make_method(cfg, build.make_backbone(cfg, stored=bool(stored)), data, data.categories, steps)
+    if stored:
+        build.load_weights(model, checkpoint)  # features are computed with the checkpoint's backbone
+    else:
+        model.check_training()
+    return model
 
 
 def announce(cfg: dict[str, Any], names: dict[str, str], data: AnomalyDataModule, loggers: Sequence[Logger]) -> None:

@@ -375,7 +375,8 @@ def test_options_without_effect():
 
 
 def test_another_optimizer_than_the_configured_one():
-    """It gets no option that AdamW does not have."""
+    """It gets no option that AdamW does not have. The configuration has all options that stored runs have."""
+    assert variants()["v1"]["optimizer"] == {"amsgrad": True, "skip": False}
     [group] = dinomaly(optimizer=torch.optim.AdamW).configure_optimizers()["optimizer"].param_groups
     assert group["amsgrad"]
 

@@ -357,8 +357,9 @@ def test_mistakes(options, message):
 def test_a_drop_names_its_variant():
     changed = variants()
     changed["unified"]["lr_drop"] = {"at": 80, "factor": 0.2}
+    stored = ReContrast(changed, variant="unified", backbone=Backbone(TINY, [1, 2, 3], "none", "32"))
     with pytest.raises(UserError, match=r"^method.variants.unified.lr_drop={'at': 80, 'factor': 0.2}: give null"):
-        ReContrast(changed, variant="unified", backbone=Backbone(TINY, [1, 2, 3], "none", "32"))
+        stored.check_training()
 
 
 def test_modes_of_batch_norm():

@@ -211,6 +211,7 @@ OPTIONS = {
     "method=recontrast method.variants.unified.optimizer.eps=small": (
         "method.variants.unified.optimizer.eps=small: give a number from 0$"
     ),
+    "method=uniad method.neighbours=1 method.dim=16 method.drop.at=80": "method.drop={'at': 80, 'factor': 0.1}: give",
     "seed=${foo}": "seed: .*'foo' not found",
     "data.category=[a": r"no category '\[a'",
     "seed=[a": r"seed=\[a: can't be read",

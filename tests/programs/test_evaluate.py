@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from anomalib_lite.comparison import find_runs
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.readers import read_mvtec
 from anomalib_lite.metrics.functional import image_metrics, pixel_metrics
 from anomalib_lite.metrics.overlap import overlap_metrics
-from anomalib_lite.runs.folder import read_run
+from anomalib_lite.runs.folder import read_run, stored_config
 from tests.helpers import run_programs
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.run_programs import build, evaluate, folder_data, predict, restored, result_of, train
@@ -233,9 +234,16 @@ def test_masks_of_a_transform_at_a_map_size(root, tmp_path):
 
 
 def test_a_choice_of_hardware_and_numbers(trained, tmp_path):
-    """hardware=cpu is a choice, as in training, and its options count after it; 1e-1 is the number 0.1."""
+    """hardware=cpu is a choice, as in training, and its options count after it; 1e-1 is the number 0.1. The result says
+    what the choice has changed, so that compare sees another precision.
+    """
+    run = shutil.copytree(trained, tmp_path / "run")
+    stored = json.loads(stored_config(run).read_text())
+    stored["config"]["hardware"]["precision"] = 32
+    stored_config(run).write_text(json.dumps(stored))
     options = ("hardware.threads=1", "hardware=cpu", "scoring.fpr_limits=[1e-1]")
-    found = evaluated(trained, tmp_path / "out", *options)
+    found = evaluated(run, tmp_path / "out", *options)
+    assert find_runs.config_of(tmp_path / "out", found)["hardware"]["precision"] == "auto"
     assert found["protocol"]["data"]["fpr_limits"] == [0.1]
     assert (
         found["metrics"]["image_auroc"] == json.loads((trained / "result.json").read_text())["metrics"]["image_auroc"]

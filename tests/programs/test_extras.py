@@ -139,11 +139,14 @@ def test_cost_and_figures_are_computed_as_in_the_test(arguments, tmp_path, monke
 
 def test_ended_after_the_results(arguments, expected, tmp_path, monkeypatch):
     """Ctrl-C while figures are drawn, and once more while a logger receives the results: the metrics are there, marked
-    as incomplete; resumed, nothing differs.
+    as incomplete, and so are the costs that were measured before; resumed, nothing differs.
     """
     run = tmp_path / "run"
     stops = staticmethod(raises(KeyboardInterrupt()))
-    for place, name in ((Fragile, "visualize_fails"), (RunLogger, "log_test")):
+    for place, name, note in (
+        (Fragile, "visualize_fails", "cost and figures are missing"),
+        (RunLogger, "log_test", "the loggers have not received all results"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, stops)
             outcome = runs.train(*arguments, "resume=true", f"hydra.run.dir={run}", small=False)
@@ -151,7 +154,8 @@ def test_ended_after_the_results(arguments, expected, tmp_path, monkeypatch):
         first = json.loads((run / "result.json").read_text())
         assert first["complete"] is False
         assert first["metrics"] == expected["metrics"]
-        assert any("resume=true makes them" in note for note in first["notes"])
+        assert first["notes"][-1].startswith(note)
+        assert (first["timing"]["latency_ms"] is None) == (place is Fragile)
     assert runs.predict(f"run={run}", f"input={run / 'none'}", f"output={run}").code == 2
     assert lasting(finish(arguments, run, "resume=true")) == lasting(expected)
     assert (run / "figures" / "bottle.png").is_file()

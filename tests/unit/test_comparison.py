@@ -117,6 +117,15 @@ def test_seeds_are_averaged_and_other_keys_are_not(write):
             assert cells[column].seeds == 3
 
 
+def test_an_option_that_the_method_got_later_makes_no_other_row(write):
+    """Its value is null, which changes nothing; another value makes another row."""
+    write("a", seed=0)
+    write("a", seed=1, config={"clip": None})
+    write("a", seed=0, config={"clip": 0.1})
+    (table,) = tables(write)
+    assert [(row.label, len(row.runs["bottle"])) for row in table.rows] == [("a (clip=0.1)", 1), ("a (clip=–)", 2)]
+
+
 def terminal_text(table, width=120) -> str:
     shown = io.StringIO()
     terminal.show(Console(width=width, file=shown), table, ["image_auroc"])
