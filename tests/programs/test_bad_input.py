@@ -219,7 +219,7 @@ OPTIONS = {
     "--cfg=foo": "--cfg.*'foo'.*--help",
     "--resolve": "--resolve: goes with --cfg",
     "--multirun --run": "--run and --multirun: give one of them",
-    "objective=validation.aupro_5": "no such metric; choose from validation.aupro_30, validation.aupro_05, or add to",
+    "objective=validation.aupro_5": "choose from validation.aupro_30, validation.aupro_05; aupro_05 stands for .* 0.05",
     "cache.type=auto": "cache.type: .*new name; give cache.dtype",
     "+cache.type=auto": "cache.type: this key has a new name; give cache.dtype",
     "method=ltad method.semantic=0": "method.semantic: this key has a new name; give method.classifier_weight",
