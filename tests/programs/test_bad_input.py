@@ -154,6 +154,15 @@ def test_value(argument, configuration):
         schema.check(cfg)
 
 
+def test_a_stored_run_may_hold_an_experiment_that_is_no_study(configuration):
+    """Earlier versions accepted such a choice, which had no effect; `evaluate` reads their runs."""
+    cfg: Any = OmegaConf.to_container(configuration, resolve=True)
+    cfg["experiments"] = {"seed": 1}
+    schema.check(cfg)
+    with pytest.raises(UserError, match=r"^experiments: the chosen file is no study"):
+        schema.check_composed(cfg)
+
+
 OPTIONS = {
     "method=foo": "method=foo: .*choose from .*norm_occ",
     "hardware=foo": "hardware=foo: .*choose from auto, cpu, ddp, gpu",
