@@ -32,6 +32,15 @@ def cache_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"anomalib_lite-{os.getuid()}"
 
 
+def absolute(path: str | Path) -> Path:
+    """The absolute path without ".."; what follows the last ".." keeps its names, also those of links."""
+    path = Path(path).expanduser().absolute()
+    if ".." not in path.parts:
+        return path
+    end = len(path.parts) - path.parts[::-1].index("..")
+    return Path(*path.parts[:end]).resolve().joinpath(*path.parts[end:])
+
+
 def relative_path(path: Path, root: str | Path | None) -> str:
     """The path below `root` with slashes, as tables name an image; the path itself if it lies elsewhere.
 

@@ -119,7 +119,7 @@ def composed(overrides: Sequence[str], folder: str | None) -> dict[str, Any]:
         defaults.append(f"hydra.searchpath=[file://{Path(folder).absolute()}]")
     with initialize_config_dir(str(cli.HOME / "conf"), version_base="1.3"):
         cfg: Any = OmegaConf.to_container(compose("train", [*defaults, *map(as_typed, overrides)]), resolve=True)
-    schema.check(cfg)
+    schema.check_composed(cfg)
     return cfg
 
 

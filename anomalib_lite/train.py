@@ -37,7 +37,7 @@ def train(cfg: Any) -> float | None:
     overrides: Any = OmegaConf.to_container(hydra.overrides.task)  # as typed: with interpolations
     names = {choice: str(hydra.runtime.choices[choice]) for choice in ("method", "split")}
     config: Any = OmegaConf.to_container(cfg, resolve=True)
-    schema.check(config)
+    schema.check_composed(config)
     from anomalib_lite.runs import artifacts, terminal  # these import NumPy: after the check
 
     folder.make_absolute(config)

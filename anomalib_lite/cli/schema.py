@@ -168,14 +168,19 @@ class Config(Group):
     method: dict[str, Any]
 
 
+def check_composed(config: dict[str, Any]) -> None:
+    """As `check`, of a command line's configuration. Also raise UserError for an experiment that is no study."""
+    if "experiments" in config:
+        raise UserError("experiments: the chosen file is no study; a study begins with the line '# @package _global_'")
+    check(config)
+
+
 def check(config: dict[str, Any]) -> None:
-    """Raise UserError for the first invalid value, for a key that was renamed, or for an experiment that is no study.
+    """Raise UserError for the first invalid value, or for a key that was renamed.
 
     Numbers and booleans that a YAML file gives as a path or name become text, as do infinities among method's options.
     """
     refuse_renamed(config)
-    if "experiments" in config:
-        raise UserError("experiments: the chosen file is no study; a study begins with the line '# @package _global_'")
     names_to_text(config)
     check_group(config, Config)
     if "_target_" not in config["method"]:

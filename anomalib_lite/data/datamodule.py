@@ -204,7 +204,7 @@ class AnomalyDataModule(L.LightningDataModule):
         """The images of `fit_keys`, prepared as in the first epochs: for methods in closed form."""
         images, batch_size = self._train_images(), self.tiling.batch if self.tiling else self.eval_batch_size
         batches = list(BatchSampler(self.fit_keys(), batch_size, drop_last=False))  # type: ignore[arg-type]
-        images.keeps_last = self.tiling is not None
+        images.all_tiles = self.tiling is not None
         return self._loader(images, batch_sampler=batches)
 
     def train_eval_dataloader(self, sharded: bool = False, positions: Sequence[int] | None = None) -> AnomalyLoader:

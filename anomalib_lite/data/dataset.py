@@ -86,8 +86,8 @@ class AnomalyDataset(Dataset):
         self.normalises = True
         #: resized images that are decoded once, where the pipeline allows it
         self.kept_images: KeptImages | None = None
-        #: whether the last decoded image is kept, for items that are parts of one image
-        self.keeps_last, self.last = False, dict[Path, tuple[np.ndarray, np.ndarray]]()
+        #: whether items are all tiles, one image after the other, for which the last decoded image is kept; see `Tile`
+        self.all_tiles, self.last = False, dict[Path, tuple[np.ndarray, np.ndarray]]()
         self.corrupt, self.pairs = corrupt, pairs or corrupt is not None
         #: whether an item's image may differ from the pipeline's output for the file
         self.corrupts = corrupt is not None or any(sample.defect == CORRUPTED for sample in samples)
@@ -124,7 +124,7 @@ class AnomalyDataset(Dataset):
             return self.last[sample.path]
         image = self.pipeline.load(sample.path)
         mask = self._own_mask(sample, image.shape[:2])
-        if self.keeps_last:
+        if self.all_tiles:
             self.last = {sample.path: (image, mask)}
         return image, mask
 
@@ -133,14 +133,14 @@ class AnomalyDataset(Dataset):
         resize = self.pipeline.resize
         if self.kept_images is None or resize is None:
             image, own = self._decoded(sample)
-            return *self.pipeline.transform(image, own, seed), own
+            return *self.pipeline.transform(image, own, seed, all_tiles=self.all_tiles), own
         kept = self.kept_images.get(sample.path)
         if kept is None:
             image = self.pipeline.load(sample.path)
             kept = self.kept_images.put(sample.path, resize.apply(image), image.shape[:2])
         image, own = kept[0], self._own_mask(sample, kept[1])
         mask = np.zeros(resize.size, bool) if sample.mask is None else resize_mask(own, resize.size)
-        return *self.pipeline.transform(image, mask, seed, resized=True), own
+        return *self.pipeline.transform(image, mask, seed, True, self.all_tiles), own
 
     def _load(self, sample: Sample, epoch: int, index: int) -> dict[str, Any]:
         clean, target, own = self._prepared(sample, (self.seed, AUGMENT, epoch, index))

@@ -15,7 +15,7 @@ from anomalib_lite.data.masks import read_saturations
 from anomalib_lite.data.reader_notes import missing_notes, passed_notes, unused_notes
 from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.errors import UserError
-from anomalib_lite.paths import readable
+from anomalib_lite.paths import absolute, readable
 
 
 class Layout(NamedTuple):
@@ -53,12 +53,10 @@ LAYOUTS = {
 
 
 def existing_root(root: str | Path | None) -> Path:
-    """`data.root` as an absolute path. Raises UserError if it is not set or no folder."""
+    """`data.root` as an absolute path without "..". Raises UserError if it is not set or no folder."""
     if root is None or str(root) == "":
         raise UserError("data.root is not set: give the folder that holds the data set, as in data.root=DIR")
-    path = Path(root).expanduser().absolute()
-    if path.name == "..":
-        path = path.resolve()
+    path = absolute(root)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; set data.root to the folder that holds the data set")
     return path

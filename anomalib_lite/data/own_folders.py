@@ -14,7 +14,7 @@ from anomalib_lite.data.mvtec_layout import one_to_one
 from anomalib_lite.data.reader_notes import missing_notes, passed_notes
 from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.errors import UserError
-from anomalib_lite.paths import readable
+from anomalib_lite.paths import absolute, readable
 
 Places = str | Sequence[str] | None  # a folder, a file, a pattern such as 'parts/*/ok', or a list of them
 MASK_SUFFIXES = ("_mask", "_gt", "")  # part_mask.png, part_gt.png or part.png is the mask of part.jpg
@@ -85,17 +85,11 @@ def common_root(*keys: Places) -> Path:
     """The folder that holds all places, as it follows from their names."""
     folders = []
     for place in (place for places in keys for place in ([places] if isinstance(places, str) else places or ())):
-        fixed = path = _absolute(place)
+        fixed = path = absolute(place)
         while glob.has_magic(str(fixed)) and not fixed.exists():
             fixed = fixed.parent
         folders.append(fixed.parent if fixed == path and fixed.suffix.lower() in IMAGE_SUFFIXES else fixed)
     return Path(os.path.commonpath(folders))
-
-
-def _absolute(place: str) -> Path:
-    """The place without "..", which neither a name nor a common folder may contain."""
-    path = Path(place).expanduser().absolute()
-    return path.resolve() if ".." in path.parts else path
 
 
 def _images(key: str, places: Places, passed: list[Path]) -> dict[Path, str]:
@@ -106,7 +100,7 @@ def _images(key: str, places: Places, passed: list[Path]) -> dict[Path, str]:
     """
     kinds: dict[Path, str] = {}
     for place in [places] if isinstance(places, str) else places or ():
-        expanded = _absolute(place)
+        expanded = absolute(place)
         paths = [expanded] if expanded.exists() else _matching(expanded)
         count = len(kinds)
         for path in paths:

@@ -10,7 +10,7 @@ from anomalib_lite.data.mvtec_layout import choose, existing_root
 from anomalib_lite.data.reader_notes import missing_notes
 from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.errors import UserError
-from anomalib_lite.paths import readable
+from anomalib_lite.paths import absolute, readable
 
 COLUMNS = ("path", "category", "label", "split", "mask")
 
@@ -30,7 +30,7 @@ def read_table(
     """
     if not table:
         raise UserError("data.table is not set: give the CSV file that lists the images")
-    file = Path(table).expanduser().absolute()
+    file = absolute(table)
     base = existing_root(root) if root else file.parent
     header, rows = table_rows(file, COLUMNS, "add the column")
     names = choose(category, list(dict.fromkeys(readable(row["category"]) for _, row in rows)), file, "; see its rows")

@@ -74,9 +74,9 @@ class Crop(A.RandomCrop):
 class Tile(A.DualTransform):
     """A part of `size` (height, width) of an image's grid of tiles: in training, every copy of an image is a tile.
 
-    `places` gives the (top, left) of an image's tiles from its height and width. `copy` and `index` of the data, the
-    number of the copy or epoch and the image's position, choose the tile (copy + index) mod the number of tiles: as
-    many copies in a row show every tile once. The `copy` of the transforms that follow is copy // number of tiles.
+    `places` gives the (top, left) of an image's T tiles from its height and width. `copy` and `index` of the data, the
+    copy's or epoch's number and the image's position, choose the tile (copy + index) mod T. The transforms that follow
+    get copy // T as `copy` if `all_tiles` of the data is True, in training copy // T + copy mod T: epochs may be few.
     """
 
     def __init__(self, size: tuple[int, int], places: Callable[[int, int], list[tuple[int, int]]], p: float = 1.0):
@@ -84,15 +84,16 @@ class Tile(A.DualTransform):
         self.size, self.places = size, places
 
     def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
-        places = self.places(*params["shape"][:2])
-        return {"place": places[(data.get("copy", 0) + data.get("index", 0)) % len(places)], "tiles": len(places)}
+        copy, places = data.get("copy", 0), self.places(*params["shape"][:2])
+        following = copy // len(places) + (0 if data.get("all_tiles") else copy % len(places))
+        return {"place": places[(copy + data.get("index", 0)) % len(places)], "following": following}
 
     @property
     def targets(self) -> dict[str, Callable[..., Any]]:
         return super().targets | {"copy": self.apply_to_copy}
 
-    def apply_to_copy(self, copy: int, tiles: int = 1, **params) -> int:
-        return copy // tiles
+    def apply_to_copy(self, copy: int, following: int = 0, **params) -> int:
+        return following
 
     def apply(self, img: np.ndarray, place: tuple[int, int] = (0, 0), **params) -> np.ndarray:
         (top, left), (height, width) = place, self.size
@@ -148,8 +149,7 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _resized(array: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
-    height, width = size
-    return np.array(Image.fromarray(array).resize((width, height), resample))
+    return np.array(Image.fromarray(array).resize(size[::-1], resample))
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -234,9 +234,9 @@ class Pipeline:
         return self.tensor(image), torch.from_numpy(np.ascontiguousarray(mask))
 
     def transform(
-        self, image: np.ndarray, mask: np.ndarray, seed: Sequence[int], resized: bool = False
+        self, image: np.ndarray, mask: np.ndarray, seed: Sequence[int], resized: bool = False, all_tiles: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The albumentations part: uint8 [h, w, 3] and bool [h, w]. `resized`: `self.resize` has been applied."""
+        """The albumentations part: uint8 [h, w, 3], bool [h, w]. `resized`: after `resize`. `all_tiles`: see `Tile`."""
         # Not Compose.set_random_seed: it gives every transform a generator of the same seed, so that two flips with
         # p=0.5 always agree. One shared generator makes them independent.
         rng = np.random.default_rng(list(seed))
@@ -244,7 +244,7 @@ class Pipeline:
         compose = self.after_resize if resized else self.compose
         compose.set_random_state(rng, random.Random(int(rng.integers(2**63))))
         try:
-            done = compose(image=image, mask=mask.astype(np.uint8), copy=copy, index=index)
+            done = compose(image=image, mask=mask.astype(np.uint8), copy=copy, index=index, all_tiles=all_tiles)
         except UserError:
             raise
         except Exception as error:

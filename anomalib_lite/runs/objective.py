@@ -12,7 +12,8 @@ def check_objective(config: dict[str, Any]) -> None:
     choices = [f"validation.{overlap_key('aupro', limit)}" for limit in limits]
     if name.startswith("validation.aupro_") and name not in choices:
         raise UserError(
-            f"objective={name}: no such metric; choose from {', '.join(choices)}, or add to scoring.fpr_limits"
+            f"objective={name}: no such metric; choose from {', '.join(choices)}; aupro_05 stands for the limit 0.05: "
+            "another limit is added by scoring.fpr_limits"
         )
 
 

@@ -16,6 +16,7 @@ from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from omegaconf import OmegaConf
 
 from anomalib_lite.cli.schema import is_free, types_of
+from anomalib_lite.comparison.find_runs import EVALUATED
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import HOME
 from anomalib_lite.runs import folder, own_modules
@@ -24,6 +25,8 @@ from anomalib_lite.runs.objective import objective
 from anomalib_lite.sweeps.command import Command, config_flags, quoted
 
 log = logging.getLogger(__name__)
+#: keys, and the group with some of them, that may change on resume and still decide the result of a finished job
+DECISIVE = ("objective", *EVALUATED, "hardware", "hardware.deterministic", "cache.dtype")
 #: Hydra's options that belong to the sweep and not to its jobs
 SWEEP_OPTIONS = re.compile(r"[~+]*hydra[./](mode|run\.dir|sweep|sweeper|launcher|job\.(num|id))\b")
 
@@ -147,10 +150,10 @@ def match(known: dict[str, Any], batch: dict[str, list[str]], ours: Collection[s
 
 
 def bound_key(overrides: list[str]) -> str:
-    """As key_of, without the overrides that may change on resume and concern neither the data nor the objective."""
+    """As key_of, without the overrides that may change on resume and concern neither the data nor the results."""
 
     def is_bound(key: str) -> bool:
-        return key == "objective" or (key.startswith("data.") and str in types_of(key)) or not is_free(key, "resume")
+        return key in DECISIVE or (key.startswith("data.") and str in types_of(key)) or not is_free(key, "resume")
 
     return key_of([each for each in overrides if is_bound(each.lstrip("+~").partition("=")[0])])
 

@@ -151,7 +151,7 @@ class Sweep:
             HydraConfig.instance().cfg = before
         if not entry and subfolder in taken.values():
             raise UserError(f"hydra.sweep.subdir: two jobs share the folder {subfolder}; name all that differs in it")
-        configuration.check(plain)
+        configuration.check_composed(plain)
         make_absolute(plain)  # as the stored configuration of the job
         if plain["data"]["check"] == "only":
             raise UserError("data.check=only: makes no run; leave out -m, or add hydra.mode=RUN to an experiment")

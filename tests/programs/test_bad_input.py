@@ -154,6 +154,15 @@ def test_value(argument, configuration):
         schema.check(cfg)
 
 
+def test_a_stored_run_may_hold_an_experiment_that_is_no_study(configuration):
+    """Earlier versions accepted such a choice, which had no effect; `evaluate` reads their runs."""
+    cfg: Any = OmegaConf.to_container(configuration, resolve=True)
+    cfg["experiments"] = {"seed": 1}
+    schema.check(cfg)
+    with pytest.raises(UserError, match=r"^experiments: the chosen file is no study"):
+        schema.check_composed(cfg)
+
+
 OPTIONS = {
     "method=foo": "method=foo: .*choose from .*norm_occ",
     "hardware=foo": "hardware=foo: .*choose from auto, cpu, ddp, gpu",
@@ -220,7 +229,7 @@ OPTIONS = {
     "--cfg=foo": "--cfg.*'foo'.*--help",
     "--resolve": "--resolve: goes with --cfg",
     "--multirun --run": "--run and --multirun: give one of them",
-    "objective=validation.aupro_5": "no such metric; choose from validation.aupro_30, validation.aupro_05, or add to",
+    "objective=validation.aupro_5": "choose from validation.aupro_30, validation.aupro_05; aupro_05 stands for .* 0.05",
     "cache.type=auto": "cache.type: .*new name; give cache.dtype",
     "+cache.type=auto": "cache.type: this key has a new name; give cache.dtype",
     "method=ltad method.semantic=0": "method.semantic: this key has a new name; give method.classifier_weight",

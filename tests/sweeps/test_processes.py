@@ -192,15 +192,20 @@ def test_the_reason_of_a_failure(output, reason, tmp_path):
     [
         (["seed=0", "seed=1"], ["seed=0 hardware.threads=2", "seed=1 hardware.threads=2"], True),
         (["seed=0", "seed=1"], ["seed=1 logger=csv"], True),
-        (["seed=0 data.workers=1"], ["seed=0 hardware=gpu", "seed=1 hardware=gpu"], True),
+        (["seed=0 data.workers=1"], [f"seed={seed} hardware.accelerator=gpu" for seed in (0, 1)], True),
+        (["seed=0"], ["seed=0 hardware=gpu"], False),  # a group of the user's may hold another precision
         (["seed=0 data.root=a"], ["seed=0 data.root=b"], False),
         (["seed=0"], ["seed=0 objective=null"], False),
-        (["hardware.precision=32", "hardware.precision=bf16"], ["hardware.precision=32 debug=true logger=csv"], False),
-        (["hardware.threads=1"], ["hardware.precision=32", "hardware.precision=bf16"], False),
+        (["seed=0 hardware.precision=32"], ["seed=0 hardware.precision=bf16"], False),
+        (["seed=0"], ["seed=0 scoring.threshold_images=9"], False),
+        (["seed=0"], ["seed=0 hardware.deterministic=true"], False),
+        (["seed=0"], ["seed=0 cache.dtype=float16"], False),
+        (["data.workers=1", "data.workers=2"], ["data.workers=1 debug=true logger=csv"], False),
+        (["hardware.threads=1"], ["data.workers=1", "data.workers=2"], False),
     ],
 )
 def test_which_jobs_continue(stored, given, is_continued):
-    """Overrides that may change on resume identify a job only where they are swept."""
+    """Overrides that may change on resume identify a job only where they are swept, or where they decide results."""
     known = {key_of(overrides.split()): overrides for overrides in stored}
     entries = {key: {"overrides": overrides.split()} for key, overrides in known.items()}
     batch = {key_of(overrides.split()): overrides.split() for overrides in given}

@@ -55,6 +55,8 @@ def test_folders(phone):
 
 def test_places_beside_the_working_folder(phone, monkeypatch):
     monkeypatch.chdir(phone / "masks")
+    (phone / "ok").rename(phone / "kept")
+    (phone / "ok").symlink_to("kept")  # places are called as the link
     data = read_own_folders("all", normal="../ok", abnormal="../n*", masks=".")
     assert data == read_own_folders("all", **places(phone.resolve()))
 
@@ -182,9 +184,14 @@ def test_table_labels_and_notes(tmp_path):
         save_image(tmp_path / f"{i}.png", seed=i)
     rows = ["0.png,c,OK,train,,1", "1.png,c,crack,Train,,1", "2.png,c,0,TEST,,1", "3.png,c,1,test,,2"]
     (tmp_path / "list.csv").write_text("\n".join(["path,category,label,split,mask,camera", *rows]))
+    base = tmp_path / "cwd" / ".."  # as of data.table=../list.csv
     (tmp_path / "cwd").mkdir()
-    data = read_table(None, "c", tmp_path / "cwd" / ".." / "list.csv")  # as of data.table=../list.csv
+    data = read_table(None, "c", base / "list.csv")
     assert picked(data.train) == [("0.png", "good", 0, None)]
     assert picked(data.test) == [("2.png", "good", 0, None), ("3.png", "1", 1, None)]
     assert data.notes[0] == "list.csv: 1 defective training images left out"
     assert data.notes[-1] == "list.csv: columns that are not used: camera"
+    rows = [f"{tmp_path.resolve()}/{row}" for row in rows]
+    (tmp_path / "list.csv").write_text("\n".join(["path,category,label,split,mask,camera", *rows]))
+    for root in (None, base, base / "cwd" / ".."):
+        assert read_table(root, "c", base / "list.csv") == data

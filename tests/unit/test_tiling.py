@@ -16,6 +16,7 @@ from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.dataset import Batch
 from anomalib_lite.data.readers import read_folder
 from anomalib_lite.data.tiling import Tiling
+from anomalib_lite.data.transforms import Turn
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.tiles import tiled, tiled_map, tiles_of
 from anomalib_lite.runs.load import load_run
@@ -164,15 +165,15 @@ def pixels(image: torch.Tensor) -> bytes:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_closed_forms_see_every_tile_once(root, workers):
-    data = module(root, tiling={"size": 32, "overlap": 8}, workers=workers)
+    data = module(root, tiling={"size": 32, "overlap": 8}, workers=workers, augment=[Turn(angles=[10, 350])], copies=2)
     seen: dict[int, list[bytes]] = {}
     for batch in data.fit_dataloader():
         assert len(batch["image"]) <= 4
         for index, image in zip(batch["index"].tolist(), batch["image"], strict=True):
             seen.setdefault(index, []).append(pixels(image))
-    assert [len(seen[i]) for i in range(4)] == [9] * 4
+    assert [len(set(seen[i])) for i in range(4)] == [18] * 4  # the second copy of each tile is turned
     for index, tiles in seen.items():
-        assert set(tiles) == cut_by_hand(data, index)
+        assert set(tiles[:9]) == cut_by_hand(data, index)
 
 
 def test_epochs_of_training_visit_all_tiles(root):

@@ -1,5 +1,6 @@
 import pickle
 import time
+from itertools import product
 
 import albumentations as A
 import numpy as np
@@ -129,15 +130,16 @@ def test_random_angles_leave_the_first_copy():
 
 
 def test_every_tile_is_turned_by_every_angle():
-    """Of four tiles, four copies in a row have one angle, and the first four of random angles none."""
+    """Of four tiles, four copies in a row have one angle, and the first four of random angles none. In training the
+    angle follows the epochs, of which the first alone has no random angle.
+    """
     tile = Tile((16, 16), Tiling(16).places)
     tiles = {noise(32)[y : y + 16, x : x + 16].tobytes() for y in (0, 16) for x in (0, 16)}
-    for turn in (Turn(step=90), Turn(angles=[10, 350])):
-        made = [
-            Pipeline([tile], [turn]).transform(noise(32), np.zeros((32, 32), bool), (0, 0, k, 0)) for k in range(16)
-        ]
-        assert {image.tobytes() for image, _ in made[:4]} == tiles
-        assert len({image.tobytes() for image, _ in made}) == 16
+    for all_tiles, turn in product((True, False), (Turn(step=90), Turn(angles=[10, 350]))):
+        pipeline, mask = Pipeline([tile], [turn]), np.zeros((32, 32), bool)
+        made = [pipeline.transform(noise(32), mask, (0, 0, k, 0), all_tiles=all_tiles)[0].tobytes() for k in range(16)]
+        assert [image in tiles for image in made[:4]] == [True, *[all_tiles] * 3]
+        assert len(set(made)) == 16
 
 
 def test_seeding_is_fast():
