@@ -20,11 +20,12 @@ from anomalib_lite.data.dataset import AnomalyDataset, MapSize, NewImages, colla
 from anomalib_lite.data.held_out import fingerprint, hold_out
 from anomalib_lite.data.kept_images import KeptImages
 from anomalib_lite.data.loader import AnomalyLoader, worker_count
+from anomalib_lite.data.pipeline import Pipeline
 from anomalib_lite.data.sampler import TrainBatchSampler, rank_and_world
 from anomalib_lite.data.samples import DataSet, Sample, test_counts
 from anomalib_lite.data.stored_features import StoredFeatures
 from anomalib_lite.data.tiling import Tiling
-from anomalib_lite.data.transforms import Pipeline, pair
+from anomalib_lite.data.transforms import pair
 from anomalib_lite.data.treatment import prepare
 from anomalib_lite.data.trial import try_out
 from anomalib_lite.errors import UserError
@@ -151,8 +152,7 @@ class AnomalyDataModule(L.LightningDataModule):
         headers, notes = checks.check(data, thorough=self.check == "thorough")
         self.pixels, of_pixels = value_ranges.pixels_of_run(data, headers, self.value_range, self.stored_pixels)
         self.notes = [*data.notes, *self.kept.notes, *notes, *of_pixels]
-        self.root = data.root
-        self.fingerprint = fingerprint(data)
+        self.root, self.fingerprint = data.root, fingerprint(data)
         self._build_pipelines(self.categories)
         self.test_samples = data.test
         self.train_samples, self.val_samples, notes = hold_out(data.train, self.val_fraction, self.seed)

@@ -13,8 +13,9 @@ from torch.utils.data import Dataset
 
 from anomalib_lite.data.image_files import read_header
 from anomalib_lite.data.kept_images import KeptImages
+from anomalib_lite.data.pipeline import Pipeline
 from anomalib_lite.data.samples import Sample, load_mask
-from anomalib_lite.data.transforms import Pipeline, resize_mask
+from anomalib_lite.data.transforms import resize_mask
 from anomalib_lite.errors import UserError
 
 CORRUPTED = "corrupted"  # the `defect` of a held-out training image that gets an artificial defect

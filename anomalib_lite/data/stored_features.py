@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from anomalib_lite.data.dataset import AnomalyDataset
-from anomalib_lite.data.transforms import Pipeline
+from anomalib_lite.data.pipeline import Pipeline
 
 BLOCK = 256  # rows that are copied to a GPU at once
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from anomalib_lite.data.transforms import Crop, Pipeline, Resize, Tile, pair
+from anomalib_lite.data.pipeline import Pipeline
+from anomalib_lite.data.transforms import Crop, Resize, Tile, pair
 
 #: The textures that data.treatment=auto knows, by the name of the data set.
 TEXTURES = {

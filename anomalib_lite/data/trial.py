@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from anomalib_lite.data.pipeline import Pipeline, parts, transform_error
 from anomalib_lite.data.samples import Sample
-from anomalib_lite.data.transforms import Pipeline, parts, transform_error
 from anomalib_lite.errors import UserError
 
 TRIES = 3  # of transforms that draw random numbers

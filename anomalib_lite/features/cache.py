@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anomalib_lite.data.cores import threads
+from anomalib_lite.data.pipeline import Pipeline
 from anomalib_lite.data.stored_features import StoredFeatures
-from anomalib_lite.data.transforms import Pipeline
 from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.paths import replacing
 

@@ -13,9 +13,8 @@ from anomalib_lite.features.backbones import Backbone, has_bf16
 from anomalib_lite.methods import graphs
 from anomalib_lite.methods.fitted_buffers import make_room
 from anomalib_lite.methods.options import configured_optimizer
-from anomalib_lite.methods.resizing import resize
 from anomalib_lite.methods.schedules import after_every_batch
-from anomalib_lite.methods.scoring import image_scores, maps_and_scores, smooth
+from anomalib_lite.methods.scoring import maps_and_scores, smoothed_and_scored
 from anomalib_lite.methods.tiles import tiled_map, tiles_of
 
 Batch = dict[str, Any]
@@ -46,6 +45,7 @@ class AnomalyModule(L.LightningModule):
     - `uses_images = False` with frozen_features: neither training nor test uses `image`, and training no `mask`. Images
       whose features are stored are not decoded, and their batches come without these keys;
     - `clip`, set in the constructor: the largest norm of a step's gradient;
+    - `lay_out(device)`, which prepares the networks for their device, such as their memory format;
     - `networks()`: what method.compile=true compiles, each called with tensors of one shape in all batches;
     - `unused_parameters = True`: a training step may leave some weights unused, which several devices must know;
     - `own_image_score = True`: `anomaly_map` returns (maps, image scores [B]) for scoring.image_score=own;
@@ -142,6 +142,12 @@ class AnomalyModule(L.LightningModule):
 
     def check_training(self) -> None:
         """Raise UserError for options that can't be used in a new run; called before features are computed."""
+
+    def setup(self, stage: str) -> None:
+        self.lay_out(self.trainer.strategy.root_device)
+
+    def lay_out(self, device: torch.device) -> None:
+        """Prepare the networks for the device that they will run on, such as their memory format."""
 
     def on_fit_start(self) -> None:
         """With method.compile=true compile the networks; a subclass with its own on_fit_start calls this one first."""
@@ -252,19 +258,12 @@ class AnomalyModule(L.LightningModule):
         raw, own = maps_and_scores(found, type(self).__name__, self.scoring["image_score"] == "own")
         size = batch.get("map_size", self.map_size)  # an exported file sets it: all images of its batches have one size
         if not isinstance(size, str):
-            scored: dict[str, Any] = self._scored(raw, size)
+            scored: dict[str, Any] = smoothed_and_scored(raw, size, self.scoring)
         else:
-            each = [self._scored(x, tuple(size)) for x, size in zip(raw.split(1), batch["size"].tolist(), strict=True)]
+            sizes = map(tuple, batch["size"].tolist())
+            each = [smoothed_and_scored(x, own, self.scoring) for x, own in zip(raw.split(1), sizes, strict=True)]
             scored = {"map": [x["map"][0] for x in each], "score": torch.cat([x["score"] for x in each])}
         return scored if self.scoring["image_score"] != "own" else scored | {"score": own}
-
-    def _scored(self, raw: Tensor, size: tuple[int, ...]) -> dict[str, Tensor]:
-        if raw.shape[-2:] != size:
-            raw = resize(raw[:, None], size)[:, 0]
-        pixels, image = self.scoring["pixel_smooth"], self.scoring["image_smooth"]
-        maps = smooth(raw, pixels)
-        for_score = maps if image in ("same", pixels) else smooth(raw, image)
-        return {"map": maps, "score": image_scores(for_score, self.scoring["image_score"])}
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """The masks of defects stay on the host, where the metrics are computed: training images have none."""

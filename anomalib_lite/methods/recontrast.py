@@ -89,9 +89,6 @@ class ReContrast(AnomalyModule):
     def check_training(self) -> None:
         check_drop(f"method.variants.{self.variant}.lr_drop", self.own["lr_drop"])
 
-    def setup(self, stage: str) -> None:
-        self.lay_out(self.trainer.strategy.root_device)
-
     def lay_out(self, device: torch.device) -> None:
         """Choose the memory format for a device: channels-last on GPUs and in bf16, where it is faster.
 

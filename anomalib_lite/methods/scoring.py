@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anomalib_lite.errors import UserError
+from anomalib_lite.methods.resizing import resize
 
 PIXELS = 2**22  # of maps that are filtered together: a convolution takes several copies of them
 
@@ -89,3 +90,13 @@ def maps_and_scores(found: Any, name: str, scores: bool) -> tuple[Tensor, Tensor
     if scores and own is None:
         raise UserError(f"scoring.image_score=own: {name}.anomaly_map must return (maps, image scores [B])")
     return maps.float(), own
+
+
+def smoothed_and_scored(raw: Tensor, size: tuple[int, ...], scoring: dict[str, Any]) -> dict[str, Tensor]:
+    """The raw maps [B, h, w] resized to `size` (H, W) and smoothed, as `map` [B, H, W], and their `score` [B]."""
+    if raw.shape[-2:] != size:
+        raw = resize(raw[:, None], size)[:, 0]
+    pixels, image = scoring["pixel_smooth"], scoring["image_smooth"]
+    maps = smooth(raw, pixels)
+    for_score = maps if image in ("same", pixels) else smooth(raw, image)
+    return {"map": maps, "score": image_scores(for_score, scoring["image_score"])}

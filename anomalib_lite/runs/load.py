@@ -13,7 +13,6 @@ from anomalib_lite.data.dataset import Batch
 from anomalib_lite.data.image_files import to_uint8
 from anomalib_lite.errors import UserError, explained_memory
 from anomalib_lite.methods.base import AnomalyModule
-from anomalib_lite.methods.recontrast import ReContrast
 from anomalib_lite.runs import build, own_modules
 from anomalib_lite.runs.artifacts import thresholds_of
 from anomalib_lite.runs.checkpoints import read_checkpoint
@@ -142,6 +141,5 @@ def load(checkpoint: Path, cfg: dict[str, Any], device: str) -> tuple[AnomalyMod
     build.load_weights(model, checkpoint)
     with explained_memory(lambda: "this GPU has no room for the model; give device=cpu"):
         model.eval().to("cuda" if accelerator == "gpu" else "cpu")
-    if isinstance(model, ReContrast):
-        model.lay_out(model.device)  # made on the CPU; a trainer would call its `setup`
+    model.lay_out(model.device)  # there is no trainer that calls `setup`
     return model, data

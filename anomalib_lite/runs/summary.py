@@ -14,7 +14,7 @@ import torch
 
 from anomalib_lite import __version__
 from anomalib_lite.data.datamodule import AnomalyDataModule
-from anomalib_lite.data.transforms import NORMALIZE
+from anomalib_lite.data.pipeline import NORMALIZE
 from anomalib_lite.features.backbones import has_bf16
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.metrics.functional import Metrics

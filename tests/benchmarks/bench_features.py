@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from anomalib_lite.data.pipeline import Pipeline
 from anomalib_lite.data.stored_features import Rows, StoredFeatures
-from anomalib_lite.data.transforms import Pipeline
 from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.features.cache import FeatureFiles
 from anomalib_lite.features.precompute import as_rows, shapes_of, smallest_type

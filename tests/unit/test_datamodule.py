@@ -18,11 +18,11 @@ from omegaconf import OmegaConf
 from anomalib_lite.data import splits
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.dataset import CORRUPTED
+from anomalib_lite.data.pipeline import Pipeline
 from anomalib_lite.data.readers import read_folder
 from anomalib_lite.data.sampler import TrainBatchSampler
 from anomalib_lite.data.samples import Sample
 from anomalib_lite.data.stored_features import StoredFeatures
-from anomalib_lite.data.transforms import Pipeline
 from anomalib_lite.errors import UserError
 from tests.helpers.image_trees import make_mvtec, save_image
 

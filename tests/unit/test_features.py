@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from anomalib_lite.data.pipeline import Pipeline
 from anomalib_lite.data.stored_features import StoredFeatures
-from anomalib_lite.data.transforms import Pipeline, Resize
+from anomalib_lite.data.transforms import Resize
 from anomalib_lite.features import cache as cache_module
 from anomalib_lite.features import precompute
 from anomalib_lite.features.backbones import Backbone

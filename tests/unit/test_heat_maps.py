@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from anomalib_lite.data.transforms import Pipeline, Resize
+from anomalib_lite.data.pipeline import Pipeline
+from anomalib_lite.data.transforms import Resize
 from anomalib_lite.errors import UserError
 from anomalib_lite.runs.decisions import score_text
 from anomalib_lite.runs.figures import TILE, contact_sheet

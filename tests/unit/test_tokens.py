@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
+from anomalib_lite.data.pipeline import Pipeline
 from anomalib_lite.data.readers import read_mvtec
-from anomalib_lite.data.transforms import Pipeline, Resize
+from anomalib_lite.data.transforms import Resize
 from anomalib_lite.errors import UserError
 from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.features.cache import key

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
+from anomalib_lite.data.pipeline import Pipeline
 from anomalib_lite.data.tiling import Tiling
-from anomalib_lite.data.transforms import Pipeline, Resize, Tile, Turn
+from anomalib_lite.data.transforms import Resize, Tile, Turn
 from anomalib_lite.errors import UserError
 
 
