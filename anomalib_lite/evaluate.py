@@ -63,7 +63,8 @@ def evaluate(options: dict[str, Any]) -> None:
             raise UserError(f"{key}: the run's configuration has no such key")
         if key == "data.root" and value is not None:
             value = str(Path(str(value)).expanduser().absolute())
-        value = choice(key, value) if (HOME / "conf" / key).is_dir() else value
+        if (HOME / "conf" / key).is_dir():  # a choice such as hardware=cpu
+            value = cli.composed([f"{key}={value}", "data.category=all"])[key]
         folder.assign_everywhere(config, key, value)
     schema.check(config)
     changed = [  # by a choice such as hardware=cpu; compare reads them
@@ -97,15 +98,6 @@ def evaluate(options: dict[str, Any]) -> None:
         tested, now = (each.get("environment", {}).get("precision") for each in (before, result))
         for note in other_precision(tested, now):
             print(f"note: {note}; hardware.precision=32 and bf16 choose one")
-
-
-def choice(group: str, name: str) -> Any:
-    """The options of a choice such as hardware=cpu. Raises Hydra's MissingConfigException for an unknown one."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    with initialize_config_dir(str(HOME / "conf"), version_base="1.3"):
-        return OmegaConf.to_container(compose("train", [f"{group}={name}"])[group], resolve=True)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anomalib_lite.cli import program as cli
+from anomalib_lite.cli import program
 from anomalib_lite.console import make_console
 from anomalib_lite.errors import UserError
 
@@ -36,11 +36,11 @@ FORMAT_OF_SUFFIX = {".jsonl": "jsonl", ".json": "meta", ".csv": "csv", ".txt": "
 
 
 def main() -> None:
-    cli.run_flags(show, __doc__, outside=True, folder="--write")
+    program.run_flags(show, __doc__, outside=True, folder="--write")
 
 
 def show(arguments: Sequence[str]) -> None:
-    parser = cli.Parser()
+    parser = program.Parser()
     parser.add_argument("overrides", nargs="*")
     for name in ("counts", "write", "format", "config-dir"):
         parser.add_argument(f"--{name}")
@@ -103,9 +103,6 @@ def read_as(split: Split) -> list[str]:
 
 def composed(overrides: Sequence[str], folder: str | None) -> dict[str, Any]:
     """The `train` configuration with these overrides, and all categories unless some are chosen."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
     from anomalib_lite.cli import schema
     from anomalib_lite.cli.values import as_typed
 
@@ -117,20 +114,18 @@ def composed(overrides: Sequence[str], folder: str | None) -> dict[str, Any]:
         if not Path(folder).is_dir():
             raise UserError(f"--config-dir {folder}: no such folder")
         defaults.append(f"hydra.searchpath=[file://{Path(folder).absolute()}]")
-    with initialize_config_dir(str(cli.HOME / "conf"), version_base="1.3"):
-        cfg: Any = OmegaConf.to_container(compose("train", [*defaults, *map(as_typed, overrides)]), resolve=True)
+    cfg = program.composed([*defaults, *map(as_typed, overrides)])
     schema.check_composed(cfg)
     return cfg
 
 
 def without_files(which: str, category: str | list[str]) -> DataSet:
     """The training images of the categories by their numbers alone: those of a known data set, or as given."""
-    from anomalib_lite.data.readers import MVTEC, VISA
+    from anomalib_lite.data.readers import COUNTS
     from anomalib_lite.data.samples import DataSet, Sample
 
-    known = {"mvtec": MVTEC, "visa": VISA}
-    if which in known:
-        counts = {name: train for name, (train, _, _) in known[which].items()}
+    if which in COUNTS:
+        counts = {name: train for name, (train, _, _) in COUNTS[which].items()}
     else:
         pairs = [re.fullmatch(r"\s*([^=,]+?)\s*=\s*([1-9]\d*)\s*", part) for part in which.split(",")]
         counts = {pair[1]: int(pair[2]) for pair in pairs if pair}

@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 
 from anomalib_lite.cli.keys import flat, lookup
+from anomalib_lite.cli.values import read as read_value
 from anomalib_lite.data.splits import SHOTS
 from anomalib_lite.errors import UserError
 from anomalib_lite.runs.artifacts import Scores, read_maps, read_result, read_scores
@@ -26,6 +27,7 @@ KINDS = {  # of what every result holds
 }  # fmt: skip
 #: keys that `evaluate` changes and that make a run another experiment, beside those that its result repeats
 EVALUATED = ("hardware.precision", "scoring.threshold_images")
+SAME_EXPERIMENT = ("seed", "_partial_", "_convert_", "_recursive_")  # the last parts of keys that make no other one
 NOT_SEARCHED = {CHECKPOINTS, WANDB, FIGURES, HYDRA, ".git", ".venv"}
 
 
@@ -95,7 +97,7 @@ class Run:
             for key, value in known.items()
             if (not is_free(key, "compare") or key in EVALUATED)
             and not (key.startswith("method.") and value is None)  # as without an option that the method got later
-            and key.rpartition(".")[2] not in ("seed", "_partial_", "_convert_", "_recursive_")
+            and key.rpartition(".")[2] not in SAME_EXPERIMENT
         }
         backbone, weights = dict_at(self.result, "backbone"), self.result.get("weights")
         digest = stored_digests(origin(self.folder, self.result)).get("backbone.weights")
@@ -172,14 +174,16 @@ def origin(folder: Path, result: dict[str, Any]) -> Path:
 
 def config_of(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     """The run's configuration, or the one of the run that it evaluates again; empty where there is none."""
+    from hydra.errors import HydraException  # here: --help needs no Hydra
+
     place = origin(folder, result)
-    with contextlib.suppress(UserError, yaml.YAMLError):
+    with contextlib.suppress(UserError, yaml.YAMLError, HydraException):
         config = dict_at(read_config(place)[0])
         for override in _texts(result, "overrides") if place != folder else ():
             key, _, text = override.partition("=")
-            if key in ("data.root", *EVALUATED):
-                group, _, name = key.partition(".")
-                dict_at(config, group)[name] = text if key == "data.root" else yaml.safe_load(text)
+            if key in ("data.root", *EVALUATED) or key.startswith("scoring."):
+                *groups, name = key.split(".")
+                dict_at(config, *groups)[name] = text if key == "data.root" else read_value(override)
         return config
     return {}
 

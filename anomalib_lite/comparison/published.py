@@ -1,7 +1,7 @@
 """The reproduction board: published figures beside ours, with the difference and what differs in the setting."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from yaml import YAMLError
 
 from anomalib_lite.cli.keys import flat
-from anomalib_lite.comparison.find_runs import Run, dict_at, shorten
-from anomalib_lite.comparison.tables import Row, Table, shots_text
+from anomalib_lite.cli.program import composed
+from anomalib_lite.comparison.find_runs import SAME_EXPERIMENT, Run, dict_at, shorten
+from anomalib_lite.comparison.tables import Row, Table, cell_of, shots_text
 from anomalib_lite.errors import UserError
 from anomalib_lite.metrics.names import name_of
 
@@ -36,9 +37,9 @@ class Published(BaseModel):
     categories: int = Field(gt=0)  # over which the figures are means
     values: dict[str, float]  # by metric
     per_category: dict[str, dict[str, float]] = Field(default_factory=dict)  # by metric and category
-    config: dict[str, Any] = Field(default_factory=dict)  # keys of a run's configuration, as published
-    experiment: str | None = None  # +experiments=NAME runs it
+    experiment: str | None = None  # +experiments=NAME has the published settings
     overrides: list[str] = Field(default_factory=list)  # further arguments of that command
+    config: dict[str, Any] = Field(default_factory=dict)  # published settings that no experiment has, as keys of a run
     source: str
     test_informed: str | None = None  # what the published figure took from test images
     differences: str | None = None  # between the published protocol and ours
@@ -102,19 +103,63 @@ def read(file: Path) -> list[Published]:
 
 
 def board(entries: Sequence[Published], tables: Sequence[Table]) -> list[Line]:
-    """A line for each published figure and each row of runs with its method, data set, setting and split."""
+    """A line for each published figure and each row of runs with its method, data set, setting and split.
+
+    Raises:
+        UserError: an entry's experiment can't be composed.
+    """
     lines = []
     for entry in entries:
-        rows = [(table, row) for table in tables for row in table.rows if _belongs(row, table, entry)]
+        rows = _joined(row for table in tables for row in table.rows if _belongs(row, entry))
+        study = _settings_of(entry) if rows else {}
         for metric, value in entry.values.items():
-            lines += [_line(entry, metric, value, row) for _, row in rows] or [_not_run(entry, metric, value)]
+            lines += [_line(entry, metric, value, row, study) for row in rows] or [_not_run(entry, metric, value)]
     return lines
 
 
-def _belongs(row: Row, table: Table, entry: Published) -> bool:
+def _belongs(row: Row, entry: Published) -> bool:
     result = row.all_runs()[0].result
     same = (row.method, row.setting, result["dataset"], _split_of(result))
     return (*same, row.shots) == (entry.method, entry.setting, entry.dataset, entry.split, entry.shots)
+
+
+def _joined(rows: Iterable[Row]) -> list[Row]:
+    """Rows of several tables that differ in their categories alone, as one: textures have maps of other sizes."""
+    joined: list[Row] = []
+    for row in rows:
+        same = [each for each in joined if each.hyperparameters == row.hyperparameters]
+        other = next((each for each in same if not each.runs.keys() & row.runs.keys()), None)
+        if other is None:
+            joined.append(replace(row, runs=dict(row.runs)))
+        else:
+            other.runs |= row.runs
+    return joined
+
+
+def _settings_of(entry: Published) -> dict[str, Any]:
+    """The published settings by key: those of the entry's experiment, and over them what the entry names."""
+    if entry.experiment is None:
+        return flat(entry.config)
+    from hydra.errors import HydraException
+
+    command = [f"+experiments={entry.experiment}", *entry.overrides]
+    try:
+        return _decisive(composed([*command, "data.category=all"])) | flat(entry.config)
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--published: {' '.join(command)} of {entry.method}: {reason}; correct the entry") from error
+
+
+def _decisive(config: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a configuration that decide about a run's figures, but for the seed."""
+    from anomalib_lite.cli.schema import defaults, is_free  # here: --help needs no pydantic
+
+    return {
+        key: value
+        for key, value in (defaults() | flat(config)).items()
+        if (key.startswith(("backbone.", "scoring.", "split.")) or not is_free(key, "compare"))
+        and key.rpartition(".")[2] not in SAME_EXPERIMENT
+    }
 
 
 def _split_of(result: dict[str, Any]) -> str:
@@ -130,7 +175,7 @@ def _not_run(entry: Published, metric: str, value: float) -> Line:
     return Line(entry, metric, value, remarks=[" ".join([command, *entry.overrides])])
 
 
-def _line(entry: Published, metric: str, value: float, row: Row) -> Line:
+def _line(entry: Published, metric: str, value: float, row: Row, study: dict[str, Any]) -> Line:
     values = {category: found for category in row.runs if (found := row.values(category, metric))}
     line = Line(entry, metric, value)
     known = entry.per_category.get(metric, {})
@@ -138,29 +183,40 @@ def _line(entry: Published, metric: str, value: float, row: Row) -> Line:
         line.remarks.append(f"{len(values)} of {entry.categories} categories ({shorten(values)})")
         whole = bool(values) and values.keys() <= known.keys()
         line.published = float(np.mean([known[category] for category in values])) if whole else None
-    line.remarks += _other_settings(entry, row.all_runs()[0])
+    for differences in _other_images(entry, row), _other_settings(entry, row.all_runs()[0], study):
+        if text := shorten(differences, 8):
+            line.remarks.append(text)
     if values:
-        seeds = sorted(set.intersection(*(set(of) for of in values.values())))
-        means = [100 * float(np.mean([of[seed] for of in values.values()])) for seed in seeds]
-        each = [list(of.values()) for of in values.values()]
-        line.ours = float(np.mean(means or [100 * float(np.mean(of)) for of in each]))
-        line.seeds = len(means) or min(map(len, each))
-        line.sd = float(np.std(means, ddof=1)) if len(means) > 1 else None
+        cell = cell_of(list(values.values()), [None])
+        line.ours, line.sd, line.seeds = 100 * cell.mean, cell.sd and 100 * cell.sd, cell.seeds
     line.differs = bool(line.remarks)
     line.remarks.append(_where(row))
     return line
 
 
-def _other_settings(entry: Published, run: Run) -> Iterator[str]:
-    """What the run's configuration has other than the published one."""
-    config = flat(run.config)
-    wanted = flat(entry.config)
-    if not config and wanted:
+def _other_images(entry: Published, row: Row) -> Iterator[str]:
+    """The categories whose images are not the official ones, by their numbers for training and of the test set."""
+    from anomalib_lite.data.readers import COUNTS  # here: --help needs no image library
+
+    for category, official in COUNTS.get(entry.dataset, {}).items():
+        for run in list(row.runs.get(category, {}).values())[:1]:
+            test = dict_at(run.result, "data", "test_counts", category)
+            train = dict_at(run.result, "split", "full_counts").get(category, official[0])
+            counts = train, test.get("good", 0), test.get("defective", 0)
+            if counts != official:
+                ours, theirs = (" + ".join(map(str, numbers)) for numbers in (counts, official))
+                yield f"{category} has {ours} images, officially {theirs}"
+
+
+def _other_settings(entry: Published, run: Run, study: dict[str, Any]) -> Iterator[str]:
+    """Where the run's settings are not the published ones; without an experiment, only some of them are known."""
+    if not run.config and study:
         yield "the run's configuration is unknown"
         return
-    for key, published in wanted.items():
-        if config.get(key) != published:
-            yield f"{key}={config.get(key)}, published {published}"
+    given = _decisive(run.config)
+    for key in dict.fromkeys((*study, *(given if entry.experiment else ()))):
+        if given.get(key) != study.get(key):
+            yield f"{key}={given.get(key)}, published {study.get(key)}"
 
 
 def _where(row: Row) -> str:

@@ -180,7 +180,7 @@ class Table:
         by_seed = {category: row.values(category, metric) for category in self.categories}
         draws = {category: self.draws(row, category, metric) for category, values in by_seed.items() if values}
         return {
-            column: _cell([by_seed[name] for name in names], [draws[name] for name in names])
+            column: cell_of([by_seed[name] for name in names], [draws[name] for name in names])
             for column, names in self.columns.items()
             if all(by_seed[name] for name in names)
         }
@@ -235,7 +235,7 @@ class Table:
         }
 
 
-def _cell(by_seed: Sequence[dict[Seeds, float]], draws: Sequence[np.ndarray | None]) -> Cell:
+def cell_of(by_seed: Sequence[dict[Seeds, float]], draws: Sequence[np.ndarray | None]) -> Cell:
     """The mean over categories and seeds; the deviation is that of the seeds' means."""
     mean = float(np.mean([np.mean(list(values.values())) for values in by_seed]))
     same = all(values.keys() == by_seed[0].keys() for values in by_seed)

@@ -26,6 +26,7 @@ VISA: Counts = {
     "pcb2": (901, 100, 100), "pcb3": (905, 101, 100), "pcb4": (904, 101, 100), "pipe_fryum": (450, 50, 100),
 }
 # fmt: on
+COUNTS = {"mvtec": MVTEC, "visa": VISA}  # of the official categories, by the data set's name
 VISA_COLUMNS = ["object", "split", "label", "image", "mask"]
 
 

@@ -38,8 +38,8 @@ class ReContrast(AnomalyModule):
             α rises; `optimizer`, options that override the configured ones; `lr_drop`, null or {at: share, factor};
             `scoring`, the values for keys of `scoring` that are "auto"; `average`, true for the mean of the six maps
             instead of their sum; `stable`, null or {min_var, eps, reset_every, pause}.
-        encoder_bn: E_t's batch norm while training: "eval" keeps the pretrained statistics, "train" uses the batch's.
-            The stable variant always uses the batch's.
+        encoder_bn: E_t's batch norm while training: "eval" keeps the pretrained statistics, "train" uses the batch's;
+            or the mode of each category, for models of one category. The stable variant always uses the batch's.
         encoder_lr: E_t's learning rate; the optimizer's is that of bottleneck, decoder and heads.
         mining: [first, last] α of hard mining; None mines nothing.
     """
@@ -50,7 +50,7 @@ class ReContrast(AnomalyModule):
         self,
         variants: dict[str, dict[str, Any]],
         variant: str = "auto",
-        encoder_bn: str = "eval",
+        encoder_bn: str | dict[str, str] = "eval",
         encoder_lr: float = 1e-5,
         mining: list[float] | None = (-3.0, 1.0),  # type: ignore[assignment]
         **context: Any,
@@ -63,14 +63,15 @@ class ReContrast(AnomalyModule):
         filled = {key: value for key, value in own["scoring"].items() if scoring.get(key) == "auto"}
         super().__init__(**context | {"scoring": scoring | filled})
         self.scoring_of_variant = tuple(filled)
-        if encoder_bn not in ("eval", "train"):
-            raise UserError(f"method.encoder_bn={encoder_bn}: choose eval or train")
+        mode = encoder_bn if isinstance(encoder_bn, str) or len(categories) > 1 else encoder_bn.get(categories[0])
+        if mode not in ("eval", "train"):
+            raise UserError(f"method.encoder_bn={encoder_bn}: choose eval or train, or give the one of each category")
         if mining is not None and len(mining) != 2:
             raise UserError(f"method.mining={mining}: give null, or the first α and the last one")
         check_from_0(encoder_lr=encoder_lr)
         self.automatic, self.variant, self.own = variant == "auto", chosen, own
         self.encoder_lr, self.mining, self.variants = encoder_lr, mining, tuple(variants)
-        self.encoder_trains = encoder_bn == "train" or own["stable"] is not None
+        self.encoder_trains = mode == "train" or own["stable"] is not None
 
         frozen = check_levels(self.backbone, self.image_size)  # E_f
         self.encoder = copy.deepcopy(frozen).unfreeze()  # E_t

@@ -346,6 +346,7 @@ def test_variant_by_categories():
 @pytest.mark.parametrize(("options", "message"), [
     ({"variant": "two"}, "method.variant=two: choose auto, one_class, unified, stable"),
     ({"encoder_bn": "on"}, "method.encoder_bn=on: choose eval or train"),
+    ({"encoder_bn": {"tile": "train"}}, "method.encoder_bn={'tile': 'train'}: choose eval or train"),
     ({"mining": [-3]}, r"method.mining=\[-3\]: give null, or the first α and the last one"),
     ({"size": 48}, "data.image_size=48×48: with this backbone's levels, give multiples of 32"),
 ])  # fmt: skip
@@ -368,7 +369,8 @@ def test_modes_of_batch_norm():
         return {name: any(m.training for m in part.modules()) for name, part in parts.items()}
 
     assert modes(make()) == {"E_f": False, "E_t": False, "decoder": True}
-    assert modes(make(encoder_bn="train")) == {"E_f": False, "E_t": True, "decoder": True}
+    for train in ("train", {"tile": "eval", "": "train"}):
+        assert modes(make(encoder_bn=train)) == {"E_f": False, "E_t": True, "decoder": True}
     assert modes(make(variant="stable")) == {"E_f": False, "E_t": True, "decoder": True}
     model = make(encoder_bn="train").eval()
     assert not any(modes(model).values())

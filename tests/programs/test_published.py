@@ -5,10 +5,8 @@ import re
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
-from anomalib_lite.cli.keys import flat
+from anomalib_lite.cli.program import composed
 from anomalib_lite.comparison import published
 from anomalib_lite.errors import UserError
 from tests.helpers.run_programs import ROOT, succeeded
@@ -22,7 +20,6 @@ published:
   values: {image_auroc: 90, pixel_auroc: 80}
   per_category: {image_auroc: {bottle: 95, tile: 85}}
   config: {data: {batch_size: 4}}
-  experiment: study
   source: "paper | of <somebody>"
   test_informed: the best epoch
 """
@@ -84,11 +81,11 @@ def test_a_part_of_the_categories(write, file):
     assert "1 of 2 categories (tile)" in lines["image_auroc"].texts()[7]
 
 
-def test_categories_without_a_common_seed(write, file):
-    """The mean over categories, as in the tables, without a deviation."""
+def test_categories_with_other_seeds(write, file):
+    """The mean over categories, as in the tables, without a deviation; also where some seeds are common."""
     bottle, *tiles = (
         published_value(write("a", (category,), seed), category, "image_auroc")
-        for category, seed in (("bottle", 0), ("tile", 1), ("tile", 2))
+        for category, seed in (("bottle", 0), ("tile", 0), ("tile", 1))
     )
     line = lines_of(write, file)["image_auroc"]
     assert line.ours == pytest.approx(100 * np.mean([bottle, np.mean(tiles)]))
@@ -96,12 +93,62 @@ def test_categories_without_a_common_seed(write, file):
 
 
 def test_what_was_not_run_and_what_differs(write, file):
+    of_study = ENTRY.replace("  source", "  experiment: unknown\n  source")
     write("b")
+    file.write_text(of_study)
     line = lines_of(write, file)["image_auroc"]
-    assert line.texts()[5:8] == ["not run", "–", "+experiments=study"]
-    file.write_text(ENTRY.replace("batch_size: 4", "batch_size: 16"))
+    assert line.texts()[5:8] == ["not run", "–", "+experiments=unknown"]
     write("a")
+    with pytest.raises(UserError, match=r"\+experiments=unknown of a: .*; correct the entry"):
+        lines_of(write, file)
+    file.write_text(ENTRY.replace("batch_size: 4", "batch_size: 16"))
     assert "data.batch_size=4, published 16" in lines_of(write, file)["image_auroc"].remarks
+
+
+def test_settings_other_than_those_of_the_study(write, file):
+    """The budget, the weights, an option that the study lacks, another smoothing, held-out images; not the hardware."""
+    file.write_text(ENTRY.replace("config: {data: {batch_size: 4}}", "experiment: recontrast_mvtec"))
+    changed = {
+        "trainer.max_epochs": "1", "backbone.weights": "none", "+method.scheduler.step": "3",
+        "scoring.pixel_smooth": "{sigma:3}", "data.val_fraction": "0.1",
+    }  # fmt: skip
+    more = [f"{key}={value}" for key, value in changed.items()]
+    for overrides in ([], ["hardware.devices=2", "data.workers=3", "seed=5"], more):
+        config = write("a", ("bottle", "tile")) / "checkpoints" / "config.json"
+        stored = json.loads(config.read_text())
+        stored["config"] = composed(["+experiments=recontrast_mvtec", "data.category=[bottle,tile]", *overrides])
+        config.write_text(json.dumps(stored))
+    [entry], [table] = published.read(file), tables(write)
+    lines = published.board([entry.model_copy(update={"setting": "unified"})], [table])
+    of_image = [line for line in lines if line.metric == "image_auroc"]
+    assert [line.differs for line in of_image].count(False) == 1
+    other = next(line.remarks[0] for line in of_image if line.differs)
+    found = [text.partition(", published ")[0] for text in re.split(r", (?=\w+\.)", other)]
+    assert sorted(found) == [
+        "backbone.weights=none", "data.val_fraction=0.1", "method.scheduler.step=3", "scoring.pixel_smooth.sigma=3",
+        "scoring.pixel_smooth=None", "trainer.max_epochs=1",
+    ]  # fmt: skip
+
+
+def test_categories_with_maps_of_other_sizes_are_one_line(write, file):
+    """Textures are evaluated at their own size, in a table of their own; another run of bottle is another line."""
+    bottle = published_value(write("a", ("bottle",)), "bottle", "image_auroc")
+    tile = published_value(write("a", ("tile",), protocol__data__map_size="original"), "tile", "image_auroc")
+    line = lines_of(write, file)["image_auroc"]
+    assert line.ours == pytest.approx(50 * (bottle + tile))
+    assert (line.published, line.differs) == (90, False)
+    write("a", ("bottle",), protocol__data__map_size=[9, 9])
+    assert len(published.board(published.read(file), tables(write))) == 4
+
+
+def test_other_images_than_the_official_ones(write, file):
+    file.write_text(ENTRY.replace("dataset: folder", "dataset: mvtec"))
+    official = {"data__test_counts": {"cable": {"good": 58, "defective": 92}}, "split__full_counts": {"cable": 224}}
+    write("a", ("bottle",), dataset="mvtec")
+    write("a", ("cable",), dataset="mvtec", **official)
+    remarks = lines_of(write, file)["image_auroc"].remarks
+    assert remarks[0] == "bottle has 6 + 4 + 5 images, officially 209 + 20 + 63"
+    assert len(remarks) == 2
 
 
 def test_a_long_tail_is_known_by_its_profile_and_imbalance(write, file):
@@ -150,19 +197,19 @@ def test_a_wrong_file(file, text, expected):
 
 
 def test_our_own_file():
-    """Every entry names a method that exists and an experiment with the published settings."""
+    """Every entry names a method that exists, and settings: an experiment of this method, or its own."""
     entries = published.read(ROOT / "experiments" / "published.yaml")
     for entry in entries:
         assert (ROOT / "conf" / "method" / f"{entry.method}.yaml").is_file()
-        assert entry.experiment is None or (ROOT / "experiments" / f"{entry.experiment}.yaml").is_file()
+        assert entry.experiment or entry.config
         assert all(re.fullmatch(r"(image|pixel)_\w+|aupro_\d+", metric) for metric in entry.values)
         for values in entry.per_category.values():
             assert len(values) == entry.categories
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for entry in {(e.experiment, e.method): e for e in entries if e.experiment and e.config}.values():
-            cfg = compose("train", [f"+experiments={entry.experiment}", *entry.overrides])
-            found = {key: OmegaConf.select(cfg, key) for key in flat(entry.config)}
-            assert found == flat(entry.config), entry
+    for entry in {(e.experiment, e.method, *e.overrides): e for e in entries if e.experiment}.values():
+        config = composed([f"+experiments={entry.experiment}", *entry.overrides, "data.category=all"])
+        methods = {path.stem: path for path in (ROOT / "conf" / "method").glob("*.yaml")}
+        assert config["data"]["name"] == entry.dataset
+        assert f"_target_: {config['method']['_target_']}\n" in methods[entry.method].read_text()
     recontrast = entries[0]
     mean = np.mean(list(recontrast.per_category["image_auroc"].values()))
     assert abs(mean - recontrast.values["image_auroc"]) < 0.05  # the categories' figures give the table's mean
