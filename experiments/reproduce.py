@@ -6,8 +6,9 @@
 DIR holds the data sets: MVTec AD in mvtec/, mvtec_ad/ or parts/ (or in DIR itself), VisA in visa/. Categories that are
 missing are left out, and the board says so. The settings run one sweep after the other. The same command goes on where
 an earlier one was stopped: finished runs stay, and interrupted ones resume.
-KEY=VALUE holds for all runs. The first start prints what will run, with an estimate of the time on this device;
---dry-run prints only this.
+KEY=VALUE holds for all runs; runs with other values, or of other categories in one model, get folders of their own. The
+first start prints what will run, with an estimate of the time on this device; --dry-run prints only this. Ctrl-C and
+SIGTERM end it after the runs have written a checkpoint.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import functools
 import json
 import math
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,14 +25,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from anomalib_lite.cli import program
+from anomalib_lite.cli.schema import is_free
 from anomalib_lite.cli.values import as_typed
 from anomalib_lite.comparison.published import Published, read
-from anomalib_lite.data.readers import MVTEC, VISA
+from anomalib_lite.data.readers import COUNTS
 from anomalib_lite.errors import UserError
 from anomalib_lite.splits import without_files
 from anomalib_lite.sweeps.command import quoted
@@ -39,7 +44,8 @@ HERE = Path(__file__).resolve().parent
 FILE = HERE / "published.yaml"
 FOLDERS = {"mvtec": ("mvtec", "mvtec_ad", "MVTec_AD", "parts", "."), "visa": ("visa", "VisA")}
 TRIAL_COUNTS = {"train": 16, "good": 2, "defective": 1}  # drawn images; wood has several kinds of defects
-TRIAL_STEPS = 2  # on a CPU, one with the published networks may take a minute
+# on a CPU, a step of the published networks may take a minute; on a GPU, the start takes longer than many steps
+TRIAL_STEPS = 50 if torch.cuda.is_available() else 2
 
 
 @dataclass
@@ -61,20 +67,39 @@ class Study:
 
     @property
     def name(self) -> str:
-        own = "_".join(override.replace("=", "-").replace("/", "-") for override in self.entry.overrides)
-        return f"{self.entry.experiment}{'_' * bool(own)}{own}"
+        """Of the sweep's folder. A sweep goes on with more seeds, hardware and categories, but not with another run."""
+        unified = self.entry.setting == "unified"
+        own = [*self.entry.overrides, *(each for each in self.extra if not may_change(each.partition("=")[0]))]
+        own += [f"{len(self.categories)}_categories"] * (unified and len(self.categories) < self.entry.categories)
+        return "_".join([self.entry.experiment or "", *own]).replace("=", "-").replace("/", "-")
 
     def run(self) -> int:
-        """The sweep; its exit code."""
+        """The sweep; its exit code. Exits after a signal, once the sweep has ended."""
         place = f"hydra.sweep.dir={quoted(self.output / self.name)}"
         command = [sys.executable, "-m", "anomalib_lite.train", "-m", *self.arguments(), place]
         print(f"\n== {self.name}: {shlex.join(command[1:])}", flush=True)
-        sweep = subprocess.Popen(command)
-        try:
-            return sweep.wait()
-        except KeyboardInterrupt:  # the terminal has sent it to the sweep too, whose runs write a checkpoint first
-            sweep.wait()
-            raise SystemExit(130) from None
+        sweep, stopped, code = subprocess.Popen(command), 0, None
+
+        def hand_on(number: int, frame: object) -> None:
+            nonlocal stopped
+            stopped = 143
+            sweep.send_signal(number)
+
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, hand_on)
+        while code is None:
+            try:
+                code = sweep.wait()
+            except KeyboardInterrupt:  # the terminal has sent it to the sweep too, whose runs write a checkpoint first
+                stopped = 130
+        if stopped or code in (130, 143):
+            raise SystemExit(stopped or code)
+        return code
+
+
+def may_change(key: str) -> bool:
+    """Whether a sweep goes on where this key has another value."""
+    return key == "seed" or key.startswith("hydra.") or is_free(key, "resume")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,9 +159,10 @@ def categories_below(data: Path, dataset: str) -> Iterator[tuple[Path, list[str]
     for name in FOLDERS.get(dataset, ()):
         root = data / name
         places = [root / part for part in ("1cls", ".")]
-        known = {"mvtec": MVTEC, "visa": VISA}[dataset]
         found = [
-            name for name in known if any((p / name / sub).is_dir() for p in places for sub in ("train/good", "Data"))
+            name
+            for name in COUNTS[dataset]
+            if any((place / name / sub).is_dir() for place in places for sub in ("train/good", "Data"))
         ]
         if found:
             yield root.resolve(), found
@@ -158,10 +184,10 @@ def estimate(studies: Sequence[Study]) -> None:
 
 def timed(study: Study) -> tuple[int, int, float]:
     """The number of runs, the steps of one, and its seconds: from a few steps on drawn images with random weights."""
-    known = {"mvtec": MVTEC, "visa": VISA}[study.entry.dataset]
-    arguments = study.arguments(study.categories[0])
+    known = COUNTS[study.entry.dataset]
+    arguments, seeds = first_of_sweep(study.arguments(study.categories[0]))
     cfg = composed(arguments)
-    seeds = math.prod(
+    seeds *= math.prod(
         len(str(values).split(","))
         for key, values in cfg["swept"].items()
         if key != "data.category" and not any(given.startswith(f"{key}=") for given in arguments)
@@ -185,6 +211,17 @@ def timed(study: Study) -> tuple[int, int, float]:
     return runs, round(steps * phases), steps * phases * step + passes * timing["test_s"] / scored
 
 
+def first_of_sweep(arguments: Sequence[str]) -> tuple[list[str], int]:
+    """The arguments of a sweep's first run, and the number of its runs."""
+    first, runs = [], 1
+    for argument in arguments:
+        override = OverridesParser.create().parse_override(as_typed(argument))
+        values = list(override.sweep_string_iterator()) if override.is_sweep_override() else []
+        first.append(f"{override.input_line.partition('=')[0]}={values[0]}" if values else argument)
+        runs *= len(values) or 1
+    return first, runs
+
+
 @functools.cache  # several studies differ in their data alone
 def trial(has_steps: bool, *arguments: str) -> dict[str, Any]:
     """The result of a short run on drawn images with random weights."""
@@ -204,14 +241,10 @@ def trial(has_steps: bool, *arguments: str) -> dict[str, Any]:
 
 
 def composed(arguments: Sequence[str]) -> dict[str, Any]:
-    """`data`, `split` and `trainer` of a command line, and the values that its experiment sweeps over."""
-    with initialize_config_dir(str(HERE.parent / "conf"), version_base="1.3"):
-        cfg = compose("train", list(map(as_typed, arguments)), return_hydra_config=True)
-        HydraConfig.instance().set_config(cfg)
-        names = ("data", "split", "trainer")
-        parts: dict[str, Any] = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in names}
-        swept = cfg.hydra.sweeper.get("params")
-        return parts | {"swept": OmegaConf.to_container(swept) if swept else {}}
+    """The configuration of a command line, and as `swept` the values that its experiment sweeps over."""
+    cfg = program.composed([*map(as_typed, arguments)])
+    swept = HydraConfig.get().sweeper.get("params")
+    return cfg | {"swept": OmegaConf.to_container(swept) if swept else {}}
 
 
 if __name__ == "__main__":

@@ -20,21 +20,41 @@ def study(name: str, root: Path, *categories: str) -> reproduce.Study:
     return reproduce.Study(ENTRIES[name], root, list(categories), root / "output", [])
 
 
-def test_ctrl_c_waits_for_the_sweep(tmp_path, monkeypatch):
-    """The sweep may take seconds to write its checkpoints."""
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_waits_for_the_sweep(sent, code, tmp_path, monkeypatch):
+    """The sweep may take seconds to write its checkpoints. A terminal sends Ctrl-C to it, SIGTERM is handed on."""
     program = tmp_path / "python"
-    program.write_text(f"#!/bin/sh\nsleep 0.8\ntouch '{tmp_path}/ended'\n")
+    program.write_text(f"#!/bin/sh\ntrap 'touch {tmp_path}/term' TERM\nsleep 0.8\ntouch '{tmp_path}/ended'\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    numbers = (signal.SIGALRM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(sent))
     signal.setitimer(signal.ITIMER_REAL, 0.2)
     try:
         with pytest.raises(SystemExit) as end:
             study("recontrast mvtec", tmp_path, "bottle").run()
     finally:
-        signal.signal(signal.SIGALRM, before)
-    assert end.value.code == 130
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert end.value.code == code
     assert (tmp_path / "ended").exists()
+    assert (tmp_path / "term").exists() == (sent == signal.SIGTERM)
+
+
+def test_folders(tmp_path):
+    """What a sweep can't go on with has a folder of its own."""
+
+    def name(*extra: str, of: str = "uniad mvtec method=uniad", categories: int = 15) -> str:
+        chosen = [*reproduce.COUNTS["mvtec"]][:categories]
+        return reproduce.Study(ENTRIES[of], tmp_path, chosen, tmp_path, list(extra)).name
+
+    assert name() == "unified_published_method-uniad"
+    assert name("seed=0,1,2", "hardware.devices=2", "data.workers=1", "hydra.launcher.jobs=2") == name()
+    assert name("trainer.max_steps=20") == "unified_published_method-uniad_trainer.max_steps-20"
+    assert name(categories=2) == "unified_published_method-uniad_2_categories"
+    assert name(of="recontrast mvtec", categories=2) == name(of="recontrast mvtec") == "recontrast_mvtec"
 
 
 def test_which_studies_run(tmp_path):
@@ -112,6 +132,9 @@ def test_the_estimate(tmp_path, trials, capsys):
 )
 @pytest.mark.usefixtures("trials")
 def test_the_estimate_counts_the_images_of_the_split(name, runs, steps, scored, tmp_path):
-    *counts, seconds = reproduce.timed(study(name, tmp_path, *reproduce.MVTEC))
+    chosen = study(name, tmp_path, *reproduce.COUNTS["mvtec"])
+    *counts, seconds = reproduce.timed(chosen)
     assert counts == [runs, steps]
+    chosen.extra.append("seed=0,1,2,3,4")  # it takes the place of the study's seeds
+    assert reproduce.timed(chosen) == (75 if runs == 15 else 5, steps, seconds)
     assert seconds == pytest.approx(0.5 * steps + 0.1 * scored)
