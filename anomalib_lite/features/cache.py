@@ -127,26 +127,19 @@ class FeatureFiles:
             (self.folder / "key.txt").write_text(text)
 
     @contextlib.contextmanager
-    def locked(self, seconds: float = 0.0) -> Iterator[None]:
-        """A lock, for which it waits `seconds` at most: one run writes at a time. It ends with a killed process.
+    def locked(self) -> Iterator[None]:
+        """A lock, for which it waits: one run writes at a time. It ends with a killed process.
 
         Processes forked from this one, such as those that load data, do not inherit it.
 
         The incomplete files of killed writers are removed first.
-
-        Raises:
-            BlockingIOError: another run holds the lock for longer than `seconds`.
         """
-        end = time.monotonic() + seconds
         with (self.folder / "lock").open("w") as file:
-            while True:
-                try:
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= end:
-                        raise
-                    time.sleep(0.2)
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("waiting for another run that computes features with the same backbone")
+                fcntl.lockf(file, fcntl.LOCK_EX)  # a signal whose handler raises an exception ends the wait
             for part in [*self.folder.glob(PARTS), *self.folder.glob(".tmp??????")]:  # the latter of safetensors
                 part.unlink()
             yield

@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 Levels = list[Tensor]  # [B, C_i, H_i, W_i]
 # Images of every forward pass on a CPU. With another number, a network's output may differ in its last bit.
 BATCH = 16
-LOCK_SECONDS = 60.0  # the ranks meet this often while they wait for a lock: NCCL ends a long wait
 
 
 def precompute(
@@ -122,7 +121,9 @@ class Extraction:
         complete = self.agreed() and self.trainer.strategy.reduce_boolean_decision(stored.holds(paths))
         if self.agreed() and not complete:
             with contextlib.ExitStack() as lock:
-                self.enter(lock)
+                with self.noting_problems():
+                    if self.trainer.is_global_zero:  # the other ranks wait for it in `agreed`
+                        lock.enter_context(self.files.locked())
                 if self.agreed():  # rank 0 has the lock; now all ranks read files written meanwhile
                     with self.noting_problems():
                         self.files.load(self.keys, stored)
@@ -139,22 +140,6 @@ class Extraction:
                 log.warning("the feature cache is not used: %s", self.problem or "another rank could not write")
             return StoredFeatures(self.data.eval_pipeline), {"used": False, "why": self.problem}
         return stored, self.report(stored, paths, len(missing))
-
-    def enter(self, held: contextlib.ExitStack) -> None:
-        """Rank 0 waits for the files' lock, which `held` releases; the other ranks wait with it."""
-        waits, seconds = self.trainer.is_global_zero, 0.0
-        while self.trainer.strategy.reduce_boolean_decision(waits, all=False):
-            if not waits:
-                continue
-            with self.noting_problems():
-                try:
-                    held.enter_context(self.files.locked(seconds))
-                except BlockingIOError:
-                    if not seconds:
-                        log.info("waiting for another run that computes features with the same backbone")
-                    seconds = LOCK_SECONDS
-                    continue
-            waits = False
 
     def fill(self, missing: list[str]) -> None:
         """Compute this rank's share of the missing features, in whole batches, and write them into new files.
