@@ -32,9 +32,6 @@ class Resize(A.DualTransform):
     def apply_to_mask(self, mask: np.ndarray, *args, **params) -> np.ndarray:
         return _resized(mask, self.size, Image.Resampling.NEAREST)
 
-    def get_transform_init_args_names(self) -> tuple[str, ...]:
-        return ("size", "resample")
-
 
 class Crop(A.RandomCrop):
     """A random part of `size` (height, width): what a texture is trained on."""
@@ -52,9 +49,6 @@ class Crop(A.RandomCrop):
                 f"{height}×{width}; give a smaller one, a larger data.texture_size, or data.treatment=object"
             )
         return super().get_params_dependent_on_data(params, data)
-
-    def get_transform_init_args_names(self) -> tuple[str, ...]:
-        return ("size",)
 
 
 class Tile(A.DualTransform):
@@ -87,9 +81,6 @@ class Tile(A.DualTransform):
 
     def apply_to_mask(self, mask: np.ndarray, *args, place: tuple[int, int] = (0, 0), **params) -> np.ndarray:
         return self.apply(mask, place)
-
-    def get_transform_init_args_names(self) -> tuple[str, ...]:
-        return ("size", "places")
 
 
 class Turn(A.DualTransform):
@@ -124,9 +115,6 @@ class Turn(A.DualTransform):
         matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, 1.0)
         border = cv2.BORDER_REFLECT_101 if self.mirror else cv2.BORDER_CONSTANT
         return cv2.warpAffine(array, matrix, (width, height), flags=interpolation, borderMode=border)
-
-    def get_transform_init_args_names(self) -> tuple[str, ...]:
-        return ("step", "angles", "mirror")
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
