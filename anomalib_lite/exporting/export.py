@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.samples import Sample
 from anomalib_lite.data.transforms import Resize
 from anomalib_lite.errors import UserError
-from anomalib_lite.exporting import checks, files
+from anomalib_lite.exporting import files
 from anomalib_lite.exporting.graph import HalfWeights, ScoringGraph, check_exportable, reads_category, traced
 from anomalib_lite.methods.base import AnomalyModule
+from anomalib_lite.metrics.functional import image_metrics
 from anomalib_lite.paths import replacing
 from anomalib_lite.runs import build
-from anomalib_lite.runs.artifacts import read_result
+from anomalib_lite.runs.artifacts import read_normal, read_result, read_scores
 from anomalib_lite.runs.checkpoints import read_checkpoint
 from anomalib_lite.runs.folder import read_run
 from anomalib_lite.runs.load import LoadedRun, load
@@ -27,6 +28,11 @@ from anomalib_lite.runs.run import check_fingerprint
 from anomalib_lite.runs.summary import TF32, other_precision
 
 REFERENCE = "predict's in float32 (precision=32)"  # the scores that a file's are compared with
+NORMAL_IMAGES = 64  # of the training images that calibrate and check a file
+SAME = 1e-3  # relative difference of scores that no float32 file exceeds; more is a fault
+#: The score of a normal image may move by this share of the way from the median of the normal images' scores to the
+#: threshold. So a usual normal image stays good, and the order of images changes only among nearly equal scores.
+TOLERANCE = 0.2
 
 
 def export_run(run: Path, output: Path, category: str | None, precision: str, force: bool = False) -> Iterator[str]:
@@ -53,7 +59,7 @@ def export_run(run: Path, output: Path, category: str | None, precision: str, fo
     for note in threshold_notes(result["environment"].get("precision")):
         yield f"note: {note}"
 
-    images: list[np.ndarray] = checks.noise(model.image_size)
+    images: list[np.ndarray] = noise(model.image_size)
     if precision != "float32":
         samples, data = normal_samples(cfg, stored, checkpoint, chosen, precision)
         images = [data.eval_pipeline.load(sample.path) for sample in samples]
@@ -74,16 +80,16 @@ def export_run(run: Path, output: Path, category: str | None, precision: str, fo
         scorer, expected = files.opened(made), reference.predict(images)[0].astype(np.float64)
         found = files.scores_of(scorer, images)
         if precision == "float32":
-            difference = checks.largest_difference(found, expected)
-            if not difference <= checks.SAME:
+            difference = largest_difference(found, expected)
+            if not difference <= SAME:
                 raise UserError(
                     f"run: method={names['method']} can't be exported: the file's scores differ from {REFERENCE} "
                     f"by {difference:.2g} of their value; use predict, or load_run in Python"
                 )
             yield f"the file's scores differ from {REFERENCE} by at most {difference:.1e} of their value"
         else:
-            yield checks.check_moved(found, expected, checks.room(run, thresholds), precision, force)
-            yield checks.auroc_line(run, data, chosen, scorer, data.eval_pipeline.load)
+            yield check_moved(found, expected, room(run, thresholds), precision, force)
+            yield auroc_line(run, data, chosen, scorer, data.eval_pipeline.load)
         with replacing(output) as part:
             shutil.copyfile(made, part)
     yield f"{output}: {output.stat().st_size / 1e6:.1f} MB, {precision}"
@@ -154,10 +160,10 @@ def normal_samples(
             f"precision={precision}: it is checked on the run's normal training images, which can't be read ({error}); "
             "give precision=float32"
         ) from error
-    count = max(1, checks.NORMAL_IMAGES // len(categories))
+    count = max(1, NORMAL_IMAGES // len(categories))
     normal = [sample for sample in data.train_samples if not sample.label]
     each = [[sample for sample in normal if sample.category == name] for name in categories]
-    return [sample for samples in each for sample in checks.spread(samples, count)], data
+    return [sample for samples in each for sample in spread(samples, count)], data
 
 
 def example(model: AnomalyModule, data: AnomalyDataModule) -> torch.Tensor:
@@ -165,3 +171,64 @@ def example(model: AnomalyModule, data: AnomalyDataModule) -> torch.Tensor:
     height, width = model.image_size
     extra = (0, 64) if data.test_size == "original" else (5, 11)
     return torch.zeros(2, height + extra[0], width + extra[1], 3, dtype=torch.uint8)
+
+
+def noise(size: Sequence[int]) -> list[np.ndarray]:
+    """Two images of noise, larger and smaller than `size`: for a run whose data are no longer there."""
+    rng, (height, width) = np.random.default_rng(0), size
+    sizes = (height + height // 4, width + width // 2), (height, max(1, width - width // 4))
+    return [rng.integers(0, 256, (*each, 3), np.uint8) for each in sizes]
+
+
+def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """At most so many of the samples, evenly over the list."""
+    return [samples[i] for i in np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int))]
+
+
+def largest_difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """The largest |found − expected| / |expected|."""
+    return float((np.abs(found - expected) / np.maximum(np.abs(expected), 1e-12)).max())
+
+
+def room(run: Path, thresholds: dict[str, dict[str, float]]) -> float:
+    """How far scores may move: TOLERANCE of the way from the median normal score to the threshold, of all categories
+    the least. Both come from the run's normal images.
+    """
+    normal = read_normal(run)
+    ways = [
+        limits["image"] - np.median(normal["scores"][normal["categories"] == name])
+        for name, limits in thresholds.items()
+    ]
+    return TOLERANCE * float(min(ways))
+
+
+def check_moved(found: np.ndarray, expected: np.ndarray, allowed: float, precision: str, force: bool) -> str:
+    """The line on how far normal images' scores have moved. Raises UserError if it is too far, unless `force`."""
+    moved = float(np.abs(found - expected).max())
+    line = (
+        f"the scores of {len(found)} normal training images move by at most {moved:.3g}, which is "
+        f"{100 * largest_difference(found, expected):.3g} % ({allowed:.3g} is allowed)"
+    )
+    if not moved <= allowed and not force:  # NaN is refused too
+        raise UserError(f"precision={precision}: {line}; give precision=float32, or force=true to write the file")
+    return line
+
+
+def auroc_line(
+    run: Path, data: AnomalyDataModule, categories: Sequence[str], scorer: files.Scorer, load: Callable[[Path], Any]
+) -> str:
+    """Image AUROC of the run's test images, mean over categories, by its own scores and by the file's."""
+    before, after, count, stored = [], [], 0, read_scores(run)
+    for name in categories:
+        samples = [sample for sample in data.test_samples if sample.category == name]
+        labels = np.array([sample.label for sample in samples])
+        if len(set(labels.tolist())) < 2:
+            continue
+        scores = files.scores_of(scorer, (load(sample.path) for sample in samples))
+        count += len(samples)
+        before.append(image_metrics(stored[name].scores, stored[name].labels)["image_auroc"])
+        after.append(image_metrics(scores, labels)["image_auroc"])
+    if not count:
+        return "image AUROC: no good and defective test images to measure it on"
+    means = [float(np.mean(values)) for values in (before, after)]  # type: ignore[arg-type]
+    return f"image AUROC on {count} test images: {means[0]:.4f} before, {means[1]:.4f} after"

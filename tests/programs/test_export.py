@@ -28,8 +28,8 @@ from tests.helpers.image_trees import make_mvtec
 
 pytest.importorskip("onnxscript")
 onnx, ort = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-from anomalib_lite.exporting import checks, files, resize  # noqa: E402
 from anomalib_lite.exporting import export as exporting  # noqa: E402
+from anomalib_lite.exporting import files, resize  # noqa: E402
 from anomalib_lite.exporting.export import chosen_categories, threshold_notes  # noqa: E402
 
 FILTERS = ("nearest", *resize.FILTERS)
@@ -293,7 +293,7 @@ def test_int8_is_near_and_smaller(exported, tmp_path):
     assert file.stat().st_size < 0.6 * source.stat().st_size  # the bank's rows stay beside its product's weights
     images = [image[0] for image in pictures(*SIZES)]
     found, expected = (files.scores_of(files.opened(each), images) for each in (file, source))
-    assert 0 < checks.largest_difference(found, expected) < 0.3  # of a random network
+    assert 0 < exporting.largest_difference(found, expected) < 0.3  # of a random network
     meta = [ort.InferenceSession(str(each)).get_modelmeta().custom_metadata_map for each in (file, source)]
     assert meta[0] == meta[1]
 
@@ -310,7 +310,7 @@ def test_defective_training_images_calibrate_no_file(monkeypatch):
 @pytest.mark.parametrize(("suffix", "precision"), [(".onnx", "float16"), (".onnx", "int8"), (".pt2", "float16")])
 def test_precision(suffix, precision, trained, tmp_path, monkeypatch):
     file, given = tmp_path / f"model{suffix}", [f"run={trained('norm_occ_closed_form')}", f"precision={precision}"]
-    monkeypatch.setattr(checks, "TOLERANCE", 0.0)
+    monkeypatch.setattr(exporting, "TOLERANCE", 0.0)
     outcome = export(*given, f"output={file}")
     assert outcome.code == 2
     assert re.fullmatch(rf"error: precision={precision}: the scores of 6 .* force=true .*\n", outcome.err)
@@ -322,10 +322,10 @@ def test_precision(suffix, precision, trained, tmp_path, monkeypatch):
 
 def test_scores_that_move_too_far_are_refused():
     with pytest.raises(Exception, match=r"^precision=int8: .* move by at most 0.5, which is 25 % \(0.1 is allowed\)"):
-        checks.check_moved(np.array([1.0, 2.5]), np.array([1.0, 2.0]), 0.1, "int8", force=False)
-    checks.check_moved(np.array([1.0, 2.5]), np.array([1.0, 2.0]), 0.1, "int8", force=True)
+        exporting.check_moved(np.array([1.0, 2.5]), np.array([1.0, 2.0]), 0.1, "int8", force=False)
+    exporting.check_moved(np.array([1.0, 2.5]), np.array([1.0, 2.0]), 0.1, "int8", force=True)
     with pytest.raises(Exception, match="nan"):
-        checks.check_moved(np.array([np.nan]), np.array([1.0]), 0.1, "int8", force=False)
+        exporting.check_moved(np.array([np.nan]), np.array([1.0]), 0.1, "int8", force=False)
 
 
 # --- what can't be exported ---

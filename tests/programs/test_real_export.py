@@ -40,12 +40,13 @@ def in_turn(*scorers, repeats: int) -> list[tuple[float, float]]:
 def test_table(method, tmp_path):
     pytest.importorskip("onnxscript")
     from anomalib_lite.export import main
-    from anomalib_lite.exporting import checks, files
+    from anomalib_lite.exporting import files
+    from anomalib_lite.exporting.export import NORMAL_IMAGES, largest_difference
     from anomalib_lite.runs.load import load_run
 
     weights = real.weights() / "resnet18_imagenet1k_layers1-3.safetensors"
     data = ["data=mvtec", f"data.root={real.parts()}", "data.category=bottle"]
-    budget = ["trainer.max_epochs=null", "trainer.max_steps=10", "split=shots", f"split.shots={checks.NORMAL_IMAGES}"]
+    budget = ["trainer.max_epochs=null", "trainer.max_steps=10", "split=shots", f"split.shots={NORMAL_IMAGES}"]
     budget = budget if method in ("ssae", "recontrast", "rlr", "ltad") else []
     done = runs.train(
         f"method={method}", *data, "backbone=resnet18", f"backbone.weights={weights}", "hardware=cpu", "logger=csv",
@@ -66,7 +67,7 @@ def test_table(method, tmp_path):
             assert precision == "int8"
             continue
         scorers[precision] = scorer = files.opened(file)  # with as many threads as torch
-        difference = checks.largest_difference(files.scores_of(scorer, images), expected)
+        difference = largest_difference(files.scores_of(scorer, images), expected)
         print(f"\n| {method} | {precision} | {difference:.1e} | {file.stat().st_size / 1e6:.1f} |")
         print("\n".join(line for line in outcome.out.splitlines() if "move by" in line or "AUROC" in line))
         assert precision != "float32" or difference < 1e-4
