@@ -1,6 +1,7 @@
 """sPRO for data whose masks have saturation thresholds (MVTec LOCO): each kind of defect apart, and their mean."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,31 +33,24 @@ def add_spro(
     if not any(sample.saturations for sample in data.test_samples):
         return []
     notes: dict[str, str] = {}
+
+    def images(rows: list[int]) -> Iterator[tuple[Any, list[Region]]]:
+        """Each map with its regions. Read one by one: the masks of all take gigabytes."""
+        for i in rows:
+            yield test["maps"][i], _regions(data, i, test["maps"], notes)
+
     for category, metrics in per_category.items():
         kinds = per_defect[category]
         rows = np.flatnonzero(test["categories"] == category)
         rows = rows if data.has_masks[category] else rows[:0]
         for defect, of_kind in kinds.items():
             chosen = [i for i in rows.tolist() if not test["labels"][i] or test["defects"][i] == defect]
-            of_kind |= spro_metrics(test["maps"].ordered(chosen), _Regions(data, chosen, test["maps"], notes), limits)
+            of_kind |= spro_metrics(partial(images, chosen), limits)
         for limit in limits:
             key = overlap_key("spro", limit)
             values = [of_kind[key] for of_kind in kinds.values() if of_kind[key] is not None]
             metrics[key] = float(np.mean(values)) if values else None
     return list(notes.values())
-
-
-class _Regions(Sequence[list[Region]]):
-    """The regions of test images, which are made whenever an image is asked for: the masks of all take gigabytes."""
-
-    def __init__(self, data: AnomalyDataModule, rows: list[int], maps: Sequence[Any], notes: dict[str, str]):
-        self.data, self.rows, self.maps, self.notes = data, rows, maps, notes
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: Any) -> Any:
-        return _regions(self.data, self.rows[i], self.maps, self.notes)
 
 
 def _regions(data: AnomalyDataModule, index: int, maps: Sequence[Any], notes: dict[str, str]) -> list[Region]:

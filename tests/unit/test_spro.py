@@ -1,7 +1,6 @@
 """The saturated per-region overlap against a literal one, and against AUPRO where nothing is saturated early."""
 
 import tracemalloc
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -12,6 +11,11 @@ from anomalib_lite.metrics.functional import pixel_metrics
 from anomalib_lite.metrics.spro import Region, spro_metrics
 from tests.helpers.slow_spro import slow_spro
 from tests.unit.test_metrics import KINDS, blobs, draw
+
+
+def of(maps, regions, *limits):
+    """sPRO up to these limits, or up to the default one."""
+    return spro_metrics(lambda: zip(maps, regions, strict=True), *[limits] * bool(limits))
 
 
 def components(masks):
@@ -40,7 +44,7 @@ def test_equals_slow(kind):
     maps = draw(kind, rng, masks)
     regions = drawn_regions(rng, masks)
     limits = (0.3, 0.05, 0.123, 1.0)
-    got = spro_metrics(list(maps), regions, limits)
+    got = of(maps, regions, *limits)
     assert list(got) == ["spro_30", "spro_05", "spro_123", "spro_100"]
     reference = [[(m, min(s, m.sum())) for m, s in found] for found in regions]
     expected = [slow_spro(maps, reference, limit) for limit in limits]
@@ -53,7 +57,7 @@ def test_is_aupro_without_saturation():
     for kind in ("random", "half tied"):
         maps = draw(kind, rng, masks)
         aupro = pixel_metrics(maps, masks, (0.3, 0.05))
-        found = spro_metrics(list(maps), components(masks), (0.3, 0.05))
+        found = of(maps, components(masks), 0.3, 0.05)
         assert found["spro_30"] == pytest.approx(aupro["aupro_30"], abs=1e-12)
         assert found["spro_05"] == pytest.approx(aupro["aupro_05"], abs=1e-12)
 
@@ -62,36 +66,28 @@ def test_order_and_scale_change_no_bit():
     rng = np.random.default_rng(1)
     masks = blobs(rng, 6, 20, 20)
     maps, regions = draw("half tied", rng, masks), drawn_regions(rng, masks)
-    expected = spro_metrics(list(maps), regions, (0.3,))
+    expected = of(maps, regions, 0.3)
     order = rng.permutation(len(maps))
-    assert spro_metrics([maps[i] for i in order], [regions[i][::-1] for i in order], (0.3,)) == expected
-    assert spro_metrics([4 * maps[i] + 8 for i in order], [regions[i] for i in order], (0.3,)) == expected
+    assert of([maps[i] for i in order], [regions[i][::-1] for i in order], 0.3) == expected
+    assert of([4 * maps[i] + 8 for i in order], [regions[i] for i in order], 0.3) == expected
     sizes = [np.pad(m, ((0, i), (0, 0)), constant_values=m.min() - 1) for i, m in enumerate(maps)]
     padded = [[Region(np.pad(r.mask, ((0, i), (0, 0))), r.saturation) for r in regions[i]] for i in range(len(maps))]
-    assert spro_metrics(sizes, padded, (0.3,))["spro_30"] is not None
+    assert of(sizes, padded, 0.3)["spro_30"] is not None
 
 
 def test_memory_does_not_grow_with_the_images(monkeypatch):
     """Maps and masks are read image by image, and normal pixels counted in parts, which change no bit."""
-    count, size = 200, (64, 64)
+    count = 200
 
-    class Maps(Sequence):
-        dtype = np.dtype(np.float32)
+    def images():
+        for seed in range(count):
+            amap = np.random.default_rng(seed).random((64, 64), np.float32)
+            yield amap, [Region(amap > 0.99, 20)]
 
-        def __len__(self):
-            return count
-
-        def __getitem__(self, i):
-            return np.random.default_rng(range(count)[i]).random(size, np.float32)
-
-    class Regions(Maps):
-        def __getitem__(self, i):
-            return [Region(super().__getitem__(i) > 0.99, 20)]
-
-    expected = spro_metrics(list(Maps()), list(Regions()), (0.05, 0.3))
+    expected = of(*zip(*images(), strict=True), 0.05, 0.3)
     monkeypatch.setattr(spro, "PART", 4 * 64 * 64)
     tracemalloc.start()
-    assert spro_metrics(Maps(), Regions(), (0.05, 0.3)) == expected
+    assert spro_metrics(images, (0.05, 0.3)) == expected
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < count * 64 * 64 * 4 / 2  # half of the bytes of the maps
@@ -103,22 +99,13 @@ def test_saturation_is_enough():
     mask[:2] = True
     amap[0] = 2
     amap[2:] = 1  # normal pixels above the other half
-    assert spro_metrics([amap], [[Region(mask, 4)]], (0.05, 1.0)) == {"spro_05": 1.0, "spro_100": 1.0}
-    assert spro_metrics([amap], [[Region(mask, 8)]]) == {"spro_05": 0.5}
-    assert spro_metrics([amap], [[Region(mask, 5)]]) == {"spro_05": pytest.approx(0.8, abs=1e-12)}
-    assert spro_metrics([amap], [[Region(mask, 2.5)]]) == {"spro_05": 1.0}
+    assert of([amap], [[Region(mask, 4)]], 0.05, 1.0) == {"spro_05": 1.0, "spro_100": 1.0}
+    assert of([amap], [[Region(mask, 8)]]) == {"spro_05": 0.5}
+    assert of([amap], [[Region(mask, 5)]]) == {"spro_05": pytest.approx(0.8, abs=1e-12)}
+    assert of([amap], [[Region(mask, 2.5)]]) == {"spro_05": 1.0}
 
 
-def test_nothing_to_measure_and_faults():
+def test_nothing_to_measure():
     amap, mask = np.zeros((4, 4)), np.ones((4, 4), bool)
-    assert spro_metrics([amap], [[]]) == {"spro_05": None}
-    assert spro_metrics([amap], [[Region(mask, 1)]]) == {"spro_05": None}
-    for maps, regions, limits, message in (
-        ([amap], [[Region(mask, 0)]], (0.05,), "above 0"),
-        ([amap], [[Region(mask[:2], 1)]], (0.05,), r"map 0 .* \[H, W\]"),
-        ([amap + np.nan], [[]], (0.05,), "NaN"),
-        ([amap], [[]], (0.0,), "fpr_limits"),
-        ([amap], [[], []], (0.05,), "longer"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            spro_metrics(maps, regions, limits)
+    assert of([amap], [[]]) == {"spro_05": None}
+    assert of([amap], [[Region(mask, 1)]]) == {"spro_05": None}
