@@ -22,12 +22,13 @@ IMBALANCES = (10, 20, 50, 100, 200, 500)
 
 
 class ProcessesLauncher(Launcher):
-    """Every job in a process of its own on this machine."""
+    """Every job in a process of its own, which the class `sweep_name` of anomalib_lite/sweeps starts.
 
-    sweep_class = "sweep.Sweep"
+    The YAML files pass it, and the `sampler` of SearchSweeper, in `_args_`: they are no options for users.
+    """
 
-    def __init__(self, **options: Any) -> None:
-        self.options = options
+    def __init__(self, sweep_name: str = "sweep.Sweep", /, **options: Any) -> None:
+        self.sweep_name, self.options = sweep_name, options
         self.sweep: Any = None
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
@@ -36,37 +37,19 @@ class ProcessesLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from importlib import import_module
 
-        module, _, name = self.sweep_class.partition(".")
+        module, _, name = self.sweep_name.partition(".")
         sweep_class = getattr(import_module(f"anomalib_lite.sweeps.{module}"), name)
         self.sweep = self.sweep or sweep_class(self.options, self.config, self.context.config_loader)
         return self.sweep.launch([list(overrides) for overrides in job_overrides], initial_job_idx)
 
 
-class SubmititLocalLauncher(ProcessesLauncher):
-    """submitit on this machine: a trial of submitit_slurm."""
+class SearchSweeper(Sweeper):
+    """A search with Optuna. `random` draws all trials at once; `tpe` draws the next `n_jobs` trials when the previous
+    ones have ended.
+    """
 
-    sweep_class = "cluster.LocalSweep"
-
-
-class SubmititSlurmLauncher(ProcessesLauncher):
-    """SLURM's queue, through submitit."""
-
-    sweep_class = "cluster.SlurmSweep"
-
-
-class RayLauncher(ProcessesLauncher):
-    """A Ray cluster, or Ray on this machine."""
-
-    sweep_class = "cluster.RaySweep"
-
-
-class RandomSweeper(Sweeper):
-    """A search with Optuna; all trials are drawn at once."""
-
-    sampler = "random"
-
-    def __init__(self, params: dict[str, str] | None, **options: Any) -> None:
-        self.params, self.options = params or {}, options
+    def __init__(self, sampler: str, /, params: dict[str, str] | None, **options: Any) -> None:
+        self.sampler, self.params, self.options = sampler, params or {}, options
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
         self.context, self.config = hydra_context, config
@@ -80,12 +63,6 @@ class RandomSweeper(Sweeper):
         given = [f"{key}={value}" for key, value in self.params.items()]
         overrides = [*given, *arguments]
         return search(self.sampler, self.options, overrides, self.config, self.context.config_loader, self.launcher)
-
-
-class TPESweeper(RandomSweeper):
-    """A search with Optuna; the next `n_jobs` trials are drawn when the previous ones have ended."""
-
-    sampler = "tpe"
 
 
 class OwnOptions(SearchPathPlugin):

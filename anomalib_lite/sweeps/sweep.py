@@ -54,7 +54,7 @@ class Sweep:
         self.folder = Path(str(config.hydra.sweep.dir)).absolute()
         self.index = self.folder / "sweep.json"
         self.sweeper = str(config.hydra.sweeper._target_).rpartition(".")[2]
-        self.searches = self.sweeper in ("RandomSweeper", "TPESweeper")  # a search prints the end after its last batch
+        self.searches = self.sweeper == "SearchSweeper"  # a search prints the end after its last batch
         self.gpus, self.jobs_per_gpu = self.visible_gpus(), self.options.get("jobs_per_gpu") or 1
         self.jobs: dict[str, Job] = {}
         self.engine: Any = None  # starts jobs and reports their ends, as ForkedJobs does
@@ -165,7 +165,8 @@ class Sweep:
 
     def check_held_out(self, plain: dict[str, Any]) -> None:
         """UserError if a sweeper that optimises would get no objective."""
-        if self.sweeper == "BasicSweeper" or (self.sweeper == "RandomSweeper" and plain["objective"] is None):
+        is_random = self.searches and self.config.hydra.sweeper._args_ == ["random"]
+        if self.sweeper == "BasicSweeper" or (is_random and plain["objective"] is None):
             return
         if plain["objective"] is None or plain["data"]["val_fraction"] == 0:
             raise UserError(
