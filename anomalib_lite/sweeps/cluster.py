@@ -65,13 +65,6 @@ class SlurmSweep(ClusterSweep):
                 f"hardware.devices={hardware['devices']} hardware.nodes={hardware['nodes']} with "
                 "hydra/launcher=submitit_slurm: add hardware=slurm, whose ranks are SLURM's tasks"
             )
-        for option, key, wanted in (("tasks_per_node", "devices", tasks), ("nodes", "nodes", hardware["nodes"])):
-            given = self.options[option]
-            if given is not None and given != wanted:
-                raise UserError(
-                    f"hydra.launcher.{option}={given} with hardware.{key}={wanted}: a task is a device's rank, so the "
-                    f"numbers are the same; leave hydra.launcher.{option} out"
-                )
         return 0, tasks * hardware["nodes"] > 1
 
     def tasks(self, hardware: dict[str, Any]) -> int:
@@ -80,7 +73,7 @@ class SlurmSweep(ClusterSweep):
             return hardware["devices"]
         if hardware.get("ranks") != "slurm":
             return 1
-        return self.options["tasks_per_node"] or self.options["gpus_per_node"] or 1
+        return self.options["gpus_per_node"] or 1
 
     def limit(self, jobs: list[Job]) -> int:
         return self.options["jobs"]

@@ -34,8 +34,7 @@ from anomalib_lite.sweeps.view import View, print_end, print_interrupted
 log = logging.getLogger(__name__)
 #: the options of launchers that are whole numbers, with the lowest one
 LOWEST = {
-    "jobs": 1, "jobs_per_gpu": 1, "threads": 1, "gpus_per_job": 0, "cpus_per_job": 1, "timeout_min": 1, "nodes": 1,
-    "tasks_per_node": 1,
+    "jobs": 1, "jobs_per_gpu": 1, "threads": 1, "gpus_per_job": 0, "cpus_per_job": 1, "timeout_min": 1,
     "gpus_per_node": 0, "cpus_per_task": 1, "mem_gb": 1, "signal_delay_s": 1, "max_num_timeout": 0,
 }  # fmt: skip
 PATIENCE = 10.0  # seconds that the previous sweep in the same folder may take to end
