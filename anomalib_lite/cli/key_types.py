@@ -1,5 +1,6 @@
 """Types and ranges of the configuration's values, and how an error names them."""
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
-from anomalib_lite.cli.keys import each_value, encodable
+from anomalib_lite.cli.keys import each_value, encodable, lookup
 from anomalib_lite.errors import UserError
 
 
@@ -139,18 +140,25 @@ def check_group(values: dict[str, Any], model: type[Group], prefix: str = "") ->
         raise UserError(_message(values, model, place, prefix)) from None
 
 
-def _message(value: Any, model: Any, place: tuple[int | str, ...], key: str) -> str:
+def _message(values: Any, model: type[Group], place: tuple[int | str, ...], prefix: str) -> str:
     """`place`: the path to the invalid value as pydantic gives it, with parts of the type at its end."""
-    give = Key().give
-    for part in place:
-        if part not in getattr(model, "model_fields", ()):
-            break
-        field = model.model_fields[part]
-        key, value = f"{key}.{part}".strip("."), value.get(part) if isinstance(value, dict) else None
-        give = metadata(field).give
-        model = group_of(field)
+    fields = fields_of(model)
+    keys = (".".join(map(str, place[:end])) for end in range(len(place), 0, -1))
+    key = next(key for key in keys if key in fields)
+    value = lookup(values, key)
     shown = json.dumps(value) if value is None or isinstance(value, bool) else value
-    return f"{key}={shown}: give {give}"
+    return f"{prefix}.{key}".strip(".") + f"={shown}: give {metadata(fields[key]).give}"
+
+
+@functools.cache
+def fields_of(model: type[Group], prefix: str = "") -> dict[str, Any]:
+    """{key: field} of all keys and groups below a group, each group before what it holds."""
+    found: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        found[f"{prefix}{name}"] = field
+        if group := group_of(field):
+            found |= fields_of(group, f"{prefix}{name}.")
+    return found
 
 
 def metadata(field: Any) -> Key:

@@ -17,7 +17,7 @@ from anomalib_lite.errors import UserError
 from anomalib_lite.cli.key_types import (  # isort: skip
     ALWAYS, FLAG, GIGABYTES, NAME, SECONDS, SHARE, SIZE, SMOOTH, WHOLE, WHOLE_OR_NULL, Auto, Ends, Group, Key, Mode,
     Names, NumberFrom0, Optimizer, Pool, Positive, Project, Share, Size, Smooth, Tag, Text, TilingKey, Whole,
-    WholeFrom0, check_group, group_of, metadata, refuse, require,
+    WholeFrom0, check_group, fields_of, group_of, metadata, refuse, require,
 )  # fmt: skip
 
 OBJECTIVE = re.compile(r"validation\.((image|pixel)_(auroc|ap|f1max)|aupro_\d+|pixel_(iou|dice))")
@@ -193,18 +193,9 @@ def check(config: dict[str, Any]) -> None:
 
 def names_to_text(config: dict[str, Any]) -> None:
     """Turn numbers and booleans into text where the key takes a path or a name, in place."""
-    for key, _ in _leaves(Config):
+    for key in fields_of(Config):
         if str in types_of(key) and (value := lookup(config, key)) is not None:
             assign(config, key, each_value(value, text_of))
-
-
-@functools.cache
-def _leaves(model: type[Group], prefix: str = "") -> tuple[tuple[str, Any], ...]:
-    """(key, field) of all keys below a group."""
-    fields = [(f"{prefix}{name}", field, group_of(field)) for name, field in model.model_fields.items()]
-    return tuple(
-        leaf for key, field, group in fields for leaf in (_leaves(group, f"{key}.") if group else [(key, field)])
-    )
 
 
 @functools.cache
@@ -212,10 +203,7 @@ def types_of(key: str) -> set[Any]:
     """The types that a key admits, and those within its lists; empty for an unknown key."""
     if re.fullmatch(r"hydra\.(run|sweep)\.\w+", key):
         return {str}
-    model: Any = Config
-    for part in key.split("."):
-        field = getattr(model, "model_fields", {}).get(part)
-        model = field and group_of(field)
+    field = fields_of(Config).get(key)
     return set(_types(field.annotation)) if field else set()
 
 
@@ -230,21 +218,14 @@ def _types(annotation: Any) -> Iterator[Any]:
 @functools.cache
 def defaults() -> dict[str, Any]:
     """The values of keys that a stored configuration of an earlier version may lack."""
-    return {key: field.default for key, field in _leaves(Config) if not field.is_required()}
+    fields = fields_of(Config).items()
+    return {key: field.default for key, field in fields if not field.is_required() and not group_of(field)}
 
 
 @functools.cache
 def free(where: str) -> tuple[str, ...]:
     """The keys and groups that may change on "resume" or "evaluate", or between runs that "compare"."""
-
-    def below(model: type[Group], prefix: str) -> Iterator[str]:
-        for name, field in model.model_fields.items():
-            if where in metadata(field).free:
-                yield prefix + name
-            elif group := group_of(field):
-                yield from below(group, f"{prefix}{name}.")
-
-    return tuple(below(Config, ""))
+    return tuple(key for key, field in fields_of(Config).items() if where in metadata(field).free)
 
 
 def is_free(key: str, where: str) -> bool:
