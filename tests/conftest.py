@@ -3,6 +3,7 @@ import gc
 import os
 import shutil
 import signal
+import sys
 import tempfile
 
 import pytest
@@ -42,6 +43,18 @@ def _hydra_reads_each_file_once():
     from tests.helpers.hydra_files import read_once
 
     with read_once():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _torch_waits_less_for_workers():
+    """After an error torch waits up to five seconds for each worker process of a loader before it terminates it.
+
+    Tests that import torch have imported it here, when all of them are collected. It is not imported for the others.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if "torch" in sys.modules:
+            patch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
         yield
 
 

@@ -395,9 +395,8 @@ def test_spoilt_folder(case, tmp_path):
     assert_refused(pattern, *folder_data(tmp_path / "data"), run_dir=tmp_path / "run")
 
 
-def test_damage_that_only_decoding_shows(tmp_path, monkeypatch):
+def test_damage_that_only_decoding_shows(tmp_path):
     """The fast check reads headers and ends; what it can't see is met in the run, in a worker process as well."""
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)  # how long torch waits for the worker
     path = make_mvtec(tmp_path / "data") / "test" / "broken" / "001.png"
     content = bytearray(path.read_bytes())
     content[100:1000] = bytes(900)
