@@ -37,7 +37,8 @@ class Checks:
         """A run of a few steps; its folder. `start` runs the program with these arguments, by default here."""
         run = self.folder / f"{method}_{name}"
         known = [] if method in CLOSED else ["trainer.max_epochs=null", f"trainer.max_steps={steps}"]
-        backbone = ["backbone=resnet18", "backbone.weights=none"]
+        small = [runs.TINY] if self.device == "cpu" else []  # there the script itself is tried
+        backbone = ["backbone=resnet18", "backbone.weights=none", *small]
         if method in VIT:
             backbone = ["backbone=dinov2_small", "backbone.name=test_vit", "backbone.layers=[1,2,3,4]", backbone[1]]
         chosen = [option for option in runs.method(method) if option != "method.groups=1" or method not in VIT]

@@ -20,7 +20,7 @@ from tests.helpers.interrupt import logged, until
 from tests.helpers.ranks import PROCESSES, on_ranks, start_ranks
 
 BASE = (
-    "backbone=resnet18", "backbone.weights=none", "data.image_size=48", "data.batch_size=4", "logger=csv",
+    "backbone=resnet18", runs.TINY, "backbone.weights=none", "data.image_size=48", "data.batch_size=4", "logger=csv",
     "hardware.measure_cost=false",
 )  # fmt: skip
 RANKS = ("hardware=ddp", "hardware.accelerator=cpu", "hardware.precision=32")
