@@ -124,6 +124,7 @@ def test_mistakes_are_named(tmp_path, small):
     assert json.loads((small / synthetic.STAMP).read_text())["version"] == synthetic.VERSION
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_mean_image_does_not_solve_it(category):
     """Difference to the mean training image, plain or smoothed, its maximum or mean: below 0.85 image AUROC."""
