@@ -19,19 +19,20 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from anomalib_lite.cli.keys import lookup
+from anomalib_lite.errors import UserError
 from anomalib_lite.paths import HOME
-from anomalib_lite.sweeps.cluster import RaySweep, SlurmSweep
+from anomalib_lite.sweeps.cluster import LocalSweep, RaySweep, SlurmSweep
 from anomalib_lite.sweeps.command import Command
 from anomalib_lite.sweeps.engines import SlurmJobs
 from anomalib_lite.sweeps.job import Job
 from anomalib_lite.sweeps.sweep import Sweep
-from tests.helpers.user_folder import assert_refused
 
 LISTED = """GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5c89852c)
   MIG 1g.5gb     Device  0: (UUID: MIG-aaa)
   MIG 2g.10gb    Device  1: (UUID: MIG-bbb)
 GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-4a2f)
 """
+HARDWARE = {"accelerator": "auto", "devices": 1, "nodes": 1, "threads": None}
 
 
 def made(kind: Any, gpus: list[str], folder: Path = Path(), **options: Any) -> Any:
@@ -85,11 +86,10 @@ class Engine:
 )
 def test_jobs_share_gpus_evenly(per_gpu, per_job, jobs, most, first, tmp_path):
     sweep = made(Sweep, ["4", "5"], tmp_path, jobs_per_gpu=per_gpu, gpus_per_job=per_job, jobs=jobs)
-    hardware = {"accelerator": "auto", "devices": 1, "nodes": 1, "threads": None}
-    assert sweep.devices(hardware)[0] == per_job
+    assert sweep.devices(HARDWARE)[0] == per_job
     sweep.engine = Engine([1, 0, *range(2, 9)])
     given = [
-        Job(n, [f"seed={n}"], tmp_path / str(n), None, {"hardware": hardware, "objective": None}, per_job, False)
+        Job(n, [f"seed={n}"], tmp_path / str(n), None, {"hardware": HARDWARE, "objective": None}, per_job, False)
         for n in range(9)
     ]
     sweep.run(given)
@@ -98,12 +98,48 @@ def test_jobs_share_gpus_evenly(per_gpu, per_job, jobs, most, first, tmp_path):
     assert [sweep.engine.seen[n] for n in range(len(first))] == first
 
 
-def test_more_jobs_than_slots(tmp_path, monkeypatch):
-    arguments = ("method=mean", "seed=0", "hardware=auto", f"hydra.sweep.dir={tmp_path}")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    assert_refused("5 jobs at a time", *arguments, "hydra.launcher.jobs=5", "hydra.launcher.jobs_per_gpu=2")
-    assert_refused("gpus_per_job=0: all jobs would use GPU 0", *arguments, "hydra.launcher.gpus_per_job=0")
-    assert_refused("jobs_per_gpu=0: give a whole number from 1", *arguments, "hydra.launcher.jobs_per_gpu=0")
+@pytest.mark.parametrize(
+    ("visible", "options", "message"),
+    [
+        ("4,5", {"jobs": 3}, "3 jobs at a time with 1 GPUs each, but 2 are visible"),
+        ("4,5", {"gpus_per_job": 3}, "1 jobs at a time with 3 GPUs each, but 2"),
+        ("4,5", {"jobs": 5, "jobs_per_gpu": 2}, "5 jobs at a time"),
+        ("4,5", {"gpus_per_job": 0}, "gpus_per_job=0: all jobs would use GPU 0"),
+        ("", {"gpus_per_job": 1}, "gpus_per_job=1: no GPU is visible"),
+    ],
+)
+def test_more_jobs_than_gpus(visible, options, message, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    sweep = made(Sweep, [], **options)
+    sweep.gpus = sweep.visible_gpus()
+    with pytest.raises(UserError, match=message):
+        sweep.devices(HARDWARE)
+
+
+@pytest.mark.parametrize("option", ["jobs", "jobs_per_gpu", "threads"])
+def test_numbers_of_a_launcher(option):
+    with pytest.raises(UserError, match=f"hydra.launcher.{option}=0: give a whole number from 1, or null"):
+        Sweep({option: 0}, None, None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (Sweep, {"nodes": 2}, "hardware.nodes=2: hydra/launcher=processes runs a job on one machine alone; choose"),
+        (LocalSweep, {"nodes": 2}, "hardware.nodes=2: hydra/launcher=submitit_local runs a job on one machine"),
+        (RaySweep, {"nodes": 2}, "hardware.nodes=2: hydra/launcher=ray runs a job on one machine"),
+        (Sweep, {"ranks": "slurm"}, "hardware=slurm with hydra/launcher=processes: SLURM starts these ranks; choose"),
+        (
+            LocalSweep,
+            {"ranks": "slurm"},
+            "hardware=slurm with hydra/launcher=submitit_local: .* hydra/launcher=submitit_slurm",
+        ),
+        (RaySweep, {"devices": "auto"}, "hardware.devices=auto with hydra/launcher=ray: give a number"),
+    ],
+)
+def test_hardware_that_a_launcher_does_not_have(kind, changes, message):
+    with pytest.raises(UserError, match=message):
+        made(kind, []).devices(HARDWARE | changes)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from anomalib_lite.errors import UserError
-from anomalib_lite.sweeps.search import Trials, distribution
+from anomalib_lite.sweeps.search import Trials, distribution, search
 from anomalib_lite.sweeps.sweep import Sweep
 from tests.helpers.user_folder import assert_refused, in_process
 
@@ -186,11 +186,9 @@ def test_folder_of_another_search(tmp_path):
     ("arguments", "message"),
     [
         (("seed=1",), "hydra/sweeper=random: nothing to search; give options several values"),
-        (("seed=1,2", "hydra.sweeper.n_trials=0"), "hydra.sweeper.n_trials=0: give a whole number from 1"),
         (("seed=1,2", "hydra.sweeper.seed=x"), "hydra.sweeper.seed=x: give a whole number from 0, or null"),
         (("seed=1,2", "hydra.sweeper.trials=3"), "hydra.sweeper.trials: no such option"),
         (("seed=1,2", "+hydra.sweeper.trials=3"), "hydra.sweeper.trials: no such option of random; see --cfg hydra"),
-        (("seed=1,2", "hydra/sweeper=tpe", "hydra.sweeper.n_jobs=0"), "hydra.sweeper.n_jobs=0: give a whole number"),
         (("seed=1,2", "data.val_fraction=0"), "hydra/sweeper: .*data.val_fraction=0; give .*data.val_fraction=0.2"),
         (("seed=1,2", "objective=metrics.image_auroc"), "objective=metrics.image_auroc: .*test set chooses nothing"),
         (("seed=range(0,0)",), r"seed=range\(0,0\): no value, so the search has no trial"),
@@ -201,6 +199,12 @@ def test_refused(arguments, message, tmp_path):
     given = [a for a in SEARCH if a.partition("=")[0] not in {b.partition("=")[0] for b in arguments}]
     assert_refused(message, *given, *arguments, f"hydra.sweep.dir={tmp_path}")
     assert not (tmp_path / "0").exists()
+
+
+@pytest.mark.parametrize(("sampler", "option"), [("random", "n_trials"), ("tpe", "n_jobs")])
+def test_numbers_of_a_search(sampler, option):
+    with pytest.raises(UserError, match=f"hydra.sweeper.{option}=0: give a whole number from 1$"):
+        search(sampler, {option: 0}, [], None, None, None)
 
 
 def test_optuna_is_missing(tmp_path, monkeypatch):
