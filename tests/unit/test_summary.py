@@ -70,8 +70,10 @@ def test_one_note_for_each_reason_why_metrics_are_missing():
         "b, c: image_auroc, image_ap, image_f1max can't be computed: no good test images",
         f"d: image_auroc, image_ap, image_f1max, {pixel} can't be computed: no test images",
     ]
-    (means,) = mean_metrics(found.per_category)[1]
-    assert means.endswith(
+    means, (note,) = mean_metrics(found.per_category)
+    assert means["image_auroc"] == found.per_category["a"]["image_auroc"]
+    assert means["pixel_auroc"] is None
+    assert note.endswith(
         "all 4 categories, but over those that have the metric: 1 for image_auroc, image_ap, image_f1max"
     )
 
