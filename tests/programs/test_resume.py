@@ -360,16 +360,20 @@ def test_killed(arguments, undisturbed, tmp_path, moment):
     assert_undisturbed(run, undisturbed("method.pause=0.05"))
 
 
+@pytest.mark.slow
 def test_killed_at_random_until_it_is_done(arguments, undisturbed, tmp_path):
-    run, rng = tmp_path / "run", random.Random(0)
+    """Each attempt may take longer than the one before it, so that also a slow machine reaches a checkpoint."""
+    run, rng, from_checkpoint = tmp_path / "run", random.Random(0), 0
     for attempt in range(12):
+        from_checkpoint += (run / "checkpoints" / "last.ckpt").exists()
         started = process(arguments(run, "method.pause=0.05", *(["resume=true"] if attempt else [])))
-        started.join(rng.uniform(0.2, 0.7))
+        started.join(rng.uniform(0.2, 0.7 + attempt / 10))
         started.kill()
         started.join()
         if is_finished(run):
             break
     else:
         finish(arguments(run, "method.pause=0.05", "resume=true"))
+    assert from_checkpoint
     assert json.loads((run / "result.json").read_text())["timing"]["steps"] == STEPS
     assert_undisturbed(run, undisturbed("method.pause=0.05"))
