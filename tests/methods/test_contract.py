@@ -1,6 +1,5 @@
 """What every method promises, on a tiny data set: fit, resume, predict, switches that act, tensors on one device."""
 
-import contextlib
 import json
 import re
 from dataclasses import dataclass
@@ -397,17 +396,17 @@ def number_options(target: Any) -> list[str]:
     """The options of a method's constructors that take numbers."""
     hints: dict[str, Any] = {}
     for each in reversed(target.__mro__):
-        with contextlib.suppress(Exception):  # annotations that can't be evaluated
-            hints |= get_type_hints(each.__init__)
+        hints |= get_type_hints(each.__init__)
     return [name for name, hint in hints.items() if {int, float} & {hint, *get_args(hint)} and name != "steps"]
 
 
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("name", [name for name in FIRST if name != "rd4ad"])  # none of its options is a number
 def test_a_negative_number_is_refused_by_its_options_name(name, composed):
     cfg = resolved(composed(name))
     data = build.make_data(cfg)
     backbone = build.make_backbone(cfg)
     options = [option for option in number_options(get_class(cfg["method"]["_target_"])) if option in cfg["method"]]
+    assert options
     for option in options:
         wrong = cfg | {"method": cfg["method"] | {option: -3}}
         with pytest.raises((UserError, InstantiationException)) as error:
