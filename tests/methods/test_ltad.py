@@ -542,10 +542,3 @@ def test_two_ranks_train(arguments, tmp_path):
     outcome = runs.python("-m", "anomalib_lite.train", *command, "logger=csv", f"hydra.run.dir={run}", cwd=tmp_path)
     assert outcome.code == 0, outcome.err
     assert json.loads((run / "result.json").read_text())["timing"]["steps"] == 6
-
-
-def test_the_configuration_composes(root):
-    outcome = runs.train("method=ltad", *runs.folder_data(root), "backbone=align", "--cfg", "job", small=False)
-    assert outcome.code == 0, outcome.err
-    assert "name: kakaobrain/align-base" in outcome.out
-    assert "max_epochs: 500" in outcome.out

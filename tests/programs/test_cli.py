@@ -136,13 +136,6 @@ def test_help_of_a_users_method_and_of_sweeps(own_folder):
     assert "method=patchcore --help" in outcome.out.partition("Examples")[2]
 
 
-def test_help_of_evaluate(tmp_path):
-    outcome = python("-X", "importtime", "-m", "anomalib_lite.evaluate", "--help", cwd=tmp_path)
-    assert outcome.code == 0
-    assert "run=DIR output=DIR" in outcome.out
-    assert not imported(outcome) & {"torch", "lightning"}
-
-
 @pytest.mark.parametrize("data", sorted({*choices("data")} - {"synthetic"}))
 def test_missing_data_are_refused_before_the_imports(data):
     """And before a sweep starts its first job."""
@@ -304,7 +297,7 @@ def test_numbers_in_a_yaml_file_become_paths_and_names():
 def test_folders_with_names_like_numbers(tmp_path, monkeypatch):
     """Of the data, a run, its evaluation, predictions and a sweep, in all programs; so are the categories."""
     monkeypatch.chdir(tmp_path)
-    names = ["01", "1e3", "true", "null"]
+    names = ["01", "1e3", "true", "null", "no"]
     for category in names:
         make_mvtec(Path("2024"), category, train=2, good=1, defects={"cut": 1})
     data = ["method=norm_occ_closed_form", "data=folder", "data.root=2024"]
@@ -313,13 +306,15 @@ def test_folders_with_names_like_numbers(tmp_path, monkeypatch):
     for program, arguments in (
         (evaluate, ["run=1e3", "output=true", "data.root=2024"]),
         (predict, ["run=1e3", "input=2024/1e3", "output=null", "category=1e3"]),
+        (predict, ["run=1e3", "input=2024/no", "output=no", "category=no"]),
         (lambda *given: run(compare.main, *given), ["1e3", "true", "--csv", "0x10"]),
         (lambda *given: run(splits.main, *given), [*data[1:], "data.category=[01,1e3]", "--write", "7.csv"]),
         (train, ["-m", "hydra/launcher=basic", *data, "data.category=01,1e3", "hydra.sweep.dir=1.50"]),
     ):
         outcome = program(*arguments)
         assert (outcome.code, outcome.err) == (0, "")
-    for file in ("true/result.json", "null/scores.csv", "0x10", "7.csv", "1.50/0/result.json", "1.50/1/result.json"):
+    written = ("true/result.json", "null/scores.csv", "no/scores.csv", "0x10", "7.csv")
+    for file in (*written, "1.50/0/result.json", "1.50/1/result.json"):
         assert Path(file).is_file(), file
 
 

@@ -302,14 +302,6 @@ def test_category_of_a_run_of_one(trained, photographs, tmp_path):
     assert_refused(predict(*arguments, "category=wood"), "category=wood: this run's categories are bottle")
 
 
-@pytest.mark.parametrize("category", ["01", "no", "1e3"])
-def test_names_are_taken_as_typed(category, tmp_path):
-    make_mvtec(tmp_path / "data", category)
-    result_of(*folder_data(tmp_path / "data", f"'{category}'"), *SMALL, run_dir=tmp_path / category)
-    source = tmp_path / "data" / category / "test"
-    predicted(tmp_path / category, source, tmp_path / "out", f"category={category}")
-
-
 # --- where things lie ---
 
 
