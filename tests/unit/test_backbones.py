@@ -281,6 +281,26 @@ def test_wrong_weights_are_refused(resnet, file, tmp_path):
         Backbone(RESNET, [2], str(strange))
 
 
+def test_weights_of_other_layers_are_refused(tmp_path):
+    """Of a network with more blocks, with wider layers, and without a layer; and a text."""
+    state = timm.create_model("test_resnet").state_dict()
+    save_file(state | {"layer1.2.conv1.weight": torch.zeros(1)}, tmp_path / "deeper.safetensors")
+    wider = {key: torch.cat([tensor, tensor]) if tensor.ndim else tensor for key, tensor in state.items()}
+    save_file(wider, tmp_path / "wider.safetensors")
+    lacking = {key: tensor for key, tensor in state.items() if not key.startswith("layer3.")}
+    torch.save(lacking, tmp_path / "without_layer3.pth")
+    (tmp_path / "text.pth").write_text("these are no weights")
+    name = "test_resnet.r160_in1k"
+    for file, message in {
+        "deeper.safetensors": rf"these are not the weights of {name} \(layer1.2",
+        "wider.safetensors": rf"these are not the weights of {name} \(size mismatch",
+        "without_layer3.pth": rf"lacks \d+ tensors that layers \[2, 3\] of {name} need, such as layer3.*another file",
+        "text.pth": "damaged, or not a weights file",
+    }.items():
+        with pytest.raises(UserError, match=rf"^backbone.weights={tmp_path / file}: .*{message}"):
+            Backbone(name, [2, 3], str(tmp_path / file))
+
+
 def test_nothing_loads_a_strange_pickle(tmp_path):
     class Evil:
         def __reduce__(self):
