@@ -13,6 +13,7 @@ from torch import nn
 
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.readers import read_folder
+from anomalib_lite.errors import UserError
 from anomalib_lite.methods import dilated_autoencoder, ssae
 from anomalib_lite.methods.dilated_autoencoder import DILATIONS, MARGIN, Autoencoder, ConvexCombination, DilatedStack
 from anomalib_lite.methods.ssae import SSAE, losses, tone
@@ -434,11 +435,18 @@ def data_of(root: Path, **options: Any) -> AnomalyDataModule:
     return AnomalyDataModule(read_folder, root, **defaults | options)
 
 
+@pytest.mark.parametrize(("options", "message"), [
+    ({"skip": "sum"}, "method.skip=sum: choose none, concat, ccm"),
+    ({"corrupted_weight": 2}, "method.corrupted_weight=2: give a share"),
+    ({"log_offset": 0}, "method.log_offset=0: give a number above 0"),
+    ({"width": 0}, "method.width=0: give a whole number from 1"),
+])  # fmt: skip
+def test_options_that_mean_nothing(options, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        SSAE(**options)
+
+
 @pytest.mark.parametrize(("option", "message"), [
-    ("method.skip=sum", "method.skip=sum: choose none, concat, ccm"),
-    ("method.corrupted_weight=2", "method.corrupted_weight=2: give a share"),
-    ("method.log_offset=0", "method.log_offset=0: give a number above 0"),
-    ("method.width=0", "method.width=0: give a whole number from 1"),
     ("method.patience=2", "method.patience: needs held-out images"),
     ("data.corrupt=null", "data.corrupt=null: this method learns from corrupted images"),
     ("data.corrupt.contents={foo: 1}", r"data.corrupt.contents=.*elastic"),
