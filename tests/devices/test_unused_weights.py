@@ -13,8 +13,6 @@ from tests.helpers.ranks import on_ranks
 CASES = {
     "zero_fill": ("rlr", "method.zero_fill=true"),
     "fixed key": ("rlr", "method.mix=[0,1]", "method.learnable_key=false"),
-    "no classifier": ("ltad", "method.fill=null", "method.classifier_weight=0"),
-    "fixed names": ("ltad", "method.fill=null", "method.class_names=fixed"),
     "two phases": ("ltad", "method.fill=largest"),
     "outside": ("half",),
 }

@@ -303,32 +303,6 @@ def test_closed_form_is_gradient_descent_in_the_mean_over_beginnings(norm, resid
     np.testing.assert_allclose(found, mean, rtol=2e-3)
 
 
-def test_closed_form_is_the_average_of_trained_projectors():
-    """The same by brute force: many random W₀ descended by autograd."""
-    images, other = make_images()[:5], make_images(1)
-    norm, residual = 0.5, 0.05
-    model = fitted(NormOCCClosedForm, images, norm=norm, residual=residual)
-    phi, new = (torch.from_numpy(patches(x)) for x in (images, other))
-    s, _ = moments(phi.numpy())
-    rng = torch.Generator().manual_seed(0)
-    size, count, eta = len(s), 1500, 1e-2 / np.linalg.eigvalsh(s)[-1]
-    c = torch.randn(count, size, generator=rng, dtype=torch.float64)
-    c *= norm * phi.square().sum(1).mean().sqrt() / c.norm(dim=1, keepdim=True)
-    w = torch.randn(count, size, size, generator=rng, dtype=torch.float64) / size**0.5
-    tau = 0.0
-    while energy_left(tau, s) > residual:
-        w.requires_grad_()
-        z = torch.einsum("kdc,nc->knd", w, phi)
-        loss = (z - c[:, None]).square().sum(-1).mean(1).sum()
-        (gradient,) = torch.autograd.grad(loss, w)
-        w = (w - eta * gradient).detach()
-        tau += 2 * eta
-    scores = (torch.einsum("kdc,nc->knd", w, new) - c[:, None]).square().sum(-1).mean(0)
-    found = maps_of(model, other).reshape(-1)
-    np.testing.assert_allclose(found, scores.numpy(), rtol=0.1)
-    assert np.corrcoef(found, scores.numpy())[0, 1] > 0.999
-
-
 def test_at_convergence_direction_and_norm_drop_out():
     images, other = make_images(), make_images(1)
     phi, new = patches(images), patches(other)
