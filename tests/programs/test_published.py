@@ -10,7 +10,7 @@ from anomalib_lite.cli.program import composed
 from anomalib_lite.comparison import published
 from anomalib_lite.errors import UserError
 from tests.helpers.run_programs import ROOT, succeeded
-from tests.helpers.written_runs import Writer, compare, real_run, tables
+from tests.helpers.written_runs import Writer, compare, tables
 
 ENTRY = """
 published:
@@ -23,17 +23,6 @@ published:
   source: "paper | of <somebody>"
   test_informed: the best epoch
 """
-
-
-@pytest.fixture(scope="module")
-def write_into(tmp_path_factory):
-    real = real_run(tmp_path_factory.mktemp("real"))
-    return lambda folder: Writer(real, folder / "runs")
-
-
-@pytest.fixture
-def write(write_into, tmp_path):
-    return write_into(tmp_path)
 
 
 @pytest.fixture
