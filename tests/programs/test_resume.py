@@ -306,7 +306,8 @@ def test_changed_data_are_refused(arguments, tmp_path):
     make_mvtec(copied, train=11)
     outcome = runs.train(*options, "resume=true", small=False)
     assert outcome.code == 2
-    assert "data.root" in outcome.err
+    expected = rf"error: data.root={copied}: not the files that .*last.ckpt was trained and tested on; train anew\n"
+    assert re.fullmatch(expected, outcome.err)
 
 
 def test_a_leftover_of_a_half_written_checkpoint_is_harmless(arguments, undisturbed, copied):

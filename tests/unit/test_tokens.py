@@ -85,12 +85,16 @@ def test_the_position_embedding_is_resampled_to_the_grid(grid):
         assert 0 < float((published - expected).std() / expected.std()) < 0.7  # of white noise, the hardest case
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "conf" / "backbone").glob("*.yaml")), ids=lambda file: file.stem)
+#: the backbones of timm
+READY = [
+    file for file in sorted((ROOT / "conf" / "backbone").glob("*.yaml")) if file.stem not in ("align", "clip", "none")
+]
+
+
+@pytest.mark.parametrize("file", READY, ids=lambda file: file.stem)
 def test_ready_backbones_have_their_layers(file):
     """Without memory for weights; Dinomaly's blocks have one shape."""
     cfg: Any = OmegaConf.load(file)
-    if cfg.name is None or not cfg._target_.endswith("backbones.Backbone"):
-        return
     with torch.device("meta"):
         net: Any = timm.create_model(cfg.name, pretrained=False, features_only=True, out_indices=list(cfg.layers))
     info = net.feature_info
