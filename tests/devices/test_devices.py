@@ -24,10 +24,6 @@ BASE = (
     "hardware.measure_cost=false",
 )  # fmt: skip
 RANKS = ("hardware=ddp", "hardware.accelerator=cpu", "hardware.precision=32")
-FILES = {
-    ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "train.log", "checkpoints/last.ckpt",
-    "checkpoints/config.json", "result.json", "scores.csv", "maps.npz", "metrics.csv",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +74,6 @@ def launched(root, tmp_path_factory):
     return run
 
 
-def files_of(run: Path) -> set[str]:
-    return {file.relative_to(run).as_posix() for file in run.rglob("*") if file.is_file()}
-
-
 def assert_same_outcome(first: Path, second: Path) -> None:
     """All that was measured, to the last bit."""
     a, b = results.read_result(first), results.read_result(second)
@@ -98,7 +90,7 @@ def weights_of(run: Path) -> dict[str, Any]:
 
 
 def test_files_are_written_once(launched):
-    assert files_of(launched) == FILES | {"figures/bottle.png", "figures/few.png"}
+    assert runs.files_of(launched) == runs.FILES | {"figures/bottle.png", "figures/few.png"}
     result = results.read_result(launched)
     assert result["timing"]["steps"] == 8  # 13 images in global batches of 4, two epochs
     assert result["cache"]["used"]
@@ -130,7 +122,7 @@ def test_evaluate_launches_ranks(launched, on_one, tmp_path):
     outcome = launch("evaluate", *options, printed=tmp_path / "printed")
     assert outcome.code == 0, outcome.out
     assert_same_outcome(tmp_path / "two", on_one)
-    assert files_of(tmp_path / "two") == files_of(on_one)
+    assert runs.files_of(tmp_path / "two") == runs.files_of(on_one)
     assert outcome.out.count("category ") == 1
 
 
@@ -148,7 +140,7 @@ def test_fewer_test_images_than_ranks(root, tmp_path, method):
     run = tmp_path / "run"
     options = [*arguments(root, run, method, 3, "few"), "trainer.max_steps=2", "data.batch_size=3"]
     on_ranks("train", options, 3)
-    assert files_of(run) == FILES | {"figures/few.png"}
+    assert runs.files_of(run) == runs.FILES | {"figures/few.png"}
     outcome = runs.evaluate(f"run={run}", f"output={tmp_path / 'one'}", "hardware.devices=1")
     assert outcome.code == 0, outcome.err
     assert_same_outcome(run, tmp_path / "one")
@@ -195,7 +187,7 @@ def test_ranks_that_are_killed_and_started_again(root, tmp_path):
         process.join()
     assert not (tmp_path / "k" / "result.json").exists()
     on_ranks("train", [*killed, "resume=true"], 2)
-    assert files_of(tmp_path / "k") == files_of(tmp_path / "p")
+    assert runs.files_of(tmp_path / "k") == runs.files_of(tmp_path / "p")
     assert_same_outcome(tmp_path / "k", tmp_path / "p")
     assert (tmp_path / "k" / "metrics.csv").read_bytes() == (tmp_path / "p" / "metrics.csv").read_bytes()
 

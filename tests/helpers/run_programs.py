@@ -38,6 +38,11 @@ NEEDS = {
     "inp_former": ("method.groups=1", "method.blocks=4", "method.warm_up=2", "scoring.map_size=null"),
     "uniad": ("method.neighbours=1", "method.dim=16", "method.hidden=16", "scoring.image_smooth=same"),
 }
+#: what every run leaves in its folder, beside its figures
+FILES = {
+    ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "train.log", "checkpoints/last.ckpt",
+    "checkpoints/config.json", "result.json", "scores.csv", "maps.npz", "metrics.csv",
+}  # fmt: skip
 
 
 @dataclass
@@ -106,6 +111,11 @@ def scores_of(folder: Path, below: str = "") -> dict[str, float]:
     """The scores in scores.csv by their images' paths; of each path the part behind `below`."""
     rows = rows_of(folder / "scores.csv")
     return {row["path"].rpartition(below)[2] if below else row["path"]: float(row["score"]) for row in rows}
+
+
+def files_of(run: Path) -> set[str]:
+    """The files of a run's folder, by their paths in it."""
+    return {file.relative_to(run).as_posix() for file in run.rglob("*") if file.is_file()}
 
 
 def build(cfg: dict[str, Any]) -> tuple[Any, Any]:

@@ -31,10 +31,7 @@ BASE = (
     "hardware=cpu", "backbone=resnet18", "backbone.name=test_resnet.r160_in1k", "backbone.weights=none",
     "data.image_size=32", "data.batch_size=4", "logger=csv", "hardware.measure_cost=false",
 )  # fmt: skip
-FILES = {
-    ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "train.log", "checkpoints/last.ckpt",
-    "checkpoints/config.json", "result.json", "scores.csv", "maps.npz", "metrics.csv", "figures/bottle.png",
-}  # fmt: skip
+FILES = runs.FILES | {"figures/bottle.png"}
 KEYS = {
     "schema", "method", "variant", "dataset", "categories", "setting", "split", "backbone", "weights", "seed",
     "protocol", "metrics", "per_category", "groups", "validation", "thresholds", "data", "timing", "efficiency",
@@ -93,10 +90,6 @@ def trained(root, tmp_path_factory):
     return run
 
 
-def files_of(run: Path) -> set[str]:
-    return {file.relative_to(run).as_posix() for file in run.rglob("*") if file.is_file()}
-
-
 def measured(metrics: dict[str, Any]) -> dict[str, float]:
     """All but AUPIMO, for which these images have too few normal pixels."""
     assert metrics["aupimo"] is None
@@ -127,7 +120,8 @@ def test_masks_without_a_defect_are_named(tmp_path):
 
 
 def test_the_folder_holds_what_is_promised(finished):
-    assert files_of(finished) - {"figures/training.png"} == FILES  # of corrupted training images, where there are any
+    extra = {"figures/training.png"}  # of corrupted training images, where there are any
+    assert runs.files_of(finished) - extra == FILES
     assert cv2.imread(str(finished / "figures" / "bottle.png")) is not None
     assert "hydra" in yaml.safe_load((finished / ".hydra" / "hydra.yaml").read_text())
     config = yaml.safe_load((finished / ".hydra" / "config.yaml").read_text())
@@ -264,7 +258,7 @@ def test_one_model_for_two_categories(name, budget, root, tmp_path):
         expected = image_metrics_by_sklearn([row for row in rows if row["category"] == category])
         found = result["per_category"][category]
         assert {key: found[key] for key in expected} == pytest.approx(expected, abs=1e-12)
-    assert {"figures/bottle.png", "figures/wood.png"} <= files_of(tmp_path / "run")
+    assert {"figures/bottle.png", "figures/wood.png"} <= runs.files_of(tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["norm_occ", "patchcore", "ssae"])
