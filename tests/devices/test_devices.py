@@ -177,7 +177,7 @@ def test_two_ranks_pick_the_bank_of_one(root, tmp_path):
 
 
 def test_ranks_that_are_killed_and_started_again(root, tmp_path):
-    budget = ("trainer.max_steps=40", "trainer.log_every=1")
+    budget = ("trainer.max_steps=40", "trainer.log_every=1", "method.residual=null")
     plain, killed = ([*arguments(root, tmp_path / name, "norm_occ", 2, "bottle"), *budget] for name in "pk")
     on_ranks("train", plain, 2)
     started = start_ranks("train", [*killed, "trainer.checkpoint_minutes=0"], 2)
@@ -194,7 +194,7 @@ def test_ranks_that_are_killed_and_started_again(root, tmp_path):
 
 def test_a_signal_to_one_rank(root, tmp_path):
     """Both ranks end after the same batch, with its checkpoint, though none is due; the run then continues from it."""
-    budget = ("trainer.max_steps=400", "trainer.log_every=1")
+    budget = ("trainer.max_steps=400", "trainer.log_every=1", "method.residual=null")
     plain, stopped = ([*arguments(root, tmp_path / name, "norm_occ", 2, "bottle"), *budget] for name in "ps")
     on_ranks("train", plain, 2)
     started = start_ranks("train", stopped, 2)

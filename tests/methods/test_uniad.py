@@ -15,7 +15,7 @@ from anomalib_lite.errors import UserError
 from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.methods import attention as attending
 from anomalib_lite.methods.attention import Dropout, attend, drop
-from anomalib_lite.methods.scoring import image_scores, smooth
+from anomalib_lite.methods.scoring import image_scores, smooth, smoothed_and_scored
 from anomalib_lite.methods.transformer import LearnedPositions, ReconstructionTransformer, jitter, near
 from anomalib_lite.methods.uniad import UniAD
 from tests.helpers import run_programs as runs
@@ -208,7 +208,7 @@ def test_map_and_loss_literally():
     torch.testing.assert_close(maps.double(), expected, rtol=1e-4, atol=1e-5)
     scored = UniAD(backbone=Levels(CHANNELS), image_size=(32, 32), dim=16, heads=2, neighbours=3,
                    scoring={"image_smooth": {"pool": 16}})  # fmt: skip
-    scores = scored._scored(maps, (32, 32))["score"]
+    scores = smoothed_and_scored(maps, (32, 32), scored.scoring)["score"]
     by_hand = [max(m[y : y + 16, x : x + 16].mean() for y in range(17) for x in range(17)) for m in expected.detach()]
     torch.testing.assert_close(scores.double(), torch.stack(by_hand), rtol=1e-4, atol=1e-5)
 

@@ -54,7 +54,7 @@ def test_folders(tmp_path):
     assert name("seed=0,1,2", "hardware.devices=2", "data.workers=1", "hydra.launcher.jobs=2") == name()
     assert name("trainer.max_steps=20") == "unified_published_method-uniad_trainer.max_steps-20"
     assert name(categories=2) == "unified_published_method-uniad_2_categories"
-    assert name(of="recontrast mvtec", categories=2) == name(of="recontrast mvtec") == "recontrast_mvtec"
+    assert name(of="ssae mvtec", categories=2) == name(of="ssae mvtec") == "ssae_mvtec"
 
 
 def test_which_studies_run(tmp_path):
