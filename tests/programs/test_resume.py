@@ -363,18 +363,26 @@ def test_killed(arguments, undisturbed, tmp_path, moment):
 
 @pytest.mark.slow
 def test_killed_at_random_until_it_is_done(arguments, undisturbed, tmp_path):
-    """Each attempt may take longer than the one before it, so that also a slow machine reaches a checkpoint."""
-    run, rng, from_checkpoint = tmp_path / "run", random.Random(0), 0
-    for attempt in range(12):
-        from_checkpoint += (run / "checkpoints" / "last.ckpt").exists()
+    """Every attempt writes a checkpoint, from which the next one continues, and is killed soon after it."""
+    run, rng = tmp_path / "run", random.Random(0)
+
+    def written() -> int:
+        file = run / "checkpoints" / "last.ckpt"
+        return file.stat().st_mtime_ns if file.exists() else 0
+
+    def goes_on(started: Any, before: int) -> bool:
+        return written() > before or not started.is_alive()
+
+    for attempt in range(6):
+        before = written()
         started = process(arguments(run, "method.pause=0.05", *(["resume=true"] if attempt else [])))
-        started.join(rng.uniform(0.2, 0.7 + attempt / 10))
+        until(partial(goes_on, started, before))
+        started.join(rng.uniform(0, 0.2))
         started.kill()
         started.join()
         if is_finished(run):
             break
     else:
         finish(arguments(run, "method.pause=0.05", "resume=true"))
-    assert from_checkpoint
     assert json.loads((run / "result.json").read_text())["timing"]["steps"] == STEPS
     assert_undisturbed(run, undisturbed("method.pause=0.05"))
