@@ -64,7 +64,7 @@ def evaluate(options: dict[str, Any]) -> None:
         if key == "data.root" and value is not None:
             value = str(Path(str(value)).expanduser().absolute())
         if (HOME / "conf" / key).is_dir():  # a choice such as hardware=cpu
-            value = cli.composed([f"{key}={value}", "data.category=all"])[key]
+            value = cli.composed([f"{key}={value}", "data.category=all"])[0][key]
         folder.assign_everywhere(config, key, value)
     schema.check(config)
     changed = [  # by a choice such as hardware=cpu; compare reads them

@@ -114,7 +114,7 @@ def composed(overrides: Sequence[str], folder: str | None) -> dict[str, Any]:
         if not Path(folder).is_dir():
             raise UserError(f"--config-dir {folder}: no such folder")
         defaults.append(f"hydra.searchpath=[file://{Path(folder).absolute()}]")
-    cfg = program.composed([*defaults, *map(as_typed, overrides)])
+    cfg, _ = program.composed([*defaults, *map(as_typed, overrides)])
     schema.check_composed(cfg)
     return cfg
 

@@ -26,10 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 from anomalib_lite.cli import program
 from anomalib_lite.cli.schema import is_free
@@ -39,6 +37,7 @@ from anomalib_lite.data.readers import COUNTS
 from anomalib_lite.errors import UserError
 from anomalib_lite.splits import without_files
 from anomalib_lite.sweeps.command import quoted
+from anomalib_lite.sweeps.job import DECISIVE
 
 HERE = Path(__file__).resolve().parent
 FILE = HERE / "published.yaml"
@@ -70,7 +69,7 @@ class Study:
         """Of the sweep's folder. A sweep goes on with more seeds, hardware and categories, but not with another run."""
         unified = self.entry.setting == "unified"
         own = [*self.entry.overrides, *(each for each in self.extra if not may_change(each.partition("=")[0]))]
-        own += [f"{len(self.categories)}_categories"] * (unified and len(self.categories) < self.entry.categories)
+        own += self.categories if unified and len(self.categories) < self.entry.categories else []
         return "_".join([self.entry.experiment or "", *own]).replace("=", "-").replace("/", "-")
 
     def run(self) -> int:
@@ -78,20 +77,20 @@ class Study:
         place = f"hydra.sweep.dir={quoted(self.output / self.name)}"
         command = [sys.executable, "-m", "anomalib_lite.train", "-m", *self.arguments(), place]
         print(f"\n== {self.name}: {shlex.join(command[1:])}", flush=True)
-        sweep, stopped, code = subprocess.Popen(command), 0, None
+        sweep, stopped = subprocess.Popen(command, process_group=0), 0  # each signal reaches it once, through `hand_on`
 
         def hand_on(number: int, frame: object) -> None:
             nonlocal stopped
-            stopped = 143
+            stopped = 130 if number == signal.SIGINT else 143
             sweep.send_signal(number)
 
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, hand_on)
-        while code is None:
-            try:
-                code = sweep.wait()
-            except KeyboardInterrupt:  # the terminal has sent it to the sweep too, whose runs write a checkpoint first
-                stopped = 130
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, hand_on)
+        code = sweep.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
         if stopped or code in (130, 143):
             raise SystemExit(stopped or code)
         return code
@@ -99,7 +98,7 @@ class Study:
 
 def may_change(key: str) -> bool:
     """Whether a sweep goes on where this key has another value."""
-    return key == "seed" or key.startswith("hydra.") or is_free(key, "resume")
+    return key.startswith(("seed", "hydra.", "hydra/")) or (is_free(key, "resume") and key not in DECISIVE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -186,10 +185,10 @@ def timed(study: Study) -> tuple[int, int, float]:
     """The number of runs, the steps of one, and its seconds: from a few steps on drawn images with random weights."""
     known = COUNTS[study.entry.dataset]
     arguments, seeds = first_of_sweep(study.arguments(study.categories[0]))
-    cfg = composed(arguments)
+    cfg, swept = program.composed([*map(as_typed, arguments)])
     seeds *= math.prod(
         len(str(values).split(","))
-        for key, values in cfg["swept"].items()
+        for key, values in swept.items()
         if key != "data.category" and not any(given.startswith(f"{key}=") for given in arguments)
     )
     models = [study.categories] if study.entry.setting == "unified" else [[name] for name in study.categories]
@@ -238,13 +237,6 @@ def trial(has_steps: bool, *arguments: str) -> dict[str, Any]:
         if done.returncode:
             raise UserError(done.stderr.strip().rpartition("\n")[2])
         return json.loads(Path(folder, "run", "result.json").read_text())
-
-
-def composed(arguments: Sequence[str]) -> dict[str, Any]:
-    """The configuration of a command line, and as `swept` the values that its experiment sweeps over."""
-    cfg = program.composed([*map(as_typed, arguments)])
-    swept = HydraConfig.get().sweeper.get("params")
-    return cfg | {"swept": OmegaConf.to_container(swept) if swept else {}}
 
 
 if __name__ == "__main__":

@@ -42,18 +42,26 @@ def run(task: Callable[[Any], Any], config_name: str) -> None:
         hydra.main(version_base="1.3", config_path=str(HOME / "conf"), config_name=config_name)(job)()
 
 
-def composed(overrides: Sequence[str]) -> dict[str, Any]:
-    """The `train` configuration that these overrides give. Raises Hydra's errors, as for an unknown choice."""
+def composed(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The `train` configuration that these overrides give, and the values that its study sweeps over, by key.
+
+    Raises Hydra's errors, as for an unknown choice.
+    """
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     with initialize_config_dir(str(HOME / "conf"), version_base="1.3"):
         cfg = compose("train", list(overrides), return_hydra_config=True)
-    HydraConfig.instance().set_config(cfg)  # some studies' values depend on the chosen method
-    names = [str(key) for key in cfg if key != "hydra"]
-    plain: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, names), resolve=True)
-    return plain
+    before = HydraConfig.instance().cfg
+    try:
+        HydraConfig.instance().set_config(cfg)  # some studies' values depend on the chosen method
+        names = [str(key) for key in cfg if key != "hydra"]
+        plain: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, names), resolve=True)
+        swept: Any = OmegaConf.to_container(OmegaConf.create({"params": cfg.hydra.sweeper.get("params") or {}}))
+    finally:
+        HydraConfig.instance().cfg = before  # Lightning would take it for a program of Hydra that starts its own ranks
+    return plain, swept["params"]
 
 
 def run_plain(

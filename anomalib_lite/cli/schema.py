@@ -78,6 +78,7 @@ class Hardware(Group):
     accelerator: Annotated[Literal["auto", "cpu", "gpu"], Key("auto, cpu or gpu", ("compare",))]
     devices: Annotated[Auto | Whole, Key("a whole number from 1, or auto", ("compare",))]
     nodes: Annotated[Whole, Key(WHOLE, ("compare",))]
+    ranks: Annotated[Literal["slurm"] | None, Key("slurm, or null", ("compare",))] = None
     precision: Annotated[Literal["auto", 32, "bf16"], Key("auto, 32 or bf16")]
     deterministic: Annotated[Auto | bool, Key(f"auto, {FLAG}", ("compare",))] = "auto"
     threads: Annotated[Whole | None, Key(WHOLE_OR_NULL, ("compare",))]

@@ -144,7 +144,7 @@ def _settings_of(entry: Published) -> dict[str, Any]:
 
     command = [f"+experiments={entry.experiment}", *entry.overrides]
     try:
-        return _decisive(composed([*command, "data.category=all"])) | flat(entry.config)
+        return _decisive(composed([*command, "data.category=all"])[0]) | flat(entry.config)
     except (HydraException, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--published: {' '.join(command)} of {entry.method}: {reason}; correct the entry") from error
@@ -183,7 +183,9 @@ def _line(entry: Published, metric: str, value: float, row: Row, study: dict[str
         line.remarks.append(f"{len(values)} of {entry.categories} categories ({shorten(values)})")
         whole = bool(values) and values.keys() <= known.keys()
         line.published = float(np.mean([known[category] for category in values])) if whole else None
-    for differences in _other_images(entry, row), _other_settings(entry, row.all_runs()[0], study):
+    first = dict.fromkeys(next(iter(seeds.values())) for seeds in row.runs.values())  # tables may differ in settings
+    other_settings = (text for run in first for text in _other_settings(entry, run, study))
+    for differences in _other_images(entry, row), other_settings:
         if text := shorten(differences, 8):
             line.remarks.append(text)
     if values:

@@ -177,7 +177,7 @@ class NormOCC(NormFeatures):
     def watch(self, loss: Tensor, residual: float) -> None:
         """Add a batch's loss; after an epoch's last batch, decide whether training ends."""
         batches = self.trainer.datamodule.batches_per_epoch  # type: ignore[attr-defined]
-        self.loss_sum += self.trainer.strategy.reduce(loss, reduce_op="mean")  # checkpoints hold that of rank 0
+        self.loss_sum += sum_over_ranks(loss) / rank_and_world()[1]  # the same on all ranks: checkpoints hold one
         if (self.global_step + 1) % batches == 0:
             self.ended = self.loss_sum / batches <= residual * self.loss_before
             self.stopped_early = bool(self.ended)

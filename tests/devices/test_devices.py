@@ -118,8 +118,8 @@ def test_two_ranks_measure_what_one_does(launched, on_one):
 
 @pytest.mark.slow
 def test_evaluate_launches_ranks(launched, on_one, tmp_path):
-    options = (f"run={launched}", f"output={tmp_path / 'two'}", "hardware.devices=2")
-    outcome = launch("evaluate", *options, printed=tmp_path / "printed")
+    options = (f"run={launched}", f"output={tmp_path / 'two'}", *RANKS)
+    outcome = launch("evaluate", *options, "hardware.devices=2", printed=tmp_path / "printed")
     assert outcome.code == 0, outcome.out
     assert_same_outcome(tmp_path / "two", on_one)
     assert runs.files_of(tmp_path / "two") == runs.files_of(on_one)

@@ -105,7 +105,7 @@ def test_settings_other_than_those_of_the_study(write, file):
     for overrides in ([], ["hardware.devices=2", "data.workers=3", "seed=5"], more):
         config = write("a", ("bottle", "tile")) / "checkpoints" / "config.json"
         stored = json.loads(config.read_text())
-        stored["config"] = composed(["+experiments=recontrast_mvtec", "data.category=[bottle,tile]", *overrides])
+        stored["config"], _ = composed(["+experiments=recontrast_mvtec", "data.category=[bottle,tile]", *overrides])
         config.write_text(json.dumps(stored))
     [entry], [table] = published.read(file), tables(write)
     lines = published.board([entry.model_copy(update={"setting": "unified"})], [table])
@@ -195,7 +195,7 @@ def test_our_own_file():
         for values in entry.per_category.values():
             assert len(values) == entry.categories
     for entry in {(e.experiment, e.method, *e.overrides): e for e in entries if e.experiment}.values():
-        config = composed([f"+experiments={entry.experiment}", *entry.overrides, "data.category=all"])
+        config, _ = composed([f"+experiments={entry.experiment}", *entry.overrides, "data.category=all"])
         methods = {path.stem: path for path in (ROOT / "conf" / "method").glob("*.yaml")}
         assert config["data"]["name"] == entry.dataset
         assert f"_target_: {config['method']['_target_']}\n" in methods[entry.method].read_text()
