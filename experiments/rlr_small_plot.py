@@ -23,7 +23,7 @@ def main() -> None:
     categories = sorted({category for result in results.values() for category in result["categories"]})
     print(f"| method | batches | {' | '.join(categories)} | mean | training, testing (s) |")
     print("|---" * (len(categories) + 4) + "|")
-    curves = []
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {}  # by method and seed
     for run, result in results.items():
         cells = [show(result["per_category"][category]) for category in categories] + [show(result["metrics"])]
         timing = result["timing"]
@@ -32,11 +32,14 @@ def main() -> None:
         with (run / "metrics.csv").open(newline="") as file:
             rows = [(int(r["step"]), float(r["held_out_loss"])) for r in csv.DictReader(file) if r.get("held_out_loss")]
         if rows:
-            curves.append((result["method"], rows))
+            curves.setdefault(result["method"], {})[f"seed {result['seed']}"] = rows
 
     figure, axes = plt.subplots(1, len(curves), figsize=(4.5 * len(curves), 3.4), layout="constrained", squeeze=False)
-    for axis, (method, rows) in zip(axes[0], curves, strict=True):
-        axis.plot(*zip(*rows, strict=True), lw=1.2)
+    for axis, (method, seeds) in zip(axes[0], curves.items(), strict=True):
+        for label, rows in seeds.items():
+            axis.plot(*zip(*rows, strict=True), lw=1.2, label=label)
+        if len(seeds) > 1:
+            axis.legend()
         axis.set(xlabel="batch", ylabel="loss on held-out training images", title=method, yscale="log")
         axis.grid(alpha=0.3, which="both")
     figure.savefig(picture, dpi=110)
