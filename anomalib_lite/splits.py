@@ -91,14 +91,16 @@ def write(file: Path, format: str | None, data: DataSet, split: Split) -> str:
 
 
 def read_as(split: Split) -> list[str]:
-    """The arguments without which a file of this split would be read with another head and tail."""
+    """The arguments without which a file of this split would be refused, or read with another head and tail."""
     from anomalib_lite.data.splits import head_and_tail, ordered
 
     head, names = len(split.head), [*split.head, *split.tail]
+    defects = ["split.anomalous=true"] * any(sample.label for sample in split.train)
     if not head or head_and_tail(ordered(split.counts, "size")) == (split.head, split.tail):
-        return []
+        return defects
     listed = ",".join(name if re.fullmatch(r"[A-Za-z_]\w*", name) else f'"{name}"' for name in names)
-    return [f"split.order=[{listed}]"] + [f"split.head={head}"] * (head_and_tail(names)[0] != split.head)
+    heads = [f"split.head={head}"] * (head_and_tail(names)[0] != split.head)
+    return [f"split.order=[{listed}]", *heads, *defects]
 
 
 def composed(overrides: Sequence[str], folder: str | None) -> dict[str, Any]:

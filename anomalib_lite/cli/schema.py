@@ -157,7 +157,7 @@ class Config(Group):
     seed: Annotated[WholeFrom0, Field(lt=2**32), Key("a whole number from 0, below 2^32")]
     resume: Annotated[bool, Key(FLAG, ("resume", "compare"))]
     debug: Annotated[bool, Key(FLAG, ALWAYS)]
-    objective: Annotated[Metric | None, Key(HELD_OUT, ("resume",))]
+    objective: Annotated[Metric | None, Key(HELD_OUT, ("resume", "compare"))]
     data: Data
     backbone: Backbone
     trainer: Trainer

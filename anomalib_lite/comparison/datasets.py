@@ -47,6 +47,41 @@ def places(runs: Sequence[Run]) -> dict[Run, Place]:
     return {run: first_of(place) for run, place in own.items()}
 
 
+def versions(runs: Sequence[Run]) -> dict[Run, str]:
+    """Which version of the data each run has, of runs on one data set.
+
+    A fingerprint depends on the categories, so only those of runs with the same categories can be compared. Runs from
+    several folders or lists of a split share a version unless images of the same categories differ in them: a row of a
+    table then has all its categories from one of them.
+    """
+    sources: dict[str, dict[str, list[str]]] = {}  # fingerprints by categories
+    for run in runs:
+        known = sources.setdefault(_source(run), {}).setdefault(json.dumps(sorted(run.result["categories"])), [])
+        known += [run.fingerprint] * (run.fingerprint not in known)
+    groups: list[dict[str, list[str]]] = []
+    group_of: dict[str, int] = {}
+    for source, found in sources.items():
+        common = [[found[key][:1] == group[key][:1] for key in found.keys() & group.keys()] for group in groups]
+        fits = [number for number, equal in enumerate(common) if all(equal)]
+        group_of[source] = max(fits, key=lambda number: len(common[number]), default=len(groups))
+        groups += [{}] * (group_of[source] == len(groups))
+        group = groups[group_of[source]] = dict(groups[group_of[source]])
+        for key, fingerprints in found.items():
+            group[key] = list(dict.fromkeys([*group.get(key, []), *fingerprints]))
+    versions = {}
+    for run in runs:
+        number = group_of[_source(run)]
+        later = groups[number][json.dumps(sorted(run.result["categories"]))].index(run.fingerprint)
+        versions[run] = f"{number}.{later}"
+    return versions
+
+
+def _source(run: Run) -> str:
+    """The folder and the list of a split that the run's images came from."""
+    root = root_of(run)
+    return json.dumps([root and os.path.realpath(root), dict_at(run.result, "split").get("path")])
+
+
 def titles(found: Sequence[Place]) -> dict[Place, str]:
     """A title for each data set: mvtec; with a root that matters also the end of its path, as long as is necessary."""
     texts = {}

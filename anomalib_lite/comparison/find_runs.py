@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from anomalib_lite.cli.keys import flat, lookup
+from anomalib_lite.cli.keys import each_value, flat, lookup
 from anomalib_lite.cli.values import read as read_value
 from anomalib_lite.data.splits import SHOTS
 from anomalib_lite.errors import UserError
@@ -27,6 +27,8 @@ KINDS = {  # of what every result holds
 }  # fmt: skip
 #: keys that `evaluate` changes and that make a run another experiment, beside those that its result repeats
 EVALUATED = ("hardware.precision", "scoring.threshold_images")
+#: keys that decide about the figures, though runs may differ in the other keys of their group
+DECISIVE = (*EVALUATED, "cache.dtype")
 SAME_EXPERIMENT = ("seed", "_partial_", "_convert_", "_recursive_")  # the last parts of keys that make no other one
 NOT_SEARCHED = {CHECKPOINTS, WANDB, FIGURES, HYDRA, ".git", ".venv"}
 
@@ -95,7 +97,7 @@ class Run:
         found = {
             key: value
             for key, value in known.items()
-            if (not is_free(key, "compare") or key in EVALUATED)
+            if (not is_free(key, "compare") or key in DECISIVE)
             and not (key.startswith("method.") and value is None)  # as without an option that the method got later
             and key.rpartition(".")[2] not in SAME_EXPERIMENT
         }
@@ -111,7 +113,13 @@ class Run:
         }
         found |= flat(self.result["protocol"].get("scoring"), "scoring")
         found["scoring.quantile"] = dict_at(self.result, "thresholds").get("quantile")
-        return {key: json.dumps(value, ensure_ascii=False, sort_keys=True) for key, value in sorted(found.items())}
+        return {key: to_json(value) for key, value in sorted(found.items())}
+
+
+def to_json(value: Any) -> str:
+    """JSON that is equal for equal values: 100.0 is written as 100."""
+    same = each_value(value, lambda x: int(x) if isinstance(x, float) and x.is_integer() else x)
+    return json.dumps(same, ensure_ascii=False, sort_keys=True)
 
 
 def find(folders: Iterable[Path]) -> tuple[list[Path], list[Path], list[str]]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from anomalib_lite.cli.keys import flat, short_key
-from anomalib_lite.comparison.datasets import OFFICIAL, places, titles
-from anomalib_lite.comparison.find_runs import Run, dict_at, shorten
+from anomalib_lite.comparison.datasets import OFFICIAL, places, titles, versions
+from anomalib_lite.comparison.find_runs import Run, dict_at, shorten, to_json
 from anomalib_lite.comparison.tables import Row, Table, ordered_shots, shots_text
 from anomalib_lite.data.splits import SHOTS
 from anomalib_lite.paths import readable
@@ -23,21 +23,22 @@ Conditions = dict[str, Any]  # what the runs of a table share, by its key in res
 
 def tables(runs: Sequence[Run]) -> list[Table]:
     """One table per data set, split and protocol, in the order of the runs. Few shots and all images share a table."""
-    parts: dict[str, tuple[Conditions, list[Run]]] = {}
-    fingerprints: dict[str, list[str]] = {}
     place_of = places(runs)
     title_of = titles(list(dict.fromkeys(place_of.values())))
+    alike: dict[str, tuple[Conditions, list[Run]]] = {}
     for run in runs:
         result = run.result
         conditions = {"data.root": place_of[run][1]} | flat(
             {"split": _split(result), "protocol": {"data": result["protocol"]["data"]}}
         )
-        # a fingerprint depends on the categories: only those of runs with the same categories are compared
-        known = fingerprints.setdefault(_json(result["dataset"], conditions, sorted(result["categories"])), [])
-        if run.fingerprint not in known:
-            known.append(run.fingerprint)
-        conditions["data.fingerprint"] = known.index(run.fingerprint)
-        parts.setdefault(_json(result["dataset"], conditions), (conditions, []))[1].append(run)
+        alike.setdefault(to_json([result["dataset"], conditions]), (conditions, []))[1].append(run)
+    part_of: dict[Run, tuple[str, Conditions]] = {}
+    for key, (conditions, members) in alike.items():
+        for run, version in versions(members).items():
+            part_of[run] = f"{key} {version}", conditions | {"data.fingerprint": version}
+    parts: dict[str, tuple[Conditions, list[Run]]] = {}
+    for run in runs:
+        parts.setdefault(part_of[run][0], (part_of[run][1], []))[1].append(run)
     made: list[Table] = []
     first: dict[str, tuple[int, Conditions]] = {}
     for conditions, members in parts.values():
@@ -77,7 +78,7 @@ def _split_title(runs: Sequence[Run]) -> str:
     if _split(result)["profile"] == "full":
         return ""
     if "imbalance" in split:
-        name, order, seed = f"{split.get('profile')}{split['imbalance']}", split.get("order"), split.get("seed", 0)
+        name, order, seed = f"{split.get('profile')}{split['imbalance']:g}", split.get("order"), split.get("seed", 0)
         details += [f"order {', '.join(order) if isinstance(order, list) else order}"] * (order != "size")
         details += [f"split.seed {seed}"] * (seed != 0)
     else:
@@ -120,7 +121,7 @@ def _rows(runs: list[Run]) -> tuple[list[Row], list[str]]:
     for run in sorted(runs, key=lambda run: str(dict_at(run.result, "timing").get("date", ""))):
         method, setting, hyperparameters = run.result["method"], run.result["setting"], run.hyperparameters()
         new = Row(method, setting, hyperparameters, configured=bool(run.config), shots=run.shots)
-        row = rows.setdefault(_json(method, setting, hyperparameters, run.shots), new)
+        row = rows.setdefault(to_json([method, setting, hyperparameters, run.shots]), new)
         for category in run.result["categories"]:
             seeds = row.runs.setdefault(category, {})
             if run.seeds in seeds:
@@ -148,6 +149,8 @@ def _notes(rows: list[Row], runs: list[Run], categories: list[str]) -> Iterator[
             yield f"{key} differs ({rows_by_value})"
     if mixed := [row.full_label for row in rows if len(_module_versions(row)) > 1]:
         yield f"averaged over runs of several versions of one module (environment.modules): {shorten(mixed)}"
+    if mixed := [row.full_label for row in rows if len(_arithmetic(row)) > 1]:
+        yield f"averaged over runs in several precisions (environment.precision): {shorten(mixed)}"
     beside = [
         f"{row.label} ({jobs} jobs)" for row in rows if (jobs := max(map(_jobs_beside, row.all_runs()), default=0))
     ]
@@ -170,7 +173,13 @@ def _development(dataset: str, categories: Sequence[str]) -> Iterator[str]:
 def _module_versions(row: Row) -> set[str]:
     """The versions of the user's own modules that the row's runs used; runs of earlier versions stored none."""
     used = [dict_at(run.result, "environment", "modules") for run in row.all_runs()]
-    return {_json(modules) for modules in used if modules}
+    return {to_json(modules) for modules in used if modules}
+
+
+def _arithmetic(row: Row) -> set[str]:
+    """In which precisions the row's runs were computed, which `auto` chooses by the device."""
+    used = [dict_at(run.result, "environment").get("precision") for run in row.all_runs()]
+    return {str(precision) for precision in used if precision}
 
 
 def _jobs_beside(run: Run) -> int:
@@ -221,10 +230,6 @@ def _text(value: str | None) -> str:
     if isinstance(content, list) and content and all(isinstance(each, dict) and "_target_" in each for each in content):
         return ", ".join(str(each["_target_"]).rpartition(".")[2] for each in content)
     return "–" if value is None else content if isinstance(content, str) else value
-
-
-def _json(*values: Any) -> str:
-    return json.dumps(values, sort_keys=True)
 
 
 def _natural(text: str) -> list[tuple[int, float, str]]:

@@ -13,7 +13,7 @@ from yaml import YAMLError
 
 from anomalib_lite.cli.keys import flat
 from anomalib_lite.cli.program import composed
-from anomalib_lite.comparison.find_runs import SAME_EXPERIMENT, Run, dict_at, shorten
+from anomalib_lite.comparison.find_runs import DECISIVE, SAME_EXPERIMENT, Run, dict_at, shorten
 from anomalib_lite.comparison.tables import Row, Table, cell_of, shots_text
 from anomalib_lite.errors import UserError
 from anomalib_lite.metrics.names import name_of
@@ -157,7 +157,7 @@ def _decisive(config: dict[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in (defaults() | flat(config)).items()
-        if (key.startswith(("backbone.", "scoring.", "split.")) or not is_free(key, "compare"))
+        if (key.startswith(("backbone.", "scoring.", "split.")) or key in DECISIVE or not is_free(key, "compare"))
         and key.rpartition(".")[2] not in SAME_EXPERIMENT
     }
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from anomalib_lite.comparison import statistics
-from anomalib_lite.comparison.find_runs import Run, shorten
+from anomalib_lite.comparison.find_runs import Run, dict_at, shorten
 
 FEWEST_CATEGORIES = 6  # for a paired test
-LARGE = 3000  # runs times categories
+LARGE = 3000, 500_000  # runs times categories, and their test images
 #: heading: part of result.json, key, factor
 COSTS: dict[str, tuple[str, str, float]] = {
     "fit (s)": ("timing", "fit_s", 1),
@@ -135,7 +135,13 @@ class Table:
     @cached_property
     def large(self) -> bool:
         """Whether bootstrapping AP and F1-max of so many runs and categories would take minutes."""
-        return sum(len(seeds) for row in self.rows for seeds in row.runs.values()) > LARGE
+        counts = [
+            sum(dict_at(run.result, "data", "test_counts", category).values())
+            for row in self.rows
+            for category, seeds in row.runs.items()
+            for run in seeds.values()
+        ]
+        return len(counts) > LARGE[0] or sum(counts) > LARGE[1]
 
     @cache  # noqa: B019  a table lives as long as the program
     def body(self, metric: str) -> Body:

@@ -127,7 +127,10 @@ def from_file(
         first = f"{others[0].where}: {others[0].path}"
         notes.append(f"{file.name}: {len(others)} entries are of classes that this run does not have (first: {first})")
     if defects := sum(s.label for s in train):
-        notes.append(f"{file.name}: {defects} of {len(train)} training images are defective (split.anomalous=true)")
+        tested = {s.path for s in data.test}
+        both = sum(s.path in tested for s in train)
+        text = f"{file.name}: {defects} of {len(train)} training images are defective (split.anomalous=true)"
+        notes.append(f"{text}; images that are test images too: {both}" if both else text)
     if len(names) == 1:
         return Split(train, full_counts, "file", notes=notes)
     head_names, tail_names = head_and_tail(names, head)

@@ -86,7 +86,7 @@ def visualized(model: AnomalyModule, data: AnomalyDataModule, samples: list[Samp
     """What the method shows of test images, at data.image_size whatever the images' sizes; empty where it has none."""
     if type(model).visualize is AnomalyModule.visualize:
         return {}
-    batches = data.new_dataloader([sample.path for sample in samples], 0, 1, 0)
+    batches = data.new_dataloader([sample.path for sample in samples], data.categories.index(samples[0].category), 1, 0)
     each = [_visualized(model, batch, data.image_size) for batch in batches]
     return {title: np.concatenate([rows[title] for rows in each]) for title in each[0]}
 

@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import itertools
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ from rich.console import Console
 from scipy.stats import wilcoxon
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
+from anomalib_lite.cli.keys import assign
 from anomalib_lite.comparison import statistics, terminal
 from anomalib_lite.comparison.export import between, caption, notes, percent, render, to_csv
 from anomalib_lite.comparison.page import to_html
@@ -340,6 +342,51 @@ def test_what_does_not_compare_is_apart_and_named(write):
     assert outcome.code == 0
     assert "table 2: " in outcome.out
     assert "run0001" in outcome.out
+
+
+@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+def test_other_images_of_one_category_are_apart_with_all_of_their_folder(write, order):
+    """A reduced copy of a data set's bottle, and the whole data set: no row mixes them, whichever run is found first."""
+    runs = [("/reduced", "bottle"), ("/whole", "bottle"), ("/whole", "cable")]
+    for root, category in (runs[number] for number in order):
+        write("a", (category,), root=root, dataset="mvtec", data__fingerprint=f"{root} {category}")
+    assert sorted(table.categories for table in tables(write)) == [["bottle"], ["bottle", "cable"]]
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "rows"),
+    [
+        ("cache.dtype", ("float32", "bfloat16"), 2),
+        ("objective", ("validation.pixel_ap", "validation.image_auroc"), 1),
+        ("data.val_fraction", (0, 0.0), 1),
+        ("data.val_fraction", (0, 0.1), 2),
+    ],
+)
+def test_which_keys_make_rows(write, key, values, rows):
+    for seed, value in enumerate(values):
+        file = write("a", seed=seed) / "checkpoints" / "config.json"
+        stored = json.loads(file.read_text())
+        assign(stored["config"], key, value)
+        file.write_text(json.dumps(stored))
+    (table,) = tables(write)
+    assert len(table.rows) == rows
+
+
+def test_a_whole_number_is_the_same_imbalance(write):
+    for imbalance in (100, 100.0):
+        split = {"name": "exp", "profile": "exp", "imbalance": imbalance, "order": "size", "seed": 0}
+        write("a", seed=int(isinstance(imbalance, float)), split=split)
+    (table,) = tables(write)
+    assert table.title.endswith("split exp100")
+    assert len(table.rows) == 1
+
+
+def test_runs_in_several_precisions_are_named(write):
+    for seed, precision in enumerate(("float32", "float32, networks in bf16")):
+        write("a", seed=seed, environment__precision=precision)
+        write("b", seed=seed)
+    (table,) = tables(write)
+    assert "averaged over runs in several precisions (environment.precision): a" in table.notes
 
 
 def test_differences_are_short(write):

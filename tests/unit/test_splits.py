@@ -17,6 +17,7 @@ from anomalib_lite.data.readers import MVTEC, VISA, read_folder, read_mvtec, rea
 from anomalib_lite.data.sampler import TrainBatchSampler
 from anomalib_lite.data.samples import DataSet, Sample
 from anomalib_lite.errors import UserError
+from anomalib_lite.splits import read_as
 from tests.helpers import real_images as real
 from tests.helpers.image_trees import make_mvtec, make_visa
 from tests.helpers.run_programs import (
@@ -407,7 +408,9 @@ def test_defective_images_on_request(tree, tmp_path):
     split = splits.from_file(tree, written(tmp_path / "a.json", text), anomalous=True)
     found = {name: s.label for s in split.train for name in names([s])}
     assert found == dict.fromkeys(KEPT, 0) | {"cable/test/broken/000.png": 1, "bottle/train/good/001.png": 1}
-    assert "a.json: 2 of 5 training images are defective (split.anomalous=true)" in split.notes
+    text = "a.json: 2 of 5 training images are defective (split.anomalous=true); images that are test images too: 1"
+    assert text in split.notes
+    assert "split.anomalous=true" in read_as(split)
     only = written(tmp_path / "b.json", jsonl(KEPT[:2]) + "\n" + jsonl(["cable/test/broken/000.png"]))
     with pytest.raises(UserError, match="no normal training image of 'cable'"):
         splits.from_file(tree, only, anomalous=True)
