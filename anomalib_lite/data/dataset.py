@@ -18,7 +18,6 @@ from anomalib_lite.data.samples import Sample, load_mask
 from anomalib_lite.data.transforms import resize_mask
 from anomalib_lite.errors import UserError
 
-CORRUPTED = "corrupted"  # the `defect` of a held-out training image that gets an artificial defect
 MapSize = tuple[int, int] | str | None  # size of maps and masks: (H, W), "original", None: the input's
 # Streams of random numbers: every generator is seeded by (seed, stream, ...).
 AUGMENT, SHUFFLE, HOLD_OUT, CORRUPT, CORRUPT_TRAINING, BALANCE, THRESHOLDS = range(7)
@@ -63,7 +62,7 @@ class AnomalyDataset(Dataset):
         corrupt: (uint8 image, rng) -> (image, mask). Every epoch corrupts `image` anew; `clean` is the image without
             corruption, and `corruption_mask` marks where the two differ.
         pairs: True: items of held-out images have `clean` and `corruption_mask` even without `corrupt`. Samples with
-            the defect CORRUPTED are corrupted, in every epoch in the same way.
+            an artificial defect are corrupted, in every epoch in the same way.
     """
 
     def __init__(
@@ -91,7 +90,7 @@ class AnomalyDataset(Dataset):
         self.all_tiles, self.last = False, dict[Path, tuple[np.ndarray, np.ndarray]]()
         self.corrupt, self.pairs = corrupt, pairs or corrupt is not None
         #: whether an item's image may differ from the pipeline's output for the file
-        self.corrupts = corrupt is not None or any(sample.defect == CORRUPTED for sample in samples)
+        self.corrupts = corrupt is not None or any(sample.artificial for sample in samples)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -146,8 +145,7 @@ class AnomalyDataset(Dataset):
     def _load(self, sample: Sample, epoch: int, index: int) -> dict[str, Any]:
         clean, target, own = self._prepared(sample, (self.seed, AUGMENT, epoch, index))
         shown, changed = clean, np.zeros(clean.shape[:2], bool)
-        held_out = sample.defect == CORRUPTED
-        if held_out:
+        if sample.artificial:
             from anomalib_lite.data.corruptions import corrupt  # imported only if images are held out
 
             shown, changed = corrupt(clean, np.random.default_rng([self.seed, CORRUPT, index]))
@@ -158,7 +156,7 @@ class AnomalyDataset(Dataset):
         if self.pairs:
             item["clean"] = self._tensor(clean)
             item["corruption_mask"] = torch.from_numpy(changed)
-        return item | self._truth(own, own if self.pipeline.only_resizes and not held_out else target)
+        return item | self._truth(own, own if self.pipeline.only_resizes and not sample.artificial else target)
 
     def _tensor(self, image: np.ndarray) -> torch.Tensor:
         return self.pipeline.tensor(image) if self.normalises else torch.from_numpy(np.ascontiguousarray(image))

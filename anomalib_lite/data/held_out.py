@@ -7,15 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from anomalib_lite.data.dataset import CORRUPTED, HOLD_OUT
+from anomalib_lite.data.dataset import HOLD_OUT
 from anomalib_lite.data.masks import mask_files
 from anomalib_lite.data.samples import DataSet, Sample
+
+CORRUPTED = "corrupted"  # what results call an artificial defect; a defect of the data set may have the same name
 
 
 def hold_out(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample], list[str]]:
     """Training samples without a share of each category's normal images, those images, and notes.
 
-    Every second held-out image is marked as CORRUPTED. At least one image of a category remains for training.
+    Every second held-out image gets an artificial defect. At least one image of a category remains for training.
     """
     if share == 0:
         return samples, [], []
@@ -28,7 +30,10 @@ def hold_out(samples: list[Sample], share: float, seed: int) -> tuple[list[Sampl
         # The category's name, not its position, seeds the draw: it does not depend on the other categories.
         rng = np.random.default_rng([seed, HOLD_OUT, *category.encode()])
         drawn = sorted(rng.permutation(len(normal))[: max(count, 0)])
-        held += [replace(normal[i], defect=CORRUPTED, label=1) if n % 2 else normal[i] for n, i in enumerate(drawn)]
+        held += [
+            replace(normal[i], defect=CORRUPTED, label=1, artificial=True) if n % 2 else normal[i]
+            for n, i in enumerate(drawn)
+        ]
     paths = {sample.path for sample in held}
     notes.append(f"data.val_fraction={share}: {len(held)} training images held out for validation")
     return [sample for sample in samples if sample.path not in paths], held, notes

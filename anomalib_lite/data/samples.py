@@ -15,7 +15,8 @@ class Sample:
     """One image. A normal image has the defect "good" and label 0; `mask` is None for it and where no mask exists.
 
     The mask shows defects bright on dark, or with `dark_mask` dark on bright. It may be a folder of masks, one for each
-    defect: `load_mask` gives their union. `saturations` are the thresholds of such defects, for sPRO.
+    defect: `load_mask` gives their union. `saturations` are the thresholds of such defects, for sPRO. An `artificial`
+    defect is painted into the image when it is loaded.
     """
 
     path: Path
@@ -25,6 +26,7 @@ class Sample:
     mask: Path | None
     dark_mask: bool = False
     saturations: tuple[Saturation, ...] = ()
+    artificial: bool = False
 
 
 @dataclass

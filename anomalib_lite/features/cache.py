@@ -35,7 +35,7 @@ from anomalib_lite.paths import replacing
 
 log = logging.getLogger(__name__)
 
-VERSION = 4  # Raise this number when the files' layout or the computation of features changes: the key contains it.
+VERSION = 5  # Raise this number when the files' layout or the computation of features changes: the key contains it.
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CHUNK_IMAGES, CHUNK_BYTES = 1000, 2**28  # Limits of a file's size: a killed extraction loses at most one file.
 FILES, PARTS = "*.safetensors", "*.part.safetensors"  # PARTS are still being written

@@ -17,7 +17,6 @@ from omegaconf import OmegaConf
 
 from anomalib_lite.data import splits
 from anomalib_lite.data.datamodule import AnomalyDataModule
-from anomalib_lite.data.dataset import CORRUPTED
 from anomalib_lite.data.pipeline import Pipeline
 from anomalib_lite.data.readers import read_folder
 from anomalib_lite.data.sampler import TrainBatchSampler
@@ -322,12 +321,23 @@ def test_held_out_images(root):
     assert not {s.path for s in data.train_samples} & {s.path for s in data.val_samples}
     assert "data.val_fraction=0.4: 7 training images held out for validation" in data.notes
     (batch,) = data.val_dataloader()
-    assert batch["mask"].flatten(1).any(1).tolist() == [s.defect == CORRUPTED for s in data.val_samples]
+    assert batch["mask"].flatten(1).any(1).tolist() == [s.defect == "corrupted" for s in data.val_samples]
     assert batch["label"].tolist() == [s.label for s in data.val_samples]
     assert all(equal(batch, again) for again in data.val_dataloader())
     alone = module(root, val_fraction=0.4, category="wood")  # what is held out does not depend on other categories
     assert alone.val_samples == data.val_samples[4:]
     assert module(root, val_fraction=0.4, seed=1).val_samples != data.val_samples
+
+
+def test_a_defect_that_is_called_corrupted_is_not_painted(tmp_path):
+    """Its images and masks are those of the files, and stored features are those of its images."""
+    batches = []
+    for defect in ("broken", "corrupted"):
+        make_mvtec(tmp_path / defect, defects={defect: 2})
+        loader = module(tmp_path / defect).test_dataloader()
+        batches += list(loader)
+        assert not loader.dataset.corrupts
+    assert all(torch.equal(batches[0][key], batches[1][key]) for key in ("label", "image", "mask"))
 
 
 def test_holding_out_leaves_something(root, tmp_path):
