@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from anomalib_lite.data.image_folders import means_normal
@@ -21,12 +21,12 @@ def read_table(
     """The rows of a CSV file with the columns path, category, label, split and mask.
 
     Paths are relative to `root`, or to the table's folder. The label is a word for normal images (good, ok, normal or
-    0) or the name of a defect. The split is train or test. The mask may be empty. Defective training images are left
-    out with a note.
+    0) or the name of a defect. The split is train or test. The mask is empty for normal images, and for all images of a
+    category without masks. Defective training images are left out with a note.
 
     Raises:
         UserError: a column is missing; a row has an unknown split, no label, a file that is missing, or another row's
-            image; a category has no normal training images.
+            image; a category has no normal training images, or masks of some of its defective test images only.
     """
     if not table:
         raise UserError("data.table is not set: give the CSV file that lists the images")
@@ -35,12 +35,13 @@ def read_table(
     header, rows = table_rows(file, COLUMNS, "add the column")
     names = choose(category, list(dict.fromkeys(readable(row["category"]) for _, row in rows)), file, "; see its rows")
 
-    def entries() -> Iterator[tuple[str, str, Sample]]:
-        for where, row in rows:
-            if readable(row["category"]) in names:
-                yield where, row["split"].strip().lower(), _sample(base, row, where, mask_defect == "dark")
-
-    data = listed(base, names, entries(), file)
+    entries = [
+        (where, row["split"].strip().lower(), _sample(base, row, where, mask_defect == "dark"))
+        for where, row in rows
+        if readable(row["category"]) in names
+    ]
+    data = listed(base, names, entries, file)
+    _check_masks([(where, sample) for where, part, sample in entries if part == "test" and sample.label])
     if further := [name for name in header if name not in COLUMNS]:
         data.notes.append(f"{file.name}: columns that are not used: {', '.join(further)}")
     return data
@@ -108,6 +109,19 @@ def file_below(base: Path, text: str | Path, where: str) -> Path:
     if not path.is_file():
         raise UserError(f"{where}: {path} is missing; restore the file, or remove it from the list")
     return path
+
+
+def _check_masks(defective: Sequence[tuple[str, Sample]]) -> None:
+    """Raise UserError, which begins with where the table names the image, for a defective test image without a mask if
+    another one of its category has one: pixel metrics take the masks of all.
+    """
+    with_masks = {sample.category for _, sample in defective if sample.mask}
+    for where, sample in defective:
+        if sample.mask is None and sample.category in with_masks:
+            raise UserError(
+                f"{where}: {sample.path} is defective and has no mask, and others of '{sample.category}' have one; "
+                "add its mask, or leave all masks of the category empty"
+            )
 
 
 def _sample(base: Path, row: dict[str, str], where: str, dark: bool) -> Sample:
