@@ -41,14 +41,19 @@ def write_figures(
     Args:
         outputs: of the test set, with the columns of `metrics.per_category`. thresholds: per category.
     """
-    folder.mkdir(exist_ok=True)
     for category in data.categories:
         rows = [i for i, sample in enumerate(data.test_samples) if sample.category == category]
         if rows:
             cases = chosen_cases(rows, outputs)
             shown = visualized(model, data, [data.test_samples[i] for _, i in cases])
             sheet = contact_sheet(data, cases, outputs, thresholds[category], f"{title}: {category}", shown)
-            _save(folder / f"{category}.png", sheet)
+            _save(figure_file(folder, category), sheet)
+
+
+def figure_file(folder: Path, category: str) -> Path:
+    """The file of a category's figure: that of line1/bottle is in a folder line1, and no name leads out of `folder`."""
+    leads_out = category.startswith("/") or ".." in category.split("/")
+    return folder / f"{category.replace('/', '_') if leads_out else category}.png"
 
 
 def contact_sheet(
@@ -110,7 +115,6 @@ def training_figure(folder: Path, data: AnomalyDataModule, model: AnomalyModule,
         for column, image in enumerate(row):
             x = side + column * (TILE + GAP)
             sheet[y : y + TILE, x : x + TILE] = _tile(image)
-    folder.mkdir(exist_ok=True)
     _save(folder / TRAINING_FIGURE, sheet)
 
 
@@ -136,4 +140,6 @@ def _write(sheet: np.ndarray, text: str, x: int, y: int, size: float, colour: tu
 
 
 def _save(file: Path, sheet: np.ndarray) -> None:
-    cv2.imwrite(str(file), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+    """Write a figure, with its folder. Raises OSError where that is not possible, which cv2.imwrite would not do."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))[1].tobytes())

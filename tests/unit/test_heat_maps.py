@@ -13,7 +13,7 @@ from anomalib_lite.data.pipeline import Pipeline
 from anomalib_lite.data.transforms import Resize
 from anomalib_lite.errors import UserError
 from anomalib_lite.runs.decisions import score_text
-from anomalib_lite.runs.figures import TILE, contact_sheet
+from anomalib_lite.runs.figures import TILE, contact_sheet, write_figures
 from anomalib_lite.runs.load import LoadedRun
 from anomalib_lite.runs.predictions import Predictor
 from anomalib_lite.tracking import wandb_report
@@ -73,6 +73,24 @@ def test_a_score_at_any_threshold(score, threshold, text, above, part):
     assert text in wandb_report._picture(0, "clear defect", limits, part, outputs)[1]
     last_line = contact_sheet(part, [("clear defect", 0)], outputs, limits, "", {})[-30:].astype(int)
     assert (last_line[..., 0] - last_line[..., 1] > 100).any() == above
+
+
+def test_a_figure_of_any_category_is_below_its_folder(part, tmp_path, monkeypatch):
+    monkeypatch.setattr("anomalib_lite.runs.figures.visualized", lambda *_: {})
+    model: Any = None
+    folder, outputs = tmp_path / "run" / "figures", of_a_score(2) | {"labels": np.ones(1)}
+
+    def write(category):
+        part.categories, part.test_samples[0].category = [category], category
+        write_figures(folder, part, outputs, {category: LIMITS}, "", model)
+
+    for category in ("bottle", "line1/bottle", "../x", "/x"):
+        write(category)
+    files = {file.relative_to(folder).as_posix() for file in folder.rglob("*.png")}
+    assert files == {"bottle.png", "line1/bottle.png", ".._x.png", "_x.png"}
+    (folder / "cable.png").mkdir()
+    with pytest.raises(OSError, match=r"cable\.png"):
+        write("cable")
 
 
 @pytest.mark.parametrize(("score", "value"), [(np.nan, 0.0), (np.inf, 0.0), (1.0, np.nan)])
