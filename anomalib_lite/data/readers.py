@@ -1,6 +1,7 @@
 """Readers: from a folder on disk to a DataSet. Each takes (root, category) with a name, a list of names, or "all"."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,28 @@ def read_test_set(root: str | Path | None, category: Sequence[str], like: str | 
     if not data.test:
         raise UserError(f"{base}: no test images; put them into {places}")
     return data
+
+
+def read_as_trained(
+    root: str | Path | None,
+    category: str | Sequence[str],
+    reader: Callable[..., DataSet],
+    names: Sequence[str],
+    **for_reader: Any,
+) -> DataSet:
+    """What the reader returns, for a run that is trained already on categories of these names.
+
+    A single category may be called as its folder, which may have another name by now. It gets the run's name, on which
+    depends which images are drawn.
+    """
+    data = reader(root, category, **for_reader)
+    found = {sample.category for sample in [*data.train, *data.test]}
+    if len(names) != 1 or len(found) != 1 or found == set(names):
+        return data
+    (old,), (new,) = names, found
+    train, test = ([replace(sample, category=old) for sample in samples] for samples in (data.train, data.test))
+    notes = [old + note.removeprefix(new) if note.startswith(f"{new}: ") else note for note in data.notes]
+    return replace(data, train=train, test=test, notes=notes)
 
 
 def read_official(

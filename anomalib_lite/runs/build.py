@@ -29,7 +29,12 @@ log = logging.getLogger(__name__)
 
 def make_data(cfg: dict[str, Any], stored: dict[str, Any] | None = None) -> AnomalyDataModule:
     """The data, read, checked and split. `stored`: what the checkpoint of a trained or resumed run holds."""
-    trained = {"first_batch": stored["steps"], "pixels": stored_pixels(stored)} if stored else {}
+    trained: dict[str, Any] = {}
+    if stored:
+        reader = {"_target_": "anomalib_lite.data.readers.read_as_trained", "_partial_": True}
+        reader |= {"reader": cfg["data"]["reader"], "names": stored["categories"]}
+        cfg = cfg | {"data": cfg["data"] | {"reader": reader}}
+        trained = {"first_batch": stored["steps"], "pixels": stored_pixels(stored)}
     data = data_module(cfg, map_size=cfg["scoring"].get("map_size"), **trained)
     data.setup()
     return data

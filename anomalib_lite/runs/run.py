@@ -109,11 +109,10 @@ def read_data(
     cfg: dict[str, Any], stored: dict[str, Any], checkpoint: Path, may_differ: bool
 ) -> tuple[AnomalyDataModule, bool]:
     """The data, and whether they are another test set than the run's, which they may be if `may_differ`."""
-    if may_differ:
-        return other_test_set.read(cfg, stored)
-    data = build.make_data(cfg, stored)
-    check_fingerprint(cfg, data, stored, checkpoint)
-    return data, False
+    data, other = other_test_set.read(cfg, stored) if may_differ else (build.make_data(cfg, stored), False)
+    if not other:
+        check_fingerprint(cfg, data, stored, checkpoint)
+    return data, other
 
 
 def make_model(cfg: dict[str, Any], data: AnomalyDataModule, stored: dict[str, Any], checkpoint: Path) -> AnomalyModule:
@@ -183,11 +182,22 @@ def samples_of(data: AnomalyDataModule, scored: Sequence[int]) -> dict[int, list
 
 
 def check_fingerprint(cfg: dict[str, Any], data: AnomalyDataModule, stored: dict[str, Any], checkpoint: Path) -> None:
-    """Raise UserError unless the data are those that the checkpoint was trained on."""
-    if stored and stored["fingerprint"] != data.fingerprint:
+    """Raise UserError unless the data, and the names of their categories, are those that the checkpoint was trained on.
+
+    The fingerprint does not contain the names, which seed what is drawn and give the order of the model's categories.
+    """
+    if not stored:
+        return
+    if stored["fingerprint"] != data.fingerprint:
         listed = f" (split.path={cfg['split']['path']} may have changed)" if cfg["split"].get("path") else ""
         raise UserError(
             f"data.root={data.root}: not the files that {checkpoint} was trained and tested on{listed}; train anew"
+        )
+    before, now = ([str(name) for name in names] for names in (stored["categories"], data.categories))
+    if before != now:
+        raise UserError(
+            f"data.category: {checkpoint} was trained on {', '.join(before)}, and the data's categories are called "
+            f"{', '.join(now)} now; give them their earlier names, in the same order"
         )
 
 

@@ -23,6 +23,8 @@ from anomalib_lite.data.sampler import TrainBatchSampler
 from anomalib_lite.data.samples import Sample
 from anomalib_lite.data.stored_features import StoredFeatures
 from anomalib_lite.errors import UserError
+from anomalib_lite.runs.build import make_data
+from anomalib_lite.runs.run import check_fingerprint
 from tests.helpers.image_trees import make_mvtec, save_image
 
 
@@ -497,6 +499,26 @@ def test_transforms_from_configuration(root):
     data = instantiate(OmegaConf.create(config))
     data.setup()
     assert next(iter(data.test_dataloader()))["image"].shape == (8, 3, 16, 16)
+
+
+def test_a_category_whose_folder_has_another_name_by_now(tmp_path):
+    """A trained run finds its category under the name that it had, and holds out the same images."""
+
+    def read(folder, stored=None):
+        reader = {"_target_": "anomalib_lite.data.readers.read_folder", "_partial_": True}
+        options = {"reader": reader, "root": str(folder), "image_size": 16, "val_fraction": 0.5}
+        target = "anomalib_lite.data.datamodule.AnomalyDataModule"
+        return make_data({"data": {"_target_": target, "_convert_": "all", **options}, "scoring": {}}, stored)
+
+    before = read(make_mvtec(tmp_path, "bottle", train=9, masks=False))
+    stored = {"steps": 0, "categories": ["bottle"], "pixels": ["8-bit", None], "fingerprint": before.fingerprint}
+    now = read((tmp_path / "bottle").rename(tmp_path / "flask"), stored)
+    assert now.notes == before.notes
+    assert [sample.path.name for sample in now.val_samples] == [sample.path.name for sample in before.val_samples]
+    check_fingerprint({}, now, stored, Path("last.ckpt"))
+    several = stored | {"categories": ["bottle", "cable"]}
+    with pytest.raises(UserError, match=r"data.category: last.ckpt was trained on bottle, cable, .* called bottle now"):
+        check_fingerprint({}, now, several, Path("last.ckpt"))
 
 
 def test_reading_leaves_the_files_alone(root):
