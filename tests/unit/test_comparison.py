@@ -346,7 +346,7 @@ def test_what_does_not_compare_is_apart_and_named(write):
 
 @pytest.mark.parametrize("order", itertools.permutations(range(3)))
 def test_other_images_of_one_category_are_apart_with_all_of_their_folder(write, order):
-    """A reduced copy of a data set's bottle, and the whole data set: no row mixes them, whichever run is found first."""
+    """A reduced copy of bottle, and the whole data set: no row mixes them, whichever run is found first."""
     runs = [("/reduced", "bottle"), ("/whole", "bottle"), ("/whole", "cable")]
     for root, category in (runs[number] for number in order):
         write("a", (category,), root=root, dataset="mvtec", data__fingerprint=f"{root} {category}")
