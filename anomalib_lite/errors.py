@@ -15,6 +15,10 @@ class UserError(Exception):
     """One line that names the file, field or option and says what to do; the programs print it and exit with 2."""
 
 
+class ImageSizeError(UserError):
+    """The model can't take images of one size, while it may take others: the rest of the images can be scored."""
+
+
 @contextlib.contextmanager
 def explained_memory(message: Callable[[], str]) -> Iterator[None]:
     """Turn an out-of-memory error, on any device, into a UserError with the text `message()`, which says what to do."""

@@ -28,8 +28,8 @@ the run's data.transform does more than resize, such as a crop, the pictures sho
 A watched file is scored once it has not changed for a second, and again when it is replaced. A file that can't be
 decoded is tried for ten seconds. Each score is one more row of scores.csv, so the last row of a path counts; the column
 `modified` (the file's time of change, in ns) tells the next start with the same output which files are scored already.
-Exit codes: 0, also of a watch that is ended; 1 if some images were left out because they could not be read (they are
-listed); 2 for an error that you can fix.
+Exit codes: 0, also of a watch that is ended; 1 if some images were left out because they could not be read or have a
+size that the run can't take (they are listed); 2 for an error that you can fix.
 """
 
 import csv

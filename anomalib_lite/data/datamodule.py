@@ -229,8 +229,8 @@ class AnomalyDataModule(L.LightningDataModule):
         return self._in_order(self._images(self.test_samples, map_size=self.map_size, truth=True), sharded=True)
 
     def new_dataloader(self, files: Sequence[Path], category: int, batch_size: int, workers: int) -> DataLoader:
-        """Images that belong to no data set, in order; `damaged` of a batch lists what could not be read of it."""
-        images = NewImages(files, category, self.eval_pipeline)
+        """Images that belong to no data set, in order; `damaged` of a batch lists what can't be scored of it."""
+        images = NewImages(files, category, self.eval_pipeline, self.test_size)
         batch_size = 1 if self.test_size == "original" or self.tiling else batch_size
         return DataLoader(images, batch_size, num_workers=workers, collate_fn=collate_readable)
 

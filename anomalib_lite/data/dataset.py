@@ -198,10 +198,12 @@ def collate(items: list[dict[str, Any]]) -> Batch:
 
 
 class NewImages(Dataset):
-    """Images for prediction. The item of an unreadable image is its error message."""
+    """Images for prediction. The item of an unreadable image, or of one that has not the (H, W) `size` once it is
+    prepared, is an error message; with "original", images have any size.
+    """
 
-    def __init__(self, files: Sequence[Path], category: int, pipeline: Pipeline):
-        self.files, self.category, self.pipeline = files, category, pipeline
+    def __init__(self, files: Sequence[Path], category: int, pipeline: Pipeline, size: tuple[int, int] | str):
+        self.files, self.category, self.pipeline, self.size = files, category, pipeline, size
 
     def __len__(self) -> int:
         return len(self.files)
@@ -214,13 +216,16 @@ class NewImages(Dataset):
         except UserError as error:
             message = str(error)
             return message if message.startswith(str(self.files[index])) else f"{self.files[index]}: {message}"
+        if self.size not in ("original", found := tuple(mask.shape)):
+            left, wanted = ("×".join(map(str, each)) for each in (found, self.size))
+            return f"{self.files[index]}: data.transform leaves {left} pixels, and the run's images have {wanted}"
         item = {"label": 0, "category": self.category, "path": str(self.files[index]), "index": index}
         item["size"] = image.shape[:2]
         return item | {"image": tensor, "mask": mask, "header": header}
 
 
 def collate_readable(items: list[dict[str, Any] | str]) -> Batch:
-    """`collate` for the readable images, with their `headers`; `damaged` holds the error messages of the others."""
+    """`collate` for the images that can be scored, with their `headers`; `damaged` has the others' error messages."""
     readable = [item for item in items if not isinstance(item, str)]
     batch = collate(readable) if readable else Batch(path=[])
     batch["headers"] = [item["header"] for item in readable]

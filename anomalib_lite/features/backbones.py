@@ -9,7 +9,7 @@ import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from anomalib_lite.errors import UserError
+from anomalib_lite.errors import ImageSizeError
 from anomalib_lite.features.timm_models import SizeError, create_for_sizes, feature_maps, normalisation
 from anomalib_lite.features.transformers import maps_and_tokens, prefix_tokens
 
@@ -126,7 +126,7 @@ class Backbone(nn.Module):
             try:
                 levels = feature_maps(net, images)
             except SizeError as error:
-                raise UserError(
+                raise ImageSizeError(
                     f"images of {size[0]}×{size[1]}: {self.name} can't take this size ({error}); give all images one "
                     "size (data.texture_size, data.transform)"
                 ) from error

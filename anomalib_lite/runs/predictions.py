@@ -1,7 +1,7 @@
 """New images through a trained run: scores, heat maps and overlays."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from anomalib_lite.console import ProgressBar
 from anomalib_lite.data.datamodule import AnomalyDataModule
 from anomalib_lite.data.samples import load_rgb
 from anomalib_lite.data.value_range import depth_notes, range_notes
-from anomalib_lite.errors import UserError, explained_memory
+from anomalib_lite.errors import ImageSizeError, UserError, explained_memory
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.paths import file_name, readable
 from anomalib_lite.runs.folder import HEATMAPS, OVERLAYS
@@ -64,8 +64,14 @@ class Predictor:
         with ProgressBar("images", len(files), quiet=quiet) as bar:
             for batch in self.data.new_dataloader(files, category, self.batch_size, workers):
                 yield from batch["damaged"]
-                self.headers |= zip(batch["path"], batch["headers"], strict=True)
-                for path, amap, score in self._maps(batch) if batch["path"] else ():
+                found: Iterable[tuple[str, Any, float]] = ()
+                try:
+                    if batch["path"]:
+                        found = self._maps(batch)
+                        self.headers |= zip(batch["path"], batch["headers"], strict=True)
+                except ImageSizeError as error:  # images of their own sizes come one by one
+                    yield from [f"{path}: {error}" for path in batch["path"]]
+                for path, amap, score in found:
                     try:
                         yield Path(path), self._predicted(Path(path), score, amap)
                     except UserError as error:  # it was readable before: a watched file has changed

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from anomalib_lite.errors import UserError
+from anomalib_lite.errors import ImageSizeError, UserError
 from anomalib_lite.features.backbones import Backbone, has_bf16, in_half
 from tests.helpers import real_images as real
 
@@ -123,7 +123,7 @@ def test_two_sizes_and_a_third():
     assert [tuple(backbone(picture(*size))[0].shape[2:]) for size in backbone.grids] == [(14, 14), (16, 12)]
     assert tuple(backbone(picture(64, 64))[0].shape[2:]) == (4, 4)
     with pytest.raises(
-        UserError, match=r"images of 250×250: vit_tiny_patch16_224 can't take this size .*data\.texture_s"
+        ImageSizeError, match=r"images of 250×250: vit_tiny_patch16_224 can't take this size .*data\.texture_s"
     ):
         backbone(picture(250, 250))
 

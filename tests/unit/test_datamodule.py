@@ -14,6 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from PIL import Image
 
 from anomalib_lite.data import splits
 from anomalib_lite.data.datamodule import AnomalyDataModule
@@ -374,6 +375,19 @@ def test_sizes_differ(tmp_path, workers):
     data.eval_batch_size = 8  # images of their own sizes come one by one
     with pytest.raises(UserError, match=r"^/.*\.png: its size differs .* add a Resize to data.transform$"):
         list(data.train_eval_dataloader())
+
+
+def test_a_new_image_of_another_size_is_named(tmp_path):
+    """Beside images of the run's size in its batch; where images have their own sizes, none is refused."""
+    root = make_mvtec(tmp_path / "data").parent
+    square, tall = save_image(tmp_path / "a.png"), tmp_path / "b.png"
+    Image.new("RGB", (32, 64)).save(tall)
+    data = module(root, transform=[A.SmallestMaxSize(max_size=16)])
+    (batch,) = data.new_dataloader([square, tall], 0, 8, 0)
+    assert batch["path"] == [str(square)]
+    assert batch["damaged"] == [f"{tall}: data.transform leaves 32×16 pixels, and the run's images have 16×16"]
+    own_sizes = module(root, treatment="texture").new_dataloader([square, tall], 0, 8, 0)
+    assert [tuple(batch["image"].shape[2:]) for batch in own_sizes] == [(32, 32), (64, 32)]
 
 
 @pytest.mark.parametrize(

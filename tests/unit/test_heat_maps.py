@@ -1,5 +1,7 @@
 """What figures, predict and W&B draw of a map and its score."""
 
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
+from anomalib_lite.data.dataset import NewImages, collate_readable
 from anomalib_lite.data.pipeline import Pipeline
 from anomalib_lite.data.transforms import Resize
-from anomalib_lite.errors import UserError
+from anomalib_lite.errors import ImageSizeError, UserError
 from anomalib_lite.runs.decisions import score_text
 from anomalib_lite.runs.figures import TILE, contact_sheet, write_figures
 from anomalib_lite.runs.load import LoadedRun
@@ -103,3 +107,33 @@ def test_no_decision_on_what_is_not_finite(score, value, part, tmp_path):
     model: Any = SimpleNamespace(device="cpu", categories=["part"], predict_step=lambda *_: outputs)
     with pytest.raises(UserError, match=r"images\[0\]: its anomaly map or score is not finite; check"):
         LoadedRun(model, part, LIMITS | {"category": "part"}).predict([np.zeros((64, 64, 3), np.uint8)])
+
+
+def test_an_image_of_a_size_that_the_model_refuses_is_left_out(part, tmp_path):
+    """The other images are scored. An error that concerns all images is raised."""
+    first, second = tmp_path / "a.png", tmp_path / "b.png"
+    shutil.copy(first, second)
+    errors: dict[str, Exception] = {str(first): ImageSizeError("images of 64×64: too odd")}
+
+    def predict_step(batch: Any, _: int) -> dict[str, Any]:
+        if error := errors.get(batch["path"][0]):
+            raise error
+        return {"score": torch.ones(1), "map": torch.zeros(1, 32, 32)}
+
+    def new_dataloader(files: list[Path], category: int, *_: int) -> DataLoader:
+        images = NewImages(files, category, part.eval_pipeline, "original")
+        return DataLoader(images, 1, collate_fn=collate_readable)
+
+    part.new_dataloader = new_dataloader
+    model: Any = SimpleNamespace(device=torch.device("cpu"), categories=["part"], predict_step=predict_step)
+    limits = LIMITS | {"category": "part"}
+    predictor = Predictor(model, part, limits, tmp_path / "out", tmp_path, 1, 0, 1, {})
+    found: list[Any] = list(predictor.scored([first, second], quiet=True))
+    message, (path, prediction) = found
+    assert message == f"{first}: images of 64×64: too odd"
+    assert (path, prediction.score) == (second, 1.0)
+    assert list(predictor.headers) == [str(second)]
+    for error in (UserError("batch['features']: none"), torch.OutOfMemoryError("CUDA out of memory")):
+        errors[str(first)] = error
+        with pytest.raises(UserError):
+            list(predictor.scored([first], quiet=True))
