@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from anomalib_lite.errors import UserError
+from anomalib_lite.paths import absolute
 
 
 class Inputs(NamedTuple):
@@ -56,7 +57,7 @@ def inputs_of(text: str) -> Inputs:
     if not images:
         why = f"; {left_out[0]}" if left_out else ""
         raise UserError(f"input={text}: holds no image ({', '.join(IMAGE_SUFFIXES)}){why}")
-    place = {each: each.resolve() if ".." in each.parts else each.absolute() for each in [*images, *folders]}
+    place = {each: absolute(each.absolute()) for each in [*images, *folders]}  # a file's own name may begin with ~
     base = os.path.commonpath([place[each] if each in folders else place[each].parent for each in place])
     unique = {place[each]: each for each in reversed(images)}
     return Inputs(sorted(unique), folders, Path(base), left_out, others)
@@ -68,7 +69,7 @@ def watched_folders(text: str) -> Inputs:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"input={folder}: no such folder; watch=true takes folders, which may be empty")
-    folders = sorted({each.resolve() if ".." in each.parts else each.absolute() for each in folders})
+    folders = sorted(set(map(absolute, folders)))
     return Inputs([], folders, Path(os.path.commonpath(folders)), [], [])
 
 
