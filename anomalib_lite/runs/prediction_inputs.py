@@ -16,7 +16,7 @@ class Inputs(NamedTuple):
 
     Attributes:
         images: the files to be scored, each once.
-        folders: the folders that were searched.
+        folders: the folders that were searched, also by a pattern with **; see `searched_below`.
         base: the folder that all inputs share: results are named by the paths below it.
         left_out: messages about what may be an image but can't be read.
         others: files that are no images.
@@ -40,6 +40,7 @@ def inputs_of(text: str) -> Inputs:
     from anomalib_lite.data.image_folders import classified, walk
 
     images, folders, left_out, others = list[Path](), list[Path](), list[str](), list[Path]()
+    searched: list[Path] = []
     for each in listed(text):
         path = Path(each).expanduser()
         exists = os.path.lexists(path)
@@ -50,6 +51,7 @@ def inputs_of(text: str) -> Inputs:
         if not exists and not any(matches):
             raise UserError(f"input={each}: no such file or folder")
         folders += matches.folders
+        searched += [] if exists else searched_below(path)
         for part in (matches, *map(walk, matches.folders)):
             images += part.images
             left_out += [f"{name}: {message}" for name, message in part.unread.items()]
@@ -60,7 +62,19 @@ def inputs_of(text: str) -> Inputs:
     place = {each: absolute(each.absolute()) for each in [*images, *folders]}  # a file's own name may begin with ~
     base = os.path.commonpath([place[each] if each in folders else place[each].parent for each in place])
     unique = {place[each]: each for each in reversed(images)}
-    return Inputs(sorted(unique), folders, Path(base), left_out, others)
+    return Inputs(sorted(unique), [*folders, *searched], Path(base), left_out, others)
+
+
+def searched_below(pattern: Path) -> list[Path]:
+    """The folders below which a pattern with ** finds files at any depth; none where it can't find the pictures of an
+    output, which are PNG files.
+    """
+    from anomalib_lite.data.image_files import IMAGE_SUFFIXES
+
+    if "**" not in pattern.parts or pattern.suffix.lower() in set(IMAGE_SUFFIXES) - {".png"}:
+        return []
+    above = Path(*pattern.parts[: pattern.parts.index("**")])
+    return sorted(map(Path, glob.glob(str(above))))  # noqa: PTH207
 
 
 def watched_folders(text: str) -> Inputs:
