@@ -61,14 +61,14 @@ def evaluate(options: dict[str, Any]) -> None:
             raise UserError("data.check=only: evaluates nothing; use it in training, or give fast or thorough")
         if keys.lookup(config, key, ...) is ...:
             raise UserError(f"{key}: the run's configuration has no such key")
-        if key == "data.root" and value is not None:
-            value = str(Path(str(value)).expanduser().absolute())
+        if key in folder.PLACES:
+            value = folder.absolute_places(value)
         if (HOME / "conf" / key).is_dir():  # a choice such as hardware=cpu
             value = cli.composed([f"{key}={value}", "data.category=all"])[0][key]
         folder.assign_everywhere(config, key, value)
     schema.check(config)
     changed = [  # by a choice such as hardware=cpu; compare reads them
-        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        override(key, value)
         for key, value in keys.flat(config).items()
         if key.partition(".")[0] in options and before.get(key, value) != value
     ]
@@ -85,8 +85,7 @@ def evaluate(options: dict[str, Any]) -> None:
         from anomalib_lite.runs.run import execute
         from anomalib_lite.runs.summary import other_precision
 
-        root = f"data.root={config['data']['root']}"  # compare reads it, and the remark, in another folder
-        overrides = [root if x.startswith("data.root=") else x for x in sys.argv[1:] if "=" in x] + changed
+        overrides = [with_absolute_places(x, config) for x in sys.argv[1:] if "=" in x] + changed
         try:
             remark, other = f"evaluated again from {run.absolute()}", "data.root" in options
             result = execute(config, output, names, checkpoint, overrides, [remark], fit=False, may_differ=other)
@@ -98,6 +97,19 @@ def evaluate(options: dict[str, Any]) -> None:
         tested, now = (each.get("environment", {}).get("precision") for each in (before, result))
         for note in other_precision(tested, now):
             print(f"note: {note}; hardware.precision=32 and bf16 choose one")
+
+
+def override(key: str, value: Any) -> str:
+    """KEY=VALUE, as a result has it."""
+    return f"{key}={value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
+
+
+def with_absolute_places(argument: str, config: dict[str, Any]) -> str:
+    """The argument; one that says where images are with the absolute paths of the configuration, since compare reads it
+    in another folder.
+    """
+    key = argument.partition("=")[0]
+    return override(key, keys.lookup(config, key)) if key in folder.PLACES else argument
 
 
 if __name__ == "__main__":

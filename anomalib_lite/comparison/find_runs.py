@@ -19,7 +19,17 @@ from anomalib_lite.cli.values import read as read_value
 from anomalib_lite.data.splits import SHOTS
 from anomalib_lite.errors import UserError
 from anomalib_lite.runs.artifacts import Scores, read_maps, read_result, read_scores
-from anomalib_lite.runs.folder import CHECKPOINTS, FIGURES, HYDRA, RESULT, WANDB, is_run, read_config, stored_digests
+from anomalib_lite.runs.folder import (
+    CHECKPOINTS,
+    FIGURES,
+    HYDRA,
+    PLACES,
+    RESULT,
+    WANDB,
+    is_run,
+    read_config,
+    stored_digests,
+)
 
 KINDS = {  # of what every result holds
     str: "method dataset setting data.fingerprint", int: "seed", list: "categories",
@@ -189,9 +199,12 @@ def config_of(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
         config = dict_at(read_config(place)[0])
         for override in _texts(result, "overrides") if place != folder else ():
             key, _, text = override.partition("=")
-            if key in ("data.root", *EVALUATED) or key.startswith("scoring."):
+            # relative places, which earlier versions stored, lead nowhere from here
+            is_path = key in PLACES and Path(text).is_absolute()
+            is_other_place = key in PLACES and (text == "null" or text.startswith('["/'))
+            if is_path or is_other_place or key in EVALUATED or key.startswith("scoring."):
                 *groups, name = key.split(".")
-                dict_at(config, *groups)[name] = text if key == "data.root" else read_value(override)
+                dict_at(config, *groups)[name] = text if is_path else read_value(override)
         return config
     return {}
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from anomalib_lite.cli.keys import assign, flat, lookup, method_defaults, translate
+from anomalib_lite.cli.keys import assign, each_value, flat, lookup, method_defaults, translate
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import write_text
 from anomalib_lite.runs import inputs, own_modules
@@ -35,6 +35,8 @@ HEATMAPS = "heatmaps"
 OVERLAYS = "overlays"
 REPORT = "report.html"
 WATCH = "watch.json"  # what a folder is watched with
+#: keys of the configuration that say where images, masks or their table are
+PLACES = ("data.root", "data.normal", "data.normal_test", "data.abnormal", "data.masks", "data.table")
 
 
 def checkpoint(run: Path) -> Path:
@@ -64,22 +66,25 @@ def is_finished(run: Path) -> bool:
 
 def make_absolute(config: dict[str, Any]) -> None:
     """Replace paths by absolute ones: a stored run is used later, from any folder."""
-
-    def absolute(path: str) -> str:
-        return str(Path(path).expanduser().absolute())
-
-    data, backbone = config["data"], config["backbone"]
-    if data["root"] is not None:
-        data["root"] = absolute(data["root"])
-    for key in ("normal", "normal_test", "abnormal", "masks", "table"):
-        if places := data.get(key):
-            data[key] = absolute(places) if isinstance(places, str) else [absolute(place) for place in places]
-    for split in (config["split"], data["split"]):
+    backbone = config["backbone"]
+    for key in PLACES:
+        if places := lookup(config, key):
+            assign(config, key, absolute_places(places))
+    for split in (config["split"], config["data"]["split"]):
         if isinstance(split, dict) and isinstance(split.get("path"), str):
-            split["path"] = absolute(split["path"])
+            split["path"] = absolute_places(split["path"])
     backbone["name"] = inputs.with_absolute_path("backbone.name", backbone["name"])
     if (backbone.get("weights") or "none") not in ("auto", "none"):
-        backbone["weights"] = absolute(backbone["weights"])
+        backbone["weights"] = absolute_places(backbone["weights"])
+
+
+def absolute_places(value: Any) -> Any:
+    """A path, or each path of a list, as an absolute one. What is no text, and the empty text, stay as they are."""
+
+    def absolute(path: Any) -> Any:
+        return str(Path(path).expanduser().absolute()) if path and isinstance(path, str) else path
+
+    return each_value(value, absolute)
 
 
 # --- started: new, resumed, or refused ---

@@ -41,6 +41,9 @@ def test_same_metrics_as_the_layout(part, tmp_path):
     moved = tmp_path / "moved"
     shutil.move(apart, moved)
     runs.succeeded(runs.evaluate(f"run={tmp_path / 'own'}", f"output={tmp_path / 'again'}", *folders(moved)[1:]))
+    [again] = read([tmp_path / "again"], [])[0]
+    assert root_of(again) == moved
+    assert set(masks_of(again, moved, "part")) == {"c/000.png", "c/001.png"}
     outcome = runs.evaluate(f"run={tmp_path / 'own'}", f"output={tmp_path / 'other'}", f"data.root={folder}")
     assert outcome.code == 0, outcome.err
     assert "another test set" in outcome.out

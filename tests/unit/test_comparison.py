@@ -20,11 +20,14 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from anomalib_lite.cli.keys import assign
 from anomalib_lite.comparison import statistics, terminal
 from anomalib_lite.comparison.export import between, caption, notes, percent, render, to_csv
+from anomalib_lite.comparison.find_runs import config_of
 from anomalib_lite.comparison.page import to_html
 from anomalib_lite.comparison.plots import plot_metric
 from anomalib_lite.comparison.tables import Column, Over
 from anomalib_lite.comparison.worst_cases import worst_cases
+from anomalib_lite.evaluate import with_absolute_places
 from anomalib_lite.runs.decisions import score_text
+from anomalib_lite.runs.folder import absolute_places, stored_config
 from anomalib_lite.runs.heat_maps import chosen_cases, disagreement
 from tests.helpers.image_trees import make_mvtec
 from tests.helpers.written_runs import compare, tables
@@ -483,6 +486,24 @@ def test_roots_of_one_data_set(write, tmp_path):
     assert [(table.title, table.categories) for table in tables(write)] == [
         ("mvtec", ["x", "y"]), ("folder real", ["link", "real"]), ("folder other", ["other"]),
     ]  # fmt: skip
+
+
+def test_an_evaluation_of_moved_images_has_their_places(tmp_path, monkeypatch):
+    """With absolute paths, whatever characters they have; relative ones of earlier versions lead nowhere."""
+    monkeypatch.chdir(tmp_path)
+    given = {"normal": "new, (1)", "abnormal": ["é b", "/c"], "masks": None}
+    config = {"data": {key: absolute_places(value) for key, value in given.items()}}
+    arguments = ["run=run", "data.normal=new, (1)", "data.abnormal=[é b,/c]", "data.masks=null"]
+    overrides = [with_absolute_places(argument, config) for argument in arguments]
+    assert overrides[0] == "run=run"
+    old = {"normal": "/old/ok", "abnormal": "/old/bad", "masks": "/old/masks", "table": "/old/t.csv"}
+    file = stored_config(tmp_path / "run")
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"config": {"data": old}, "names": {}}))
+    notes = [f"evaluated again from {tmp_path / 'run'}"]
+    found = config_of(tmp_path / "out", {"notes": notes, "overrides": [*overrides, "data.table=t.csv"]})
+    new = {"normal": str(tmp_path / "new, (1)"), "abnormal": [str(tmp_path / "é b"), "/c"], "masks": None}
+    assert found["data"] == old | new
 
 
 def test_thumbnails_outline_the_true_defects(write, tmp_path):
