@@ -17,6 +17,7 @@ WAIT = b"\nCtrl-C: the run writes a checkpoint after this batch and ends; a seco
 _in_program = False
 _deferred = False
 _received: list[int] = []  # the signals that came while signals were deferred
+_ignored: list[int] = []  # the signals that a fork server ignores and its jobs do not
 
 
 class Stopped(KeyboardInterrupt):
@@ -133,6 +134,22 @@ def leave_to_parent() -> None:
     """
     for number in (*SIGNALS, signal.SIGINT) if _in_program else ():
         signal.signal(number, signal.SIG_IGN)
+
+
+def leave_to_launcher() -> None:
+    """For a sweep's fork server: a signal to all processes, as when a terminal closes, must not end it, because its
+    jobs are killed with it. The launcher interrupts the jobs.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.SIG_IGN)
+            _ignored.append(number)
+
+
+def stop_ignoring() -> None:
+    """For a job of the fork server: signals end it again. What the launcher itself ignores, as with nohup, stays so."""
+    while _ignored:
+        signal.signal(_ignored.pop(), signal.SIG_DFL)
 
 
 def _kill_children() -> None:

@@ -19,6 +19,7 @@ from dataclasses import replace
 from multiprocessing.connection import wait
 from typing import Any
 
+from anomalib_lite.cli import signals
 from anomalib_lite.sweeps.command import Command, die_with
 from anomalib_lite.sweeps.job import Job
 
@@ -97,6 +98,7 @@ def run_job(command: Command, fork: bool) -> None:
     """
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signals.stop_ignoring()
     multiprocessing.set_start_method(None, force=True)  # the job's own workers start as they do in a single run
     os.environ.clear()
     os.environ.update(command.environment)

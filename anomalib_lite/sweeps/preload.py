@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from anomalib_lite import methods
+from anomalib_lite.cli import signals
 from anomalib_lite.paths import HOME
 from anomalib_lite.sweeps.command import die_with
 
@@ -25,6 +26,7 @@ MODULES = (
 )  # fmt: skip
 
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is meant for the launcher, which ends the jobs
+signals.leave_to_launcher()
 die_with(os.getppid())  # the launcher; the jobs in turn die with this server
 os.environ["HYDRA_FULL_ERROR"] = "1"
 for name in (*MODULES, *(module.name for module in pkgutil.iter_modules(methods.__path__, "anomalib_lite.methods."))):

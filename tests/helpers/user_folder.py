@@ -101,7 +101,7 @@ def in_process(*arguments: str | Path) -> Outcome:
 class Started:
     """A sweep from the command line, which can be watched and killed."""
 
-    def __init__(self, home: Path, *arguments: str):
+    def __init__(self, home: Path, *arguments: str, in_own_group: bool = False):
         self.mark = f"SWEEP_TEST={uuid.uuid4()}"
         self.process = subprocess.Popen(
             [sys.executable, "-m", "anomalib_lite.train", "-m", *SMALL, *arguments],
@@ -110,6 +110,7 @@ class Started:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            process_group=0 if in_own_group else None,
         )
 
     def alive(self) -> dict[int, str]:

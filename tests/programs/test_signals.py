@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from anomalib_lite.cli import signals
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.runs.artifacts import read_result
 from anomalib_lite.runs.efficiency import cpu_times
@@ -121,6 +122,20 @@ def test_an_ignored_signal_stays_ignored(arguments, send, tmp_path):
         assert signal.getsignal(HUP) == signal.SIG_IGN
     finally:
         signal.signal(HUP, before)
+
+
+def test_signals_to_all_processes_of_a_sweep():
+    """The fork server ignores them, and its jobs do not, except what the launcher ignores already, as with nohup."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (TERM, HUP)}
+    try:
+        signal.signal(HUP, signal.SIG_IGN)
+        signals.leave_to_launcher()
+        assert [signal.getsignal(number) for number in (TERM, HUP)] == [signal.SIG_IGN, signal.SIG_IGN]
+        signals.stop_ignoring()
+        assert [signal.getsignal(number) for number in (TERM, HUP)] == [signal.SIG_DFL, signal.SIG_IGN]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_evaluate_and_predict(arguments, root, send, tmp_path, monkeypatch):

@@ -325,18 +325,23 @@ def test_killed_at_ten_random_moments(home, undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_beside_another(home, undisturbed, tmp_path, number):
-    """Two sweeps at once; one of them is ended, which does not affect the other."""
-    both = [Started(home, *STUDY, PAUSE, f"hydra.sweep.dir={tmp_path / name}") for name in "ab"]
+@pytest.mark.parametrize(
+    ("number", "send"), [(signal.SIGINT, os.kill), (signal.SIGTERM, os.kill), (signal.SIGTERM, os.killpg)]
+)
+def test_interrupted_beside_another(home, undisturbed, tmp_path, number, send):
+    """Two sweeps at once; one of them is ended, which does not affect the other. A signal comes to the launcher alone
+    or, as from a terminal or from `timeout`, to its process group; the jobs are interrupted and not killed.
+    """
+    both = [Started(home, *STUDY, PAUSE, f"hydra.sweep.dir={tmp_path / name}", in_own_group=True) for name in "ab"]
     until(lambda: logged(tmp_path / "a" / "1", 2))
-    both[0].process.send_signal(number)
+    send(both[0].process.pid, number)
     start = time.monotonic()
     outcome = both[0].end()
     assert time.monotonic() - start < 8
     assert outcome.code == (130 if number == signal.SIGINT else 143)
     assert f"0 of 3 jobs are done; to continue: the same command, hydra.sweep.dir={tmp_path / 'a'}\n" in outcome.err
     assert "Traceback" not in outcome.err
+    assert "interrupted by SIGTERM" in (tmp_path / "a" / "1" / "output.log").read_text()
     done = both[1].end()
     assert done.code == 0, done.err
     assert [state_of(tmp_path / "b" / job) for job in "012"] == undisturbed
