@@ -118,12 +118,13 @@ def mode_from_flags() -> contextlib.AbstractContextManager[None]:
     """Hydra composes the whole configuration only to learn hydra.mode, and then once more: spare the first time.
 
     The flags alone decide where nothing on the command line can set hydra.mode: no study of experiments/, no
-    configuration of the user's own.
+    configuration of the user's own, also none of a folder in hydra.searchpath.
     """
     original = Hydra.get_mode
 
     def get_mode(self: Any, config_name: Any, overrides: list[str]) -> Any:
-        if re.search(r"(^|\n)\+*(experiments|hydra\.mode)\b|--?config|-c[dnp]\b", "\n".join(sys.argv[1:])):
+        pattern = r"(^|\n)\+*(experiments|hydra\.(mode|searchpath))\b|--?config|-c[dnp]\b"
+        if re.search(pattern, "\n".join(sys.argv[1:])):
             return original(self, config_name, overrides)
         return None  # Hydra then sets hydra.mode by the flags
 

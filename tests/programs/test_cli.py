@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -18,6 +19,7 @@ from omegaconf import OmegaConf
 
 from anomalib_lite import compare, splits
 from anomalib_lite.cli import schema, values
+from anomalib_lite.cli.hydra_hooks import mode_from_flags
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import HOME
 from anomalib_lite.runs.inputs import check_inputs
@@ -222,6 +224,18 @@ def test_experiments_are_found(tmp_path):
     for name in choices("experiments"):
         budget = composed(f"+experiments={name}", resolve=False)["trainer"]["max_steps"]
         assert re.fullmatch(r"None|\d+|\$\{.*\}", str(budget)), name  # no comment that became part of the value
+
+
+@pytest.mark.parametrize(
+    ("argument", "is_composed"),
+    [("hydra.searchpath=[file://mine]", True), ("+experiments=mine", True), ("data.root=hydra.mode", False)],
+)
+def test_what_may_make_a_command_a_sweep(argument, is_composed, monkeypatch):
+    """A study may set hydra.mode, also one in a folder of hydra.searchpath: it is composed to learn the mode."""
+    monkeypatch.setattr(sys, "argv", ["train", argument])
+    monkeypatch.setattr(Hydra, "get_mode", lambda *_: "composed")
+    with mode_from_flags():
+        assert (object.__new__(Hydra).get_mode("train", []) == "composed") == is_composed
 
 
 def test_flags_after_overrides_and_between(tmp_path):
