@@ -54,6 +54,11 @@ class Sweep:
         self.index = self.folder / "sweep.json"
         self.sweeper = str(config.hydra.sweeper._target_).rpartition(".")[2]
         self.searches = self.sweeper == "SearchSweeper"  # a search prints the end after its last batch
+        if self.sweeper == "BasicSweeper" and (size := config.hydra.sweeper.max_batch_size) is not None:
+            raise UserError(
+                f"hydra.sweeper.max_batch_size={size}: the sweep would end after a batch with a failed job; leave it "
+                f"out, and give hydra.launcher.jobs={size} to run {size} jobs at a time"
+            )
         self.gpus, self.jobs_per_gpu = self.visible_gpus(), self.options.get("jobs_per_gpu") or 1
         self.jobs: dict[str, Job] = {}
         self.engine: Any = None  # starts jobs and reports their ends, as ForkedJobs does

@@ -356,6 +356,7 @@ def test_interrupted_beside_another(home, undisturbed, tmp_path, number, send):
         ("hydra.launcher.job=2", "hydra.launcher.job: no such option; did you mean hydra.launcher.jobs"),
         ("+hydra.launcher.job=2", "hydra.launcher.job: no such option of processes; see --cfg hydra"),
         ("hydra.launcher.jobs=many", "jobs.*many"),
+        ("hydra.sweeper.max_batch_size=2", "max_batch_size=2: .*; leave it out, and give hydra.launcher.jobs=2"),
         ("data.check=only", "data.check=only: makes no run; leave out -m"),
         ("objective=validation.aupro_5", "objective=validation.aupro_5: no such metric; choose from"),
         ("hydra.sweep.subdir=same", "hydra.sweep.subdir: two jobs share the folder same"),
