@@ -5,6 +5,7 @@ Each engine has start(), wait(), close() and `started`, as `forks.ForkedJobs` ha
 
 import contextlib
 import logging
+import os
 import time
 from dataclasses import replace
 from typing import Any
@@ -115,11 +116,24 @@ class RayJobs:
         self.ray, self.resources = sweep.package, sweep.resources
         self.starts_ray = not self.ray.is_initialized()
         if self.starts_ray:
-            self.ray.init(**sweep.options["init"])
+            self.connect(sweep.options["init"])
         if not self.ray.cluster_resources().get("GPU"):
             log.info("Ray has no GPU here: jobs with hardware.accelerator=auto run on CPUs")
         self.running: dict[Any, Job] = {}
         self.started: dict[int, float] = {}
+
+    def connect(self, options: dict[str, Any]) -> None:
+        """Start Ray, or connect to the cluster at the option `address` or at $RAY_ADDRESS."""
+        given = options.get("address")
+        place = f"hydra.launcher.init.address={given}" if given else f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}"
+        try:
+            self.ray.init(**options)
+        except ConnectionError as error:
+            raise UserError(
+                f"{place}: no Ray cluster answers ({error}); start one with `ray start --head`, or leave it out"
+            ) from error
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"hydra.launcher.init: {error}") from error
 
     def start(self, job: Job, command: Command) -> None:
         self.running[self.ray.remote(**self.resources(job))(Command.__call__).remote(command)] = job

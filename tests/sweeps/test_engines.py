@@ -23,7 +23,7 @@ from anomalib_lite.errors import UserError
 from anomalib_lite.paths import HOME
 from anomalib_lite.sweeps.cluster import LocalSweep, RaySweep, SlurmSweep
 from anomalib_lite.sweeps.command import Command
-from anomalib_lite.sweeps.engines import SlurmJobs
+from anomalib_lite.sweeps.engines import RayJobs, SlurmJobs
 from anomalib_lite.sweeps.job import Job
 from anomalib_lite.sweeps.sweep import Sweep
 
@@ -165,6 +165,25 @@ def test_nested_options_are_plain(launcher, option):
         cfg = compose("train", overrides, return_hydra_config=True)
     found = lookup(instantiate(cfg.hydra.launcher).options, option)
     assert (type(found["resources"]), found["resources"]) == (dict, {"big": 1})
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ConnectionError("none found"), r"init.address=auto: no Ray cluster answers \(none found\); start one with"),
+        (ValueError("num_cpus must not be provided"), "init: num_cpus must not be provided"),
+    ],
+)
+def test_ray_does_not_start(error, message):
+    """A ConnectionError is an OSError: it would be reported as an error of the results' folder."""
+
+    def fail(**_: Any) -> None:
+        raise error
+
+    sweep = made(RaySweep, [], init={"address": "auto"})
+    sweep.package = SimpleNamespace(is_initialized=lambda: False, init=fail)
+    with pytest.raises(UserError, match=f"^hydra.launcher.{message}"):
+        RayJobs(sweep)
 
 
 # --- SLURM ---
