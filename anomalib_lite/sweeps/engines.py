@@ -4,6 +4,7 @@ Each engine has start(), wait(), close() and `started`, as `forks.ForkedJobs` ha
 """
 
 import contextlib
+import io
 import logging
 import os
 import time
@@ -15,7 +16,7 @@ from anomalib_lite.sweeps.command import Command
 from anomalib_lite.sweeps.job import Job
 
 log = logging.getLogger(__name__)
-ASK = 60.0  # seconds between two questions to SLURM about its jobs
+ASK = 60.0  # seconds between two questions to SLURM about its jobs, and before a refused job is submitted again
 QUEUED = ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "CONFIGURING")  # SLURM's states of a job that has not ended
 
 
@@ -83,12 +84,45 @@ class SlurmJobs(LocalJobs):
     poll = 5.0  # each look reads and writes some files per job, for days, on a login node
     asked = 0.0
 
+    def __init__(self, sweep: Any):
+        super().__init__(sweep)
+        self.refused: list[tuple[Job, Command]] = []  # as at a limit of submitted jobs; they are submitted again
+        self.tried = 0.0
+
+    def start(self, job: Job, command: Command) -> None:
+        if self.refused or not self.is_accepted(job, command):
+            self.refused.append((job, command))
+
+    def is_accepted(self, job: Job, command: Command) -> bool:
+        """Submit a job, which SLURM may refuse. UserError if no job of this sweep is queued or running then."""
+        self.tried = time.monotonic()
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints sbatch's reason each time
+                super().start(job, command)
+        except self.submitit.core.utils.FailedJobError as error:
+            for file in self.folder.iterdir():  # submitit leaves the files of the refused job
+                if file.is_file() and not file.is_symlink():
+                    file.unlink()
+            text = " ".join(str(error).split())
+            if not self.running:
+                raise UserError(f"hydra/launcher=submitit_slurm: {text}") from error
+            if not self.refused:
+                log.warning("the remaining jobs are submitted as soon as SLURM accepts them: %s", text)
+            return False
+        return True
+
     def wait(self, seconds: float) -> dict[int, int]:
         """As on this machine. A job that was killed leaves no file: SLURM is asked for all jobs together."""
         if self.running and time.monotonic() - self.asked > ASK:
             next(iter(self.running.values()))[0].watcher.update()
             self.asked = time.monotonic()
-        return super().wait(seconds)
+        if self.refused and time.monotonic() - self.tried > ASK:
+            while self.refused and self.is_accepted(*self.refused[0]):
+                self.refused.pop(0)
+        ended = super().wait(seconds)
+        if ended and not self.running:  # SLURM counts the last ones against a limit for some more seconds
+            self.tried = time.monotonic()
+        return ended
 
     def submit(self, job: Job, command: Command) -> Any:
         try:

@@ -23,7 +23,7 @@ from anomalib_lite.errors import UserError
 from anomalib_lite.paths import HOME
 from anomalib_lite.sweeps.cluster import LocalSweep, RaySweep, SlurmSweep
 from anomalib_lite.sweeps.command import Command
-from anomalib_lite.sweeps.engines import RayJobs, SlurmJobs
+from anomalib_lite.sweeps.engines import RayJobs
 from anomalib_lite.sweeps.job import Job
 from anomalib_lite.sweeps.sweep import Sweep
 
@@ -193,19 +193,6 @@ def test_ray_does_not_start(error, message):
 def test_what_srun_is_given(cpus, expected):
     arguments = made(SlurmSweep, [], cpus_per_task=cpus).srun_arguments()
     assert arguments == ["--kill-on-bad-exit=1", "--wait=0", *expected]
-
-
-def test_slurm_is_asked_seldom(monkeypatch):
-    engine: Any = object.__new__(SlurmJobs)
-    asked, slept = list[int](), list[float]()
-    handle = SimpleNamespace(watcher=SimpleNamespace(update=lambda: asked.append(1)), done=lambda: False)
-    engine.running = dict.fromkeys(range(3), (handle, None))
-    monkeypatch.setattr(time, "sleep", slept.append)
-    for _ in range(3):
-        engine.wait(1e-9 + (0 if slept else 0.01))
-    assert len(asked) == 1
-    assert set(slept) <= {5.0}
-    assert slept
 
 
 SAVING = """#!/bin/sh
