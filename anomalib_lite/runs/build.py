@@ -23,6 +23,7 @@ from anomalib_lite.data.value_range import Pixels
 from anomalib_lite.errors import UserError
 from anomalib_lite.features.backbones import Backbone
 from anomalib_lite.methods.base import AnomalyModule
+from anomalib_lite.runs.checkpoints import CheckpointFile
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +207,7 @@ def make_trainer(
 ) -> L.Trainer:
     """Lightning's Trainer. `options` are those of `runs.devices` and more; Training counts `steps` and ends the run."""
     trainer = L.Trainer(
-        **options,
+        **options | {"plugins": [CheckpointFile(), *options.get("plugins", [])]},
         max_epochs=-1 if steps else 0,
         logger=loggers or False,
         callbacks=callbacks,

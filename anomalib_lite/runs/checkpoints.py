@@ -1,5 +1,6 @@
 """Checkpoints that are complete and usable: written beside the old one and replaced, and never with NaN weights."""
 
+import io
 import os
 import pickle
 import re
@@ -10,11 +11,22 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins import TorchCheckpointIO
 
 from anomalib_lite import __version__
 from anomalib_lite.cli.keys import translate
 from anomalib_lite.errors import UserError
 from anomalib_lite.runs.folder import differences
+
+
+class CheckpointFile(TorchCheckpointIO):
+    """Writes a checkpoint to its own path. Lightning's class writes it below /tmp first, which may be small or full."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        content = io.BytesIO()  # on a full disk, torch.save to a file raises a RuntimeError in place of the OSError
+        torch.save(checkpoint, content)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(content.getbuffer())
 
 
 class CheckpointWriter:
@@ -42,8 +54,10 @@ class CheckpointWriter:
     def save(self, trainer: L.Trainer, batch: int) -> None:
         """Write the checkpoint after `batch`, and before it everything that was logged. All ranks call it together.
 
+        An exception or an interruption leaves the stored checkpoint as it is, and no part of the new one.
+
         Raises:
-            UserError: weights or moments of the optimizers are not finite; the stored checkpoint stays.
+            UserError: weights or moments of the optimizers are not finite.
         """
         weights = self.state_of(trainer.lightning_module)
         moments = [x for optimizer in trainer.optimizers for state in optimizer.state.values() for x in state.values()]
@@ -52,13 +66,17 @@ class CheckpointWriter:
         for logger in trainer.loggers:
             logger.save()
         part = self.file.with_suffix(".part")
-        trainer.save_checkpoint(part)  # on all ranks; only rank 0 writes a file
-        if trainer.is_global_zero:
-            if not self.batch:
-                check_readable(part, type(trainer.lightning_module).__name__)
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            part.replace(self.file)
+        try:
+            trainer.save_checkpoint(part)  # on all ranks; only rank 0 writes a file
+            if trainer.is_global_zero:
+                if not self.batch:
+                    check_readable(part, type(trainer.lightning_module).__name__)
+                with part.open("rb") as file:
+                    os.fsync(file.fileno())
+                part.replace(self.file)
+        finally:
+            if trainer.is_global_zero:
+                part.unlink(missing_ok=True)
         self.batch, self.saved = batch, time.perf_counter()
 
     def state_of(self, module: L.LightningModule) -> dict[str, Any]:
@@ -96,7 +114,6 @@ def check_readable(file: Path, method: str) -> None:
         torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
-        file.unlink()
         raise UserError(
             f"{method}: its checkpoint holds an object of {named[1] if named else 'another type'}; on_save_checkpoint "
             "and the state of optimizers and schedulers may hold plain Python values and tensors only"

@@ -1,5 +1,6 @@
 """What a run asks of its device: determinism, TF32, threads; and that its cost is measured there."""
 
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,6 +105,15 @@ def test_memory_is_not_filled(tmp_path):
     build.make_trainer(options(accelerator="cpu"), tmp_path, [], [], 1)
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_checkpoints_need_no_temporary_files(count, tmp_path, monkeypatch):
+    """Their folder may be small or full; here it does not exist."""
+    trainer = build.make_trainer(options(accelerator="cpu", devices=count), tmp_path, [], [], 1)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    trainer.strategy.checkpoint_io.save_checkpoint({"weight": torch.ones(3)}, tmp_path / "last.part")
+    assert torch.load(tmp_path / "last.part", weights_only=True)["weight"].sum() == 3
 
 
 @pytest.mark.parametrize("method", ["norm_occ", "uniad"])
