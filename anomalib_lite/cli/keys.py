@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from anomalib_lite.errors import UserError
@@ -45,6 +45,37 @@ def assign(config: dict[str, Any], key: str, value: Any) -> None:
     group, _, name = key.rpartition(".")
     parent = lookup(config, group) if group else config
     parent[name] = value
+
+
+def overridden_key(override: str) -> str:
+    """The key of an override such as seed=1, +method.more=1 or ~logger.wandb."""
+    return override.lstrip("+~").partition("=")[0]
+
+
+def reapplied(
+    overrides: Sequence[str], stored: dict[str, Any], config: dict[str, Any], groups: Collection[str]
+) -> list[str]:
+    """Apply the overrides of a stored run to the groups of `config` that were chosen anew, in place.
+
+    As in Hydra, a value wins over the choice of its group: with hardware=ddp, a stored hardware.precision=32 stays.
+
+    Args:
+        stored: the run's configuration, which holds the values.
+
+    Returns:
+        the overrides without those whose key the new group lacks, unless they add the key (+).
+    """
+    remaining = []
+    for override in overrides:
+        key = overridden_key(override)
+        group, _, name = key.rpartition(".")
+        if key.partition(".")[0] in groups:
+            parent = lookup(config, group)
+            if not isinstance(parent, dict) or not (name in parent or override.startswith("+")):
+                continue
+            parent[name] = lookup(stored, key)
+        remaining.append(override)
+    return remaining
 
 
 def short_key(key: str, among: Sequence[str]) -> str:

@@ -11,9 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from anomalib_lite.cli.keys import assign, each_value, flat, lookup, method_defaults, translate
+from anomalib_lite.cli.keys import (
+    assign, each_value, flat, lookup, method_defaults, overridden_key, reapplied, translate,
+)  # fmt: skip
 from anomalib_lite.errors import UserError
-from anomalib_lite.paths import write_text
+from anomalib_lite.paths import HOME, write_text
 from anomalib_lite.runs import inputs, own_modules
 
 #: written by a finished run or by `evaluate`
@@ -125,8 +127,8 @@ def resumed(
 ) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """Configuration, names and command line of a run started with `resume=true`; arguments: as the command line says.
 
-    The command line is either repeated in full, or it chooses no group. Then what it leaves out comes from the stored
-    run, so that `resume=true hydra.run.dir=DIR` is enough.
+    The command line is either repeated in full, or it chooses no group but hardware and logger. Then what it leaves out
+    comes from the stored run, so that `resume=true hydra.run.dir=DIR` is enough.
 
     Raises:
         UserError: a key has another value than in the stored run and may not change on resume; or the command line
@@ -137,7 +139,7 @@ def resumed(
     def is_choice(key: str) -> bool:  # of a group, such as method=ssae or +experiments=demo
         return "." not in key and isinstance(config.get(key, {}), dict)
 
-    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    keys = [overridden_key(override) for override in overrides]
     bound = [key for key in keys if not is_free(key, "resume")]
     if not is_run(run):
         if bound:  # a run that was killed before it wrote anything starts from the beginning
@@ -148,10 +150,13 @@ def resumed(
     stored, stored_names = read_config(run)
     own_modules.make_importable(stored, _stored(run, "modules"))
     if not any(is_choice(key) for key in bound):
-        given, config, names = config, copy.deepcopy(stored), stored_names
+        groups = {key: copy.deepcopy(lookup(config, key)) for key in keys if (HOME / "conf" / key).is_dir()}
+        given, config, names = config, copy.deepcopy(stored) | groups, stored_names
+        remaining = [each for each in _stored_overrides(run) if overridden_key(each) not in keys]
+        overrides = reapplied(remaining, stored, config, groups) + overrides
         for key in keys:
-            assign_everywhere(config, key, lookup(given, key))
-        overrides = [each for each in _stored_overrides(run) if each.partition("=")[0] not in keys] + overrides
+            if key not in groups:
+                assign_everywhere(config, key, lookup(given, key))
     check_unchanged(stored, config, run)
     return config, names, overrides
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from anomalib_lite.methods.base import AnomalyModule
 from anomalib_lite.runs import artifacts as results
+from anomalib_lite.runs import folder
 from anomalib_lite.runs.folder import is_finished
 from tests.helpers import run_programs as runs
 from tests.helpers.image_trees import make_mvtec
@@ -266,6 +267,32 @@ def test_resume_alone(undisturbed, copied):
     result = results.read_result(copied)
     assert {"method=noisy", "data.eval_batch_size=3"} <= set(result["overrides"])
     assert json.loads((copied / "checkpoints" / "config.json").read_text())["names"]["method"] == "noisy"
+
+
+def test_stored_values_win_over_a_group_that_is_chosen_anew(tmp_path):
+    """As on one command line. A value that is given again wins over both; a value without a key in the group goes."""
+    auto = {"devices": 1, "precision": "auto", "deterministic": "auto", "threads": None}
+    hardware = auto | {"precision": 32, "deterministic": True, "threads": 2}
+    logger = {"csv": {"old": 1}, "wandb": {"project": "mine", "notes": "more"}}
+    same = ["seed=3", "hardware.precision=32", "hardware.deterministic=true", "logger.wandb.project=mine"]
+    same += ["+logger.wandb.notes=more"]
+    stored = {"config": {"seed": 3, "data": {}, "hardware": hardware, "logger": logger}, "names": {"method": "noisy"}}
+    for name, content in (
+        ("checkpoints/config.json", stored),
+        (".hydra/overrides.yaml", [*same, "hardware=cpu", "hardware.threads=2", "logger.csv.old=1"]),
+    ):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(json.dumps(content))
+    given = ["resume=true", "hardware=ddp", "hardware.threads=1", "logger=default"]
+    composed = {
+        "resume": True, "seed": 0, "data": {}, "hardware": auto | {"devices": "auto", "threads": 1},
+        "logger": {"csv": {}, "wandb": {"project": None}},
+    }  # fmt: skip
+    config, names, overrides = folder.resumed(tmp_path, composed, {"method": "norm_occ"}, given)
+    assert config["hardware"] == {"devices": "auto", "precision": 32, "deterministic": True, "threads": 1}
+    assert config["logger"] == {"csv": {}, "wandb": {"project": "mine", "notes": "more"}}
+    assert (config["seed"], names) == (3, {"method": "noisy"})
+    assert overrides == [*same, *given]
 
 
 def test_the_stored_command_line_is_read_in_any_locale(tmp_path):
