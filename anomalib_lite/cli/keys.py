@@ -52,7 +52,7 @@ def overridden_key(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
 
 
-def reapplied(
+def reapply(
     overrides: Sequence[str], stored: dict[str, Any], config: dict[str, Any], groups: Collection[str]
 ) -> list[str]:
     """Apply the overrides of a stored run to the groups of `config` that were chosen anew, in place.

@@ -128,9 +128,9 @@ def from_file(
         notes.append(f"{file.name}: {len(others)} entries are of classes that this run does not have (first: {first})")
     if defects := sum(s.label for s in train):
         tested = {s.path for s in data.test}
-        both = sum(s.path in tested for s in train)
+        shared = sum(s.path in tested for s in train)
         text = f"{file.name}: {defects} of {len(train)} training images are defective (split.anomalous=true)"
-        notes.append(f"{text}; images that are test images too: {both}" if both else text)
+        notes.append(f"{text}; images that are test images too: {shared}" if shared else text)
     if len(names) == 1:
         return Split(train, full_counts, "file", notes=notes)
     head_names, tail_names = head_and_tail(names, head)

@@ -11,9 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from anomalib_lite.cli.keys import (
-    assign, each_value, flat, lookup, method_defaults, overridden_key, reapplied, translate,
-)  # fmt: skip
+from anomalib_lite.cli.keys import assign, each_value, flat, lookup, method_defaults, overridden_key, reapply, translate
 from anomalib_lite.errors import UserError
 from anomalib_lite.paths import HOME, write_text
 from anomalib_lite.runs import inputs, own_modules
@@ -153,7 +151,7 @@ def resumed(
         groups = {key: copy.deepcopy(lookup(config, key)) for key in keys if (HOME / "conf" / key).is_dir()}
         given, config, names = config, copy.deepcopy(stored) | groups, stored_names
         remaining = [each for each in _stored_overrides(run) if overridden_key(each) not in keys]
-        overrides = reapplied(remaining, stored, config, groups) + overrides
+        overrides = reapply(remaining, stored, config, groups) + overrides
         for key in keys:
             if key not in groups:
                 assign_everywhere(config, key, lookup(given, key))
