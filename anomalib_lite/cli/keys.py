@@ -13,6 +13,7 @@ RENAMED = {
     "method.semantic": "method.classifier_weight",
     "method.look_every": "method.eval_every",
 }
+DEVICES = ("hardware.accelerator", "hardware.devices", "hardware.nodes", "hardware.ranks")
 #: old module -> new module of a `_target_`, since 0.2
 MOVED = {
     "anomalib_lite.backbones": "anomalib_lite.features.backbones",
@@ -57,7 +58,8 @@ def reapply(
 ) -> list[str]:
     """Apply the overrides of a stored run to the groups of `config` that were chosen anew, in place.
 
-    As in Hydra, a value wins over the choice of its group: with hardware=ddp, a stored hardware.precision=32 stays.
+    As in Hydra, a value wins over the choice of its group: with hardware=ddp, a stored hardware.precision=32 stays. But
+    the devices are those of the new choice.
 
     Args:
         stored: the run's configuration, which holds the values.
@@ -69,6 +71,8 @@ def reapply(
     for override in overrides:
         key = overridden_key(override)
         group, _, name = key.rpartition(".")
+        if key in DEVICES and "hardware" in groups:
+            continue
         if key.partition(".")[0] in groups:
             parent = lookup(config, group)
             if not isinstance(parent, dict) or not (name in parent or override.startswith("+")):

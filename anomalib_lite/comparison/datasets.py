@@ -54,26 +54,24 @@ def versions(runs: Sequence[Run]) -> dict[Run, str]:
     several folders or lists of a split share a version unless images of the same categories differ in them: a row of a
     table then has all its categories from one of them.
     """
-    sources: dict[str, dict[str, list[str]]] = {}  # fingerprints by categories
+    seen: dict[tuple[str, str], list[str]] = {}  # fingerprints by source and categories
+    sources: dict[tuple[str, int], dict[str, str]] = {}  # by source, again after its images changed: by categories
+    source_of: dict[Run, tuple[str, int]] = {}
     for run in runs:
-        known = sources.setdefault(_source(run), {}).setdefault(json.dumps(sorted(run.result["categories"])), [])
+        categories = json.dumps(sorted(run.result["categories"]))
+        known = seen.setdefault((_source(run), categories), [])
         known += [run.fingerprint] * (run.fingerprint not in known)
-    groups: list[dict[str, list[str]]] = []
-    group_of: dict[str, int] = {}
+        source_of[run] = _source(run), known.index(run.fingerprint)
+        sources.setdefault(source_of[run], {})[categories] = run.fingerprint
+    groups: list[dict[str, str]] = []
+    group_of: dict[tuple[str, int], int] = {}
     for source, found in sources.items():
-        common = [[found[key][:1] == group[key][:1] for key in found.keys() & group.keys()] for group in groups]
+        common = [[found[key] == group[key] for key in found.keys() & group.keys()] for group in groups]
         fits = [number for number, equal in enumerate(common) if all(equal)]
         group_of[source] = max(fits, key=lambda number: len(common[number]), default=len(groups))
         groups += [{}] * (group_of[source] == len(groups))
-        group = groups[group_of[source]] = dict(groups[group_of[source]])
-        for key, fingerprints in found.items():
-            group[key] = list(dict.fromkeys([*group.get(key, []), *fingerprints]))
-    versions = {}
-    for run in runs:
-        number = group_of[_source(run)]
-        later = groups[number][json.dumps(sorted(run.result["categories"]))].index(run.fingerprint)
-        versions[run] = f"{number}.{later}"
-    return versions
+        groups[group_of[source]] = groups[group_of[source]] | found
+    return {run: str(group_of[source]) for run, source in source_of.items()}
 
 
 def _source(run: Run) -> str:

@@ -93,7 +93,7 @@ def notes(table: Table, metric: str) -> list[str]:
         f"{over.value}: {', '.join(table.columns[over])}" for over in (Over.HEAD, Over.TAIL) if over in table.columns
     ]
     if table.large and metric in DRAWS and metric != "image_auroc":
-        lines.append("no intervals of this metric for so many runs")
+        lines.append("no intervals of this metric for so many runs or test images")
     return lines
 
 

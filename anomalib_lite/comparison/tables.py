@@ -134,7 +134,7 @@ class Table:
 
     @cached_property
     def large(self) -> bool:
-        """Whether bootstrapping AP and F1-max of so many runs and categories would take minutes."""
+        """Whether bootstrapping AP and F1-max of so many runs, categories and test images would take minutes."""
         counts = [
             sum(dict_at(run.result, "data", "test_counts", category).values())
             for row in self.rows

@@ -21,12 +21,12 @@ def read_table(
     """The rows of a CSV file with the columns path, category, label, split and mask.
 
     Paths are relative to `root`, or to the table's folder. The label is a word for normal images (good, ok, normal or
-    0) or the name of a defect. The split is train or test. The mask is empty for normal images, and for all images of a
-    category without masks. Defective training images are left out with a note.
+    0) or the name of a defect. The split is train or test. The mask may be empty, but pixel metrics
+    need those of all defective images of a category. Defective training images are left out with a note.
 
     Raises:
         UserError: a column is missing; a row has an unknown split, no label, a file that is missing, or another row's
-            image; a category has no normal training images, or masks of some of its defective test images only.
+            image; a category has no normal training images.
     """
     if not table:
         raise UserError("data.table is not set: give the CSV file that lists the images")
@@ -41,7 +41,7 @@ def read_table(
         if readable(row["category"]) in names
     ]
     data = listed(base, names, entries, file)
-    _check_masks([(where, sample) for where, part, sample in entries if part == "test" and sample.label])
+    data.notes += _mask_notes([(where, sample) for where, part, sample in entries if part == "test" and sample.label])
     if further := [name for name in header if name not in COLUMNS]:
         data.notes.append(f"{file.name}: columns that are not used: {', '.join(further)}")
     return data
@@ -111,17 +111,17 @@ def file_below(base: Path, text: str | Path, where: str) -> Path:
     return path
 
 
-def _check_masks(defective: Sequence[tuple[str, Sample]]) -> None:
-    """Raise UserError, which begins with where the table names the image, for a defective test image without a mask if
-    another one of its category has one: pixel metrics take the masks of all.
+def _mask_notes(defective: Sequence[tuple[str, Sample]]) -> list[str]:
+    """The first defective test image without a mask of each category that has masks of others: pixel metrics need the
+    masks of all.
     """
     with_masks = {sample.category for _, sample in defective if sample.mask}
-    for where, sample in defective:
-        if sample.mask is None and sample.category in with_masks:
-            raise UserError(
-                f"{where}: {sample.path} is defective and has no mask, and others of '{sample.category}' have one; "
-                "add its mask, or leave all masks of the category empty"
-            )
+    missing = {s.category: f"{where}: {s.path}" for where, s in reversed(defective) if not s.mask}
+    return [
+        f"{place} has no mask, so '{category}' has no pixel metrics; add it"
+        for category, place in sorted(missing.items())
+        if category in with_masks
+    ]
 
 
 def _sample(base: Path, row: dict[str, str], where: str, dark: bool) -> Sample:

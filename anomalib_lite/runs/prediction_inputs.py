@@ -1,6 +1,7 @@
 """What `input=` of predict names. Imports nothing heavy."""
 
 import csv
+import fnmatch
 import glob
 import os
 from collections.abc import Iterable
@@ -69,9 +70,7 @@ def searched_below(pattern: Path) -> list[Path]:
     """The folders below which a pattern with ** finds files at any depth; none where it can't find the pictures of an
     output, which are PNG files.
     """
-    from anomalib_lite.data.image_files import IMAGE_SUFFIXES
-
-    if "**" not in pattern.parts or pattern.suffix.lower() in set(IMAGE_SUFFIXES) - {".png"}:
+    if "**" not in pattern.parts or (pattern.suffix and not fnmatch.fnmatch(".png", pattern.suffix.lower())):
         return []
     above = Path(*pattern.parts[: pattern.parts.index("**")])
     return sorted(map(Path, glob.glob(str(above))))  # noqa: PTH207

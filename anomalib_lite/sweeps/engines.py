@@ -158,13 +158,13 @@ class RayJobs:
 
     def connect(self, options: dict[str, Any]) -> None:
         """Start Ray, or connect to the cluster at the option `address` or at $RAY_ADDRESS."""
-        given = options.get("address")
-        place = f"hydra.launcher.init.address={given}" if given else f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}"
+        given = options.get("address") or os.environ.get("RAY_ADDRESS", "null")
         try:
             self.ray.init(**options)
         except ConnectionError as error:
             raise UserError(
-                f"{place}: no Ray cluster answers ({error}); start one with `ray start --head`, or leave it out"
+                f"hydra.launcher.init.address={given}: no Ray cluster answers ({error}); start one with "
+                "`ray start --head`, or leave the address out"
             ) from error
         except (RuntimeError, ValueError) as error:
             raise UserError(f"hydra.launcher.init: {error}") from error

@@ -270,16 +270,19 @@ def test_resume_alone(undisturbed, copied):
 
 
 def test_stored_values_win_over_a_group_that_is_chosen_anew(tmp_path):
-    """As on one command line. A value that is given again wins over both; a value without a key in the group goes."""
+    """As on one command line. A value that is given again wins over both; devices and keys without a place go."""
     auto = {"devices": 1, "precision": "auto", "deterministic": "auto", "threads": None}
-    hardware = auto | {"precision": 32, "deterministic": True, "threads": 2}
+    hardware = auto | {"devices": 8, "precision": 32, "deterministic": True, "threads": 2}
     logger = {"csv": {"old": 1}, "wandb": {"project": "mine", "notes": "more"}}
     same = ["seed=3", "hardware.precision=32", "hardware.deterministic=true", "logger.wandb.project=mine"]
     same += ["+logger.wandb.notes=more"]
     stored = {"config": {"seed": 3, "data": {}, "hardware": hardware, "logger": logger}, "names": {"method": "noisy"}}
     for name, content in (
         ("checkpoints/config.json", stored),
-        (".hydra/overrides.yaml", [*same, "hardware=cpu", "hardware.threads=2", "logger.csv.old=1"]),
+        (
+            ".hydra/overrides.yaml",
+            [*same, "hardware=cpu", "hardware.devices=8", "hardware.threads=2", "logger.csv.old=1"],
+        ),
     ):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(json.dumps(content))

@@ -356,6 +356,13 @@ def test_other_images_of_one_category_are_apart_with_all_of_their_folder(write, 
     assert sorted(table.categories for table in tables(write)) == [["bottle"], ["bottle", "cable"]]
 
 
+def test_images_that_changed_are_joined_with_their_copies(write):
+    """Seed 0 ran before a mask was corrected, seed 2 on a copy of the corrected folder."""
+    for seed, (root, fingerprint) in enumerate([("/r", "before"), ("/r", "after"), ("/copy", "after")]):
+        write("a", ("bottle",), seed, root=root, dataset="mvtec", data__fingerprint=fingerprint)
+    assert [sorted(run.seeds[0] for run in table.runs) for table in tables(write)] == [[0], [1, 2]]
+
+
 @pytest.mark.parametrize(
     ("key", "values", "rows"),
     [

@@ -39,6 +39,7 @@ def test_a_name_may_begin_with_a_tilde(tmp_path, monkeypatch):
         ("[b,{here}/**/1.png]", "", "out", True),
         ("a*/**/1.p*", "a", "out", False),
         ("**/*.jpg", "a", "out", False),
+        ("**/*.[pP][nN][gG]", "", "out", True),
         ("*/*.png", "", "out", False),
         ("a/*.png", "a", "a/out", False),
     ],
