@@ -1,7 +1,7 @@
 """A comparison's tables in the terminal."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from rich import box
@@ -42,7 +42,7 @@ def show(
     """
     names = ", ".join(map(name_of, metrics))
     output.print(Text(f"{number}{table.title}: {names}", style="bold"), soft_wrap=True)
-    label_width = min(max(len(row.label) for row in table.rows), WIDEST)
+    label_width = _label_width(row.label for row in table.rows)
     every_place = [(metric, column) for metric in metrics for column in table.columns]
     for places in _blocks(every_place, lambda place: _width(table, place, metrics), output.width - label_width - 10):
         output.print(_cells(table, places, metrics, label_width))
@@ -57,7 +57,7 @@ def show(
             output.print(_shots_grid(table, metric))
             output.print()
         _show_tests(output, table, metric, f"{name_of(metric)}: " * (len(metrics) > 1))
-    label_width = min(max(len(row.full_label) for row in table.rows), WIDEST)
+    label_width = _label_width(row.full_label for row in table.rows)
     if more:
         grid = _grid(["method", *more], label_width=label_width)
         for row in table.rows:
@@ -65,6 +65,11 @@ def show(
         output.print(grid)
         output.print()
     _show_costs(output, table, label_width)
+
+
+def _label_width(labels: Iterable[str]) -> int:
+    """The width of the first column, with its heading."""
+    return min(max(map(len, ("method", *labels))), WIDEST)
 
 
 def show_board(output: Console, board: Sequence[Line]) -> None:

@@ -157,6 +157,12 @@ def test_nothing_is_folded_in_a_narrow_terminal(write):
         assert f" {words} " in shown.replace("\n", " ")
 
 
+def test_the_heading_is_not_folded_over_short_labels(write):
+    write("a")
+    (table,) = tables(write)
+    assert terminal_text(table, 120).count("\n method ") == 2  # of the metric and of the costs
+
+
 def test_labels(write):
     write("a", config={"target": "point", "norm": 1})
     write("a", config={"target": "shell", "norm": 1})
