@@ -101,15 +101,14 @@ class Run:
 
     def hyperparameters(self) -> dict[str, str]:
         """Everything but the seed that makes a run another experiment, as {key: JSON}."""
-        from anomalib_lite.cli.schema import defaults, is_free  # here: --help needs no pydantic
+        from anomalib_lite.cli.schema import defaults  # here: --help needs no pydantic
 
         known = defaults() | flat(self.config) if self.config else {}
         found = {
             key: value
             for key, value in known.items()
-            if (not is_free(key, "compare") or key in DECISIVE)
+            if decides(key)
             and not (key.startswith("method.") and value is None)  # as without an option that the method got later
-            and key.rpartition(".")[2] not in SAME_EXPERIMENT
         }
         backbone, weights = dict_at(self.result, "backbone"), self.result.get("weights")
         digest = stored_digests(origin(self.folder, self.result)).get("backbone.weights")
@@ -124,6 +123,13 @@ class Run:
         found |= flat(self.result["protocol"].get("scoring"), "scoring")
         found["scoring.quantile"] = dict_at(self.result, "thresholds").get("quantile")
         return {key: to_json(value) for key, value in sorted(found.items())}
+
+
+def decides(key: str) -> bool:
+    """Whether a key of the configuration makes a run another experiment."""
+    from anomalib_lite.cli.schema import is_free  # here: --help needs no pydantic
+
+    return (key in DECISIVE or not is_free(key, "compare")) and key.rpartition(".")[2] not in SAME_EXPERIMENT
 
 
 def to_json(value: Any) -> str:

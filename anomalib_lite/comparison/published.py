@@ -13,7 +13,7 @@ from yaml import YAMLError
 
 from anomalib_lite.cli.keys import flat
 from anomalib_lite.cli.program import composed
-from anomalib_lite.comparison.find_runs import DECISIVE, SAME_EXPERIMENT, Run, dict_at, shorten
+from anomalib_lite.comparison.find_runs import SAME_EXPERIMENT, Run, decides, dict_at, shorten
 from anomalib_lite.comparison.tables import Row, Table, cell_of, shots_text
 from anomalib_lite.errors import UserError
 from anomalib_lite.metrics.names import name_of
@@ -152,13 +152,13 @@ def _settings_of(entry: Published) -> dict[str, Any]:
 
 def _decisive(config: dict[str, Any]) -> dict[str, Any]:
     """The keys of a configuration that decide about a run's figures, but for the seed."""
-    from anomalib_lite.cli.schema import defaults, is_free  # here: --help needs no pydantic
+    from anomalib_lite.cli.schema import defaults  # here: --help needs no pydantic
 
+    repeated = ("backbone.", "scoring.", "split.")  # in results, so that `decides` leaves them to these
     return {
         key: value
         for key, value in (defaults() | flat(config)).items()
-        if (key.startswith(("backbone.", "scoring.", "split.")) or key in DECISIVE or not is_free(key, "compare"))
-        and key.rpartition(".")[2] not in SAME_EXPERIMENT
+        if decides(key) or (key.startswith(repeated) and key.rpartition(".")[2] not in SAME_EXPERIMENT)
     }
 
 
@@ -183,7 +183,7 @@ def _line(entry: Published, metric: str, value: float, row: Row, study: dict[str
         line.remarks.append(f"{len(values)} of {entry.categories} categories ({shorten(values)})")
         whole = bool(values) and values.keys() <= known.keys()
         line.published = float(np.mean([known[category] for category in values])) if whole else None
-    first = dict.fromkeys(next(iter(seeds.values())) for seeds in row.runs.values())  # tables may differ in settings
+    first = dict.fromkeys(run for category in row.runs if (run := row.first_run(category)))  # of each joined table
     other_settings = (text for run in first for text in _other_settings(entry, run, study))
     for differences in _other_images(entry, row), other_settings:
         if text := shorten(differences, 8):
@@ -201,7 +201,7 @@ def _other_images(entry: Published, row: Row) -> Iterator[str]:
     from anomalib_lite.data.readers import COUNTS  # here: --help needs no image library
 
     for category, official in COUNTS.get(entry.dataset, {}).items():
-        for run in list(row.runs.get(category, {}).values())[:1]:
+        if run := row.first_run(category):
             test = dict_at(run.result, "data", "test_counts", category)
             train = dict_at(run.result, "split", "full_counts").get(category, official[0])
             counts = train, test.get("good", 0), test.get("defective", 0)

@@ -261,7 +261,7 @@ class AnomalyModule(L.LightningModule):
             scored: dict[str, Any] = smoothed_and_scored(raw, size, self.scoring)
         else:
             sizes = map(tuple, batch["size"].tolist())
-            each = [smoothed_and_scored(x, own, self.scoring) for x, own in zip(raw.split(1), sizes, strict=True)]
+            each = [smoothed_and_scored(x, size, self.scoring) for x, size in zip(raw.split(1), sizes, strict=True)]
             scored = {"map": [x["map"][0] for x in each], "score": torch.cat([x["score"] for x in each])}
         return scored if self.scoring["image_score"] != "own" else scored | {"score": own}
 

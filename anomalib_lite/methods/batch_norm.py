@@ -30,14 +30,19 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x if rank_and_world()[1] == 1 else _SumOverRanks.apply(x)
 
 
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of all ranks' tensors, with gradient."""
+    return sum_over_ranks(x) / rank_and_world()[1]
+
+
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     """(x [B, C, …] minus its mean, mean [C], biased variance [C], number of values per channel) over the batches of all
     ranks, which have the same size. Computed in at least float32, with gradient."""
     axes, shape = [i for i in range(x.dim()) if i != 1], [1, -1] + [1] * (x.dim() - 2)
     values, ranks = x.to(torch.promote_types(x.dtype, torch.float32)), rank_and_world()[1]
-    mean = sum_over_ranks(values.mean(axes)) / ranks
+    mean = mean_over_ranks(values.mean(axes))
     centred = values - mean.view(shape)
-    var = sum_over_ranks(centred.square().mean(axes)) / ranks
+    var = mean_over_ranks(centred.square().mean(axes))
     return centred, mean, var, ranks * x.numel() // x.shape[1]
 
 

@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anomalib_lite.data.sampler import rank_and_world
 from anomalib_lite.errors import UserError
 from anomalib_lite.methods.base import AnomalyModule, Batch
-from anomalib_lite.methods.batch_norm import sum_over_ranks
+from anomalib_lite.methods.batch_norm import mean_over_ranks
 from anomalib_lite.methods.moments import check_folds, descent_time, moments
 from anomalib_lite.methods.options import check_counts, check_from_0
 from anomalib_lite.methods.patches import patch_features, projection
@@ -170,14 +169,14 @@ class NormOCC(NormFeatures):
         """The loss of the batch's patches, from their mean distance to the target."""
         with self.autocast():
             if not self.quadratic:  # a power of the mean over all ranks: that of their own means would be another loss
-                return (sum_over_ranks(self.distance(batch).mean()) / rank_and_world()[1]) ** self.power
+                return mean_over_ranks(self.distance(batch).mean()) ** self.power
             offset = self.offset(batch)
         return torch.linalg.vector_norm(offset, dtype=torch.float32) ** 2 / offset[:, 0].numel()  # one pass
 
     def watch(self, loss: Tensor, residual: float) -> None:
         """Add a batch's loss; after an epoch's last batch, decide whether training ends."""
         batches = self.trainer.datamodule.batches_per_epoch  # type: ignore[attr-defined]
-        self.loss_sum += sum_over_ranks(loss) / rank_and_world()[1]  # the same on all ranks: checkpoints hold one
+        self.loss_sum += mean_over_ranks(loss)  # the same on all ranks: checkpoints hold one
         if (self.global_step + 1) % batches == 0:
             self.ended = self.loss_sum / batches <= residual * self.loss_before
             self.stopped_early = bool(self.ended)
